@@ -1,0 +1,51 @@
+# meta-train and test are the two commands of the README. Both build .venv under constraints.txt when it is missing or
+# stale; python3 >= 3.11, pip and make are all that is needed.
+PYTHON ?= python3
+STAMP := .venv/.installed
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
+OFFLINE ?=
+MARKS := $(if $(OFFLINE),and not network)
+
+.DEFAULT_GOAL := help
+.PHONY: help meta-train test lint format clean
+
+help:
+	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
+	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
+	@echo "make lint         ruff and mypy only"
+	@echo "make format       let ruff rewrite the sources"
+	@echo "make clean        remove .venv and everything that tools left"
+
+meta-train: $(STAMP)
+	$(BIN)/palf-dist meta-train --config configs/quick.yaml $(ARGS)
+
+test: lint
+	$(BIN)/pytest -m "not slow $(MARKS)" --cov --cov-report=
+	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last: an install that was interrupted left none, and starts again from an empty .venv. torch goes
+# first and by its pin, so that no other package's requirement picks another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1); name another one with make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "building .venv under constraints.txt: takes two minutes and 2 GB the first time"
+	@test -f $@ || $(PYTHON) -m venv --clear .venv
+	@rm -f $@
+	$(PIP_INSTALL) pip setuptools
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
+	@touch $@

@@ -1,0 +1,288 @@
+"""The validated configuration of a run: one YAML file <-> one object. Field names are the paths of ``--set``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+
+from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
+
+Positive = Annotated[FiniteFloat, Field(strict=True, gt=0)]
+NonNegative = Annotated[FiniteFloat, Field(strict=True, ge=0)]
+Share = Annotated[FiniteFloat, Field(strict=True, ge=0, le=1)]
+Decay = Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+BasisName = Literal["ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce"]
+HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau"]
+assert BASIS_LOSSES == BasisName.__args__ and HYPERPARAMETERS == HyperparameterName.__args__  # type: ignore[attr-defined]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are never coerced silently, objects are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Columns(Section):
+    """Roles of the columns of a table. What is not named is found from the schema."""
+
+    label: str | None = None
+    image: str | None = None
+    text: str | None = None
+    numeric: tuple[str, ...] | None = None
+    categorical: tuple[str, ...] | None = None
+    drop: tuple[str, ...] = ()
+
+
+class DatasetSource(Section):
+    """A dataset: a registry name, or any Parquet path (local, s3://, gs://, hf://; a folder or a glob is joined)."""
+
+    name: str
+    path: str | None = Field(default=None, description="Parquet path; leave out for a dataset of the registry")
+    columns: Columns = Columns()
+
+
+class DataConfig(Section):
+    train: tuple[DatasetSource, ...] = Field(min_length=1, description="datasets the policy is meta-trained on")
+    held_out: tuple[DatasetSource, ...] = Field(min_length=1, description="datasets it is judged on, never trained on")
+    cache: str | None = Field(default=None, description="cache folder; default $PALF_CACHE, else ./.palf_cache")
+    max_rows: Count = Field(default=20_000, description="rows kept of a larger dataset (a fixed random sample)")
+    max_classes: Annotated[int, Field(strict=True, ge=2)] = Field(
+        default=64, description="datasets with more classes are refused"
+    )
+
+    @field_validator("train", "held_out", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            return [{"name": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> DataConfig:
+        names = [source.name for source in self.train + self.held_out]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named more than once; a held-out dataset must not be trained on")
+        return self
+
+
+class NoiseConfig(Section):
+    """Label noise of training and validation rows. ``uniform`` resamples over all k classes, the true one included;
+    ``pair_flip`` moves class y to y + 1 mod k."""
+
+    kind: Literal["uniform", "pair_flip"] = "uniform"
+    clean_share: Share = Field(default=0.25, description="share of tasks with no noise")
+    low: Share = 0.05
+    high: Share = 0.6
+
+    @model_validator(mode="after")
+    def _order(self) -> NoiseConfig:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+        return self
+
+
+class ImbalanceConfig(Section):
+    """Class imbalance of training rows: exponential profile with the given largest : smallest ratio."""
+
+    balanced_share: Share = Field(default=0.5, description="share of tasks left as the data is")
+    low: Annotated[FiniteFloat, Field(strict=True, ge=1)] = 3.0
+    high: Annotated[FiniteFloat, Field(strict=True, ge=1)] = 10.0
+    uniform_target_share: Share = Field(default=0.5, description="share of imbalanced tasks judged on balanced rows")
+
+    @model_validator(mode="after")
+    def _order(self) -> ImbalanceConfig:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+        return self
+
+
+class MLPConfig(Section):
+    kind: Literal["mlp"] = "mlp"
+    hidden: tuple[Count, ...] = Field(default=(64,), min_length=1)
+    embedding: Count = Field(default=4, description="width of the embedding of each categorical column")
+
+
+class ConvConfig(Section):
+    kind: Literal["conv"] = "conv"
+    channels: tuple[Count, ...] = Field(default=(8, 16), min_length=1)
+    image_size: Annotated[int, Field(strict=True, ge=4)] = Field(
+        default=8, description="images are resized to this side"
+    )
+    groups: Count = Field(default=4, description="groups of GroupNorm; must divide every entry of channels")
+
+    @model_validator(mode="after")
+    def _divides(self) -> ConvConfig:
+        if any(width % self.groups for width in self.channels):
+            raise ValueError(f"groups ({self.groups}) must divide every entry of channels {list(self.channels)}")
+        return self
+
+
+class TransformerConfig(Section):
+    kind: Literal["transformer"] = "transformer"
+    width: Count = 32
+    heads: Count = 2
+    feedforward: Count = 64
+    layers: Count = 1
+    vocabulary: Annotated[int, Field(strict=True, ge=2)] = Field(
+        default=2048, description="hash buckets of words; 0 is padding"
+    )
+    length: Annotated[int, Field(strict=True, ge=2)] = Field(default=32, description="words kept of each text")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TransformerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        return self
+
+
+class ModuleConfig(Section):
+    """A user's nn.Module: ``factory`` names a function(input_shape, num_classes) -> nn.Module returning
+    (logits, features) or logits alone. Slower: its second derivatives go through torch.func."""
+
+    kind: Literal["module"] = "module"
+    factory: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function")
+    reads: Literal["numeric", "image", "tokens"] = "numeric"
+    image_size: Annotated[int, Field(strict=True, ge=4)] = 8
+    vocabulary: Annotated[int, Field(strict=True, ge=2)] = 2048
+    length: Annotated[int, Field(strict=True, ge=2)] = 32
+
+
+Architecture = Annotated[MLPConfig | ConvConfig | TransformerConfig | ModuleConfig, Field(discriminator="kind")]
+
+
+class TasksConfig(Section):
+    """The task family: what a task is drawn from."""
+
+    train_size: tuple[Count, Count] = Field(default=(60, 400), description="smallest and largest, drawn log-uniformly")
+    validation_share: Share = Field(default=0.25, description="noisy validation rows as a share of the training rows")
+    meta_validation_size: Count = Field(default=128, description="clean rows that the outer loss reads")
+    test_size: Count = 500
+    noise: NoiseConfig = NoiseConfig()
+    imbalance: ImbalanceConfig = ImbalanceConfig()
+    architectures: tuple[Architecture, ...] = Field(default=(MLPConfig(),), min_length=1)
+    optimisers: tuple[Literal["sgd", "momentum", "adam"], ...] = Field(default=("adam",), min_length=1)
+    group_size: Count = Field(default=24, description="tasks that train side by side in one unit of work")
+
+    @model_validator(mode="after")
+    def _order(self) -> TasksConfig:
+        low, high = self.train_size
+        if low > high:
+            raise ValueError(f"train_size: the smallest ({low}) must not exceed the largest ({high})")
+        return self
+
+
+class InnerConfig(Section):
+    """The inner loop. ``tuned``: chosen for plain cross-entropy on meta-training tasks and given to every method."""
+
+    steps: Count = 150
+    batch_size: Annotated[int, Field(strict=True, ge=2)] = 32
+    learning_rate: Positive | Literal["tuned"] = "tuned"
+    weight_decay: NonNegative | Literal["tuned"] = "tuned"
+    learning_rate_grid: tuple[Positive, ...] = (0.001, 0.003, 0.01, 0.03)
+    weight_decay_grid: tuple[NonNegative, ...] = (0.0, 0.3, 1.0, 3.0, 10.0)
+    ema: Share = Field(default=0.7, description="decay of each example's averaged prediction")
+
+
+class PolicyConfig(Section):
+    """Who sets the controls. ``robust`` and ``palf`` are presets: fields left out take the preset's values."""
+
+    kind: Literal["robust", "palf"] = "robust"
+    features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
+    basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
+    hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")
+    hidden: Count = 16
+    refresh: Count = Field(default=10, description="inner steps between two evaluations of the policy")
+    seed: Annotated[int, Field(strict=True)] = 0
+
+
+class EstimatorConfig(Section):
+    kind: Literal["adjoint", "unroll", "one_step", "es", "pes"] = "adjoint"
+    window: Count | None = Field(default=None, description="inner steps of a truncated window; none: the whole run")
+    pairs: Count = Field(default=4, description="antithetic pairs of es and pes")
+    sigma: Positive = Field(default=0.05, description="standard deviation of the perturbations of es and pes")
+
+
+class OuterLossConfig(Section):
+    kind: Literal["soft_error", "one_minus_p", "cross_entropy"] = "soft_error"
+    sharpness: Positive = Field(default=4.0, description="of the scale-free soft error")
+    every: Count = Field(default=25, description="inner steps between the checkpoints where it is read")
+    running_sum: NonNegative = Field(
+        default=0.0, description="weight of equation (8)'s running sum of the adaptive loss"
+    )
+
+
+class MetaLearnerConfig(Section):
+    outer_steps: Count = 100
+    groups_per_step: Count = Field(default=2, description="units of work summed in one outer step")
+    learning_rate: Positive = 0.03
+    beta1: Decay = 0.9
+    beta2: Decay = 0.98
+    clip: Positive = Field(default=0.05, description="largest norm of the summed meta-gradient")
+    final_learning_rate: Share = Field(default=0.05, description="linear decay ends at this share of learning_rate")
+    weight_decay: NonNegative = 0.0
+    outlier_factor: Positive = Field(
+        default=20.0, description="a contribution is refused when its norm exceeds this multiple of the recent median"
+    )
+
+
+class DistributedConfig(Section):
+    """``workers: 0`` runs the same code in process. Results do not depend on the number of workers."""
+
+    workers: Annotated[int, Field(strict=True, ge=0)] = 2
+    address: str | None = Field(default=None, description="none: a private Ray on this machine; auto; HOST:PORT")
+    mode: Literal["sync", "async"] = "sync"
+    max_staleness: Annotated[int, Field(strict=True, ge=0)] = Field(
+        default=2, description="async: outer steps a gradient may lag"
+    )
+    threads: Count = Field(default=1, description="torch threads per worker; part of the result, unlike workers")
+    gpus_per_worker: NonNegative | None = Field(default=None, description="none: one where the cluster has GPUs")
+    unit_timeout: Positive = Field(default=300.0, description="seconds after which a unit is taken for stalled")
+    max_attempts: Count = Field(default=5, description="times a unit is issued before the run gives up")
+
+
+class EvaluationConfig(Section):
+    """Held-out comparison at the end, and the selection score along the way."""
+
+    methods: tuple[str, ...] | None = Field(default=None, description="none: all; see palf_dist.evaluation.methods")
+    noise_rates: tuple[Share, ...] = Field(default=(0.0, 0.15, 0.3, 0.5), min_length=1)
+    conditions: tuple[Literal["balanced", "matched", "shifted"], ...] = Field(
+        default=("balanced", "matched", "shifted"),
+        min_length=1,
+        description="balanced: as the data is; matched: imbalanced training and test; shifted: imbalanced training only",
+    )
+    imbalance: Annotated[FiniteFloat, Field(strict=True, ge=1)] = 10.0
+    seeds: Count = Field(default=2, description="tasks of each dataset, noise rate and condition")
+    select_every: Count = Field(default=20, description="outer steps between two selection scores")
+    select_tasks: Count = Field(default=48, description="fresh tasks of the training datasets for the selection score")
+
+
+class CheckpointConfig(Section):
+    every: Count = Field(default=5, description="outer steps between two checkpoints")
+    keep: Count = 3
+
+
+class TrackingConfig(Section):
+    uri: str | None = Field(default=None, description="none: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")
+    experiment: str = "palf_dist"
+    enabled: Annotated[bool, Field(strict=True)] = True
+
+
+class RunConfig(Section):
+    """One meta-training run."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
+    seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    data: DataConfig
+    tasks: TasksConfig = TasksConfig()
+    inner: InnerConfig = InnerConfig()
+    policy: PolicyConfig = PolicyConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    outer_loss: OuterLossConfig = OuterLossConfig()
+    meta_learner: MetaLearnerConfig = MetaLearnerConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
