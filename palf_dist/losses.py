@@ -1,0 +1,136 @@
+"""The basis losses of equation (4) as plain formulas, and the per-task facts they need.
+
+These formulas are the specification: autograd differentiates them in the reference estimator and in the tests. The
+hot path uses the closed forms of ``loss_head``, which give the same numbers without autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, HYPERPARAMETERS
+
+MASKED_LOGIT = -1e9  # finite on purpose: -inf times zero is NaN in label smoothing and entropies
+FOCAL_FLOOR = 1e-4  # 1 - p_y in the focal power: a non-integer gamma has no derivative at 0
+REVERSE_CLIP = 4.0  # -A of the reverse cross-entropy, A = log 0 clipped to -4
+NORM_FLOOR = 1e-6  # under the root of the feature norm: the gradient at a zero feature stays bounded
+NOISE_FLOOR = 1e-30  # added to e / k, so that e = 0 has finite derivatives even where r_y underflows
+OWN_FLOOR = 1e-6  # averaged own-label probability in the posterior weights
+WEIGHT_FLOOR = 0.05  # of the batch mean that normalises the posterior weights
+UNSEEN_WEIGHT = 0.5  # posterior weight of an example without an averaged prediction yet
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What the losses know of each task besides the batch. Made by ``create``, once for a group of tasks."""
+
+    class_mask: Tensor  # [G, C] bool, True on real classes
+    num_classes: Tensor  # [G] number of real classes k, floating point
+    log_prior_ratio: Tensor  # [G, C] log(pi_train / pi_target), 0 on padding
+    uniform: Tensor  # [G, 1, C] 1 / k on real classes, 0 on padding
+    padding: Tensor | None  # [G, C] MASKED_LOGIT on padding and 0 elsewhere; None where no class is padding
+    adjusted: bool  # some log_prior_ratio is not zero
+    own_probability: Tensor | None = None  # [G, n] averaged probability of each example's own label; no gradient
+    seen: Tensor | None = None  # [G, n] bool: that average has been updated at least once
+
+    @classmethod
+    def create(cls, class_mask: Tensor, log_prior_ratio: Tensor) -> LossContext:
+        """Context without posterior weights; add them for each batch by ``with_posterior``.
+
+        What the hot path may skip is decided here, so that a step never waits for the device to tell.
+        """
+        num_classes = class_mask.sum(1).to(log_prior_ratio.dtype)
+        return cls(
+            class_mask,
+            num_classes,
+            log_prior_ratio,
+            uniform=(class_mask / num_classes[:, None])[:, None, :],
+            padding=None if bool(class_mask.all()) else (~class_mask).to(log_prior_ratio.dtype) * MASKED_LOGIT,
+            adjusted=bool((log_prior_ratio != 0).any()),
+        )
+
+    def with_posterior(self, own_probability: Tensor, seen: Tensor) -> LossContext:
+        """The same tasks with the averaged own-label probabilities of one batch, [G, n] each."""
+        return replace(self, own_probability=own_probability.detach(), seen=seen)
+
+
+def column(controls: Tensor, name: str) -> Tensor:
+    """One control of controls [G, U] as [G, 1]."""
+    return controls.narrow(1, CONTROL_INDEX[name], 1)
+
+
+def positive_pairs(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Same-label pairs of each batch as bool [G, n, n], self excluded, and the self mask [n, n]."""
+    itself = torch.eye(y.shape[1], dtype=torch.bool, device=y.device)
+    return (y[:, :, None] == y[:, None, :]) & ~itself, itself
+
+
+def posterior_weights(context: LossContext, ew: Tensor) -> Tensor | float:
+    """w_i [G, n]: belief that example i carries its true label, divided by the batch mean. 1 without averages.
+
+    ew [G, 1] is the noise rate believed in; the weights are differentiable in it.
+    """
+    if context.own_probability is None:
+        return 1.0
+    assert context.seen is not None
+    own = (1 - ew) * context.own_probability.clamp_min(OWN_FLOOR)
+    belief = own / (own + ew / context.num_classes[:, None])
+    belief = torch.where(context.seen, belief, UNSEEN_WEIGHT)
+    return belief / belief.mean(1, keepdim=True).clamp_min(WEIGHT_FLOOR)
+
+
+def reference_losses(
+    z: Tensor, y: Tensor, h: Tensor | None, controls: Tensor, context: LossContext, active: tuple[str, ...]
+) -> Tensor:
+    """Per-example basis losses [6, G, n]; rows of inactive losses are zero.
+
+    Args:
+        z: logits [G, n, C].
+        y: labels [G, n] int64.
+        h: features [G, n, D]; only info_nce reads them.
+        controls: [G, U], columns in the order of ``types.CONTROLS``.
+        context: facts of the G tasks.
+        active: names of the basis losses to evaluate.
+    """
+    control = {name: column(controls, name) for name in HYPERPARAMETERS}
+    z = z.masked_fill(~context.class_mask[:, None, :], MASKED_LOGIT)
+    log_p = torch.log_softmax(z, -1)
+    own = log_p.gather(-1, y[..., None])[..., 0]
+    k = context.num_classes[:, None]
+    rows: dict[str, Tensor] = {"ce": -own}
+    if "focal" in active:
+        rest = (-torch.expm1(own)).clamp_min(FOCAL_FLOOR)
+        # not rest ** gamma: at gamma = 0 torch drops the mixed second derivative of pow
+        rows["focal"] = -torch.exp(control["gamma"] * rest.log()) * own
+    if "label_smoothing" in active:
+        spread = -(log_p * context.uniform).sum(-1)
+        rows["label_smoothing"] = (1 - control["eps"]) * -own + control["eps"] * spread
+    if "symmetric_ce" in active:
+        rows["symmetric_ce"] = control["a"] * -own + control["b"] * REVERSE_CLIP * (1 - own.exp())
+    if "info_nce" in active:
+        assert h is not None, "info_nce reads features"
+        f = h * torch.rsqrt((h * h).sum(-1, keepdim=True) + NORM_FLOOR)
+        positive, itself = positive_pairs(y)
+        similarity = f @ f.transpose(1, 2) / control["tau"][..., None]
+        log_q = torch.log_softmax(similarity.masked_fill(itself, MASKED_LOGIT), -1)
+        rows["info_nce"] = -(positive * log_q).sum(-1) / positive.sum(-1).clamp_min(1)
+    if "robust_ce" in active:
+        log_r = torch.log_softmax(z + (control["la"] * context.log_prior_ratio)[:, None, :], -1)
+        kept = log_r.gather(-1, y[..., None])[..., 0] + torch.log1p(-control["e"])
+        log_noise = torch.log((control["e"] + NOISE_FLOOR) / k)
+        # logaddexp(kept, log_noise): torch's own has no finite second derivative far from zero
+        log_m = torch.logsumexp(torch.stack(torch.broadcast_tensors(kept, log_noise)), 0)
+        rows["robust_ce"] = posterior_weights(context, control["ew"]) * -log_m
+    zero = torch.zeros_like(own)
+    return torch.stack([rows[name] if name in active else zero for name in BASIS_LOSSES])
+
+
+def reference_mixture(
+    z: Tensor, y: Tensor, h: Tensor | None, controls: Tensor, context: LossContext, active: tuple[str, ...]
+) -> Tensor:
+    """The adaptive loss [G]: mean over the batch of sum_k alpha_k l_k. Arguments as ``reference_losses``."""
+    losses = reference_losses(z, y, h, controls, context, active)
+    return torch.einsum("gk,kgn->g", controls[:, : len(BASIS_LOSSES)], losses) / y.shape[1]
