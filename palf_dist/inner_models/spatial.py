@@ -1,0 +1,59 @@
+"""Linear maps over positions: the 3 x 3 patches that turn a convolution into a Linear layer, and mean pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from palf_dist.inner_models.layers import LinearMap, Params
+
+
+class Patches(LinearMap):
+    """3 x 3 patches of channels-last images, zero-padded by one pixel and taken every ``stride`` pixels (im2col):
+    [G, B, H, W, channels] to [G, B, H', W', 9 channels]; a Linear layer on them is the convolution."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+
+    def forward(self, params: Params, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
+        return self.push(x.shape, x), x.shape
+
+    def push(self, tape: Any, x_dot: Tensor) -> Tensor:
+        padded = F.pad(x_dot, (0, 0, 1, 1, 1, 1))
+        patches = padded.unfold(2, 3, self.stride).unfold(3, 3, self.stride)  # [G, B, H', W', channels, 3, 3]
+        return patches.permute(0, 1, 2, 3, 5, 6, 4).flatten(4)
+
+    def pull(self, tape: Any, dy: Tensor) -> Tensor:
+        tasks, rows, height, width, channels = tape
+        padded = dy.new_zeros(tasks, rows, height + 2, width + 2, channels)
+        for tap, part in enumerate(dy.split(channels, -1)):
+            top, left = divmod(tap, 3)
+            down, right = top + self.stride * dy.shape[2], left + self.stride * dy.shape[3]
+            padded[:, :, top : down : self.stride, left : right : self.stride] += part
+        return padded[:, :, 1:-1, 1:-1]
+
+
+class MeanPool(LinearMap):
+    """Mean over the positions of a row, [G, B, ..., width] to [G, B, width]: all of them, or those of ``mask``.
+    A row without a real position gives zeros."""
+
+    def forward(self, params: Params, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
+        weights: float | Tensor
+        if mask is None:
+            weights = 1 / x.shape[2:-1].numel()
+        else:
+            real = mask.to(x.dtype)
+            weights = (real / real.sum(-1, keepdim=True).clamp(min=1))[..., None]
+        tape = x.shape, weights
+        return self.push(tape, x), tape
+
+    def push(self, tape: Any, x_dot: Tensor) -> Tensor:
+        _, weights = tape
+        return (x_dot.flatten(2, -2) * weights).sum(2)
+
+    def pull(self, tape: Any, dy: Tensor) -> Tensor:
+        shape, weights = tape
+        positions = dy.unsqueeze(2).expand(-1, -1, shape[2:-1].numel(), -1)
+        return (positions * weights).reshape(shape)
