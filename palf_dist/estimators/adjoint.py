@@ -1,0 +1,151 @@
+"""The adjoint method: exact meta-gradients without an autograd graph.
+
+Forward, keep theta_t and the optimiser's slots. Backward, carry the cotangents of theta and the slots; at each step the
+optimiser's adjoint gives the cotangent lambda of the gradient g_t, and one forward-over-reverse pass along lambda gives
+both H lambda (for the cotangent of theta) and d<g_t, lambda>/d(controls). The policy is chained once, at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palf_dist.config import EstimatorConfig, OuterLossConfig
+from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
+from palf_dist.inner_loop import WD, InnerLoop, InnerState, StepResult
+from palf_dist.inner_optimisers import Slots
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What the walk back needs of one step."""
+
+    theta: Tensor  # [G, P] before the step
+    slots: Slots
+    own_probability: Tensor  # [G, B]
+    seen: Tensor  # [G, B]
+    segment: int  # index of the refresh that set the controls
+
+
+@dataclass
+class ForwardTrace:
+    """What the forward run leaves behind for the walk back."""
+
+    steps: list[StepTrace] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)  # features [G, S] of each segment
+    controls: list[Tensor] = field(default_factory=list)  # [G, U] of each segment
+    outer_gradients: dict[int, Tensor] = field(default_factory=dict)  # after this many steps: [G, P]
+
+    def open_segment(self, state: InnerState) -> None:
+        assert state.features is not None and state.controls is not None
+        self.states.append(state.features)
+        self.controls.append(state.controls)
+
+
+class Adjoint:
+    """Gradient of the whole stretch, backpropagated through every step of it."""
+
+    truncated = False
+
+    def __init__(self, config: EstimatorConfig, outer: OuterLossConfig) -> None:
+        self.outer = outer
+
+    def estimate(
+        self,
+        loop: InnerLoop,
+        phi: Tensor,
+        state: InnerState,
+        stop: int,
+        keys: tuple[int | str, ...],
+        carried: dict[str, np.ndarray] | None = None,
+    ) -> Estimate:
+        start = state.step
+        recorder = Recorder(loop, self.outer, start, stop)
+        if self.truncated:
+            recorder.checkpoints = set(range(start + 1, stop + 1))
+        trace = self._forward(loop, phi, state, stop, recorder)
+        with torch.no_grad():
+            cotangents = self._walk_back(loop, start, state.slots, trace)
+        return Estimate(
+            gradient=policy_gradient(loop, phi, trace.states, cotangents),
+            outer_loss=float(recorder.objective().mean()),
+            records=recorder.arrays(),
+        )
+
+    def _forward(
+        self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder
+    ) -> ForwardTrace:
+        trace = ForwardTrace()
+        if state.features is not None:  # a window that starts between two refreshes: same state, present phi
+            state.controls = loop.policy.controls(phi, state.features)
+            trace.open_segment(state)
+        before = (state.theta, state.slots)
+
+        def after_step(now: InnerState, result: StepResult) -> None:
+            nonlocal before
+            assert result.head is not None
+            if result.refreshed:
+                trace.open_segment(now)
+            trace.steps.append(StepTrace(*before, result.own_probability, result.seen, len(trace.controls) - 1))
+            before = (now.theta, now.slots)
+            recorder.step(now, result)
+            if now.step in recorder.checkpoints:
+                trace.outer_gradients[now.step] = outer_gradient(loop, recorder, now.theta, now.step)
+
+        loop.run(state, phi, stop, after_step=after_step)
+        return trace
+
+    def _walk_back(self, loop: InnerLoop, start: int, last_slots: Slots, trace: ForwardTrace) -> list[Tensor]:
+        """Cotangents [G, U] of the controls of each segment."""
+        cotangents = [torch.zeros_like(controls) for controls in trace.controls]
+        of_theta = torch.zeros_like(trace.steps[-1].theta)
+        of_slots: Slots = tuple(torch.zeros_like(slot) for slot in last_slots)
+        new_slots = last_slots
+        share = 1 / len(trace.outer_gradients)
+        running = self.outer.running_sum / len(trace.steps)
+        while trace.steps:
+            step = trace.steps.pop()  # frees its memory as the walk goes on
+            t = start + len(trace.steps)
+            if self.truncated:
+                of_theta = torch.zeros_like(of_theta)
+                of_slots = tuple(torch.zeros_like(slot) for slot in of_slots)
+            if t + 1 in trace.outer_gradients:
+                of_theta = of_theta + share * trace.outer_gradients[t + 1]
+            controls, rate = trace.controls[step.segment], loop.rate(t)
+            along, of_slots = loop.optimiser.adjoint(of_theta, of_slots, step.slots, new_slots, rate, t)
+            new_slots = step.slots
+            curvature, of_controls = self._along_gradient(loop, t, step, controls, along, running)
+            # weight decay: theta' has the further term -rate * decay * theta
+            shrunk = rate * (of_theta * step.theta).sum(1, keepdim=True)
+            of_controls[:, WD] -= (loop.group.weight_decay * shrunk)[:, 0]
+            of_theta = torch.addcmul(curvature, 1 - rate * loop.decay(controls), of_theta)
+            cotangents[step.segment] += of_controls
+        return cotangents
+
+    def _along_gradient(
+        self, loop: InnerLoop, t: int, step: StepTrace, controls: Tensor, along: Tensor, running: float
+    ) -> tuple[Tensor, Tensor]:
+        """Derivatives of <grad l_t, along> + running * l_t with respect to theta_t [G, P] and the controls [G, U]."""
+        model = loop.group.model
+        inputs, labels = loop.minibatch(t)
+        logits, features, tape = model.forward(step.theta, inputs)
+        head = loop.head.forward(logits, labels, features, controls, loop.context(step.own_probability, step.seen))
+        logits_dot, features_dot, tangent_tape = model.tangent(step.theta, tape, along)
+        dlogits_dot, dfeatures_dot, of_controls = loop.head.tangent(head, logits_dot, features_dot)
+        of_theta = model.backward_tangent(
+            step.theta, tape, tangent_tape, along, head.dlogits, head.dfeatures, dlogits_dot, dfeatures_dot
+        )
+        if running:
+            of_theta = of_theta.add(model.backward(step.theta, tape, head.dlogits, head.dfeatures), alpha=running)
+            of_controls = of_controls.add(loop.head.control_gradient(head), alpha=running)
+        return of_theta, of_controls
+
+
+class OneStep(Adjoint):
+    """The one-step hypergradient: the outer loss is read after every step and its gradient goes back through that step
+    alone. Cheap in memory, blind to later consequences."""
+
+    truncated = True

@@ -1,0 +1,103 @@
+"""Evolution strategies: meta-gradients from outer losses alone, by antithetic Gaussian perturbations of phi.
+
+Every task has perturbations of its own (phi is [G, number of policy parameters]), so that one pair of runs gives G
+samples. ``ES`` is unbiased for the smoothed outer loss of its stretch; on truncated windows that stretch ignores what
+earlier controls did to it. ``PES`` carries both perturbed inner states and the sum of all perturbations so far from
+window to window, which removes that truncation bias (Vicol et al. 2021).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palf_dist.config import EstimatorConfig, OuterLossConfig
+from palf_dist.estimators.base import Estimate, Recorder
+from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
+from palf_dist.types import random_generator
+
+
+class ES:
+    """Antithetic ES: mean over pairs and tasks of (J(phi + s xi) - J(phi - s xi)) / (2 s) * xi."""
+
+    def __init__(self, config: EstimatorConfig, outer: OuterLossConfig) -> None:
+        self.config, self.outer = config, outer
+
+    def estimate(
+        self,
+        loop: InnerLoop,
+        phi: Tensor,
+        state: InnerState,
+        stop: int,
+        keys: tuple[int | str, ...],
+        carried: dict[str, np.ndarray] | None = None,
+    ) -> Estimate:
+        origin = state.to_arrays()
+        samples = []
+        for pair in range(self.config.pairs):
+            xi = self._perturbation(loop, phi, (*keys, state.step, pair))
+            up, down = (
+                self._run(loop, phi + sign * self.config.sigma * xi, InnerState.from_arrays(origin), stop)
+                for sign in (1, -1)
+            )
+            samples.append((up - down)[:, None] / (2 * self.config.sigma) * xi)
+        gradient = torch.stack(samples).mean((0, 1)).double().numpy()
+        recorder = Recorder(loop, self.outer, state.step, stop)
+        objective = self._run(loop, phi, state, stop, recorder)
+        return Estimate(gradient, float(objective.mean()), recorder.arrays())
+
+    def _perturbation(self, loop: InnerLoop, phi: Tensor, keys: tuple[int | str, ...]) -> Tensor:
+        draws = random_generator("perturbation", *keys).standard_normal((loop.group.size, phi.shape[-1]))
+        return torch.from_numpy(draws).to(phi)
+
+    def _run(
+        self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder | None = None
+    ) -> Tensor:
+        """J [G] of a forward run under phi, one per task or shared."""
+        recorder = recorder or Recorder(loop, self.outer, state.step, stop)
+        if state.features is not None:
+            state.controls = loop.policy.controls(phi, state.features)
+
+        def after_step(now: InnerState, result: StepResult) -> None:
+            recorder.step(now, result)
+            if now.step in recorder.checkpoints:
+                recorder.checkpoint(now.step, loop.evaluate(now.theta, loop.group.meta_validation))
+
+        loop.run(state, phi, stop, after_step=after_step)
+        return recorder.objective()
+
+
+class PES(ES):
+    """Persistent ES: as ``ES``, but the perturbed states go on into the next window and each difference is multiplied
+    by the sum of all perturbations that led to it."""
+
+    def estimate(
+        self,
+        loop: InnerLoop,
+        phi: Tensor,
+        state: InnerState,
+        stop: int,
+        keys: tuple[int | str, ...],
+        carried: dict[str, np.ndarray] | None = None,
+    ) -> Estimate:
+        origin = state.to_arrays()
+        carried = carried or {}
+        samples: list[Tensor] = []
+        onward: dict[str, np.ndarray] = {}
+        for pair in range(self.config.pairs):
+            xi = self._perturbation(loop, phi, (*keys, state.step, pair))
+            total = xi + torch.from_numpy(carried[f"{pair}/total"]).to(xi) if carried else xi
+            outer = []
+            for side, sign in (("up", 1), ("down", -1)):
+                prefix = f"{pair}/{side}/"
+                begin = {name[len(prefix) :]: value for name, value in carried.items() if name.startswith(prefix)}
+                perturbed = InnerState.from_arrays(begin or origin)
+                outer.append(self._run(loop, phi + sign * self.config.sigma * xi, perturbed, stop))
+                onward |= {prefix + name: value for name, value in perturbed.to_arrays().items()}
+            onward[f"{pair}/total"] = total.numpy()
+            samples.append((outer[0] - outer[1])[:, None] / (2 * self.config.sigma) * total)
+        gradient = torch.stack(samples).mean((0, 1)).double().numpy()
+        recorder = Recorder(loop, self.outer, state.step, stop)
+        objective = self._run(loop, phi, state, stop, recorder)
+        return Estimate(gradient, float(objective.mean()), recorder.arrays(), onward)

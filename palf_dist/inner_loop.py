@@ -1,0 +1,273 @@
+"""The inner loop: G inner models train side by side under the adaptive loss that a policy sets.
+
+One definition of a step serves every estimator, evaluation and recording; only how the gradient is taken differs:
+in closed form (the hot path) or by autograd with a graph (the reference ``unroll``). What is stopped, everywhere alike:
+no gradient flows through the training state, the averaged predictions, or the choice of minibatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palf_dist.config import InnerConfig
+from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
+from palf_dist.loss_head import HeadTape, LossHead
+from palf_dist.losses import LossContext, reference_mixture
+from palf_dist.policies.base import Policy
+from palf_dist.training_state import (
+    HUTCHINSON_ROWS,
+    VALIDATION_FEATURES,
+    Observation,
+    StateReader,
+    TaskFacts,
+    hessian_trace,
+    hutchinson_probes,
+    neighbour_agreement,
+)
+from palf_dist.types import CONTROL_INDEX, Inputs, Rows, TaskGroup
+
+WD = CONTROL_INDEX["wd"]
+
+
+@dataclass
+class InnerState:
+    """Everything that changes during the inner run of a group."""
+
+    step: int
+    theta: Tensor  # [G, P]
+    slots: Slots  # the optimiser's, each [G, P]
+    averaged: Tensor  # [G, N, C] moving average of each training row's predicted probabilities
+    seen: Tensor  # [G, N] bool: rows that have been in a minibatch
+    statistics: Tensor | None = None  # [G, 4] of the StateReader
+    features: Tensor | None = None  # [G, S] raw features of the last refresh
+    controls: Tensor | None = None  # [G, U] in force
+    gradient_norm2: Tensor | None = None  # [G] of the last step
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """As numpy arrays, for a windowed estimator's carried state (controls are recomputed from the features)."""
+        arrays = {"step": np.array(self.step), "theta": self.theta, "averaged": self.averaged, "seen": self.seen}
+        arrays |= {f"slot_{index}": slot for index, slot in enumerate(self.slots)}
+        for name in ("statistics", "features", "gradient_norm2"):
+            value = getattr(self, name)
+            if value is not None:
+                arrays[name] = value
+        return {name: value.detach().numpy() if torch.is_tensor(value) else value for name, value in arrays.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> InnerState:
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items() if name != "step"}
+        slots = tuple(tensors.pop(name) for name in sorted(tensors) if name.startswith("slot_"))
+        return cls(step=int(arrays["step"]), slots=slots, **tensors)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What was seen during one step, before the update."""
+
+    logits: Tensor  # [G, B, C]
+    labels: Tensor  # [G, B]
+    own_probability: Tensor  # [G, B] averaged, before this step
+    seen: Tensor  # [G, B]
+    refreshed: bool
+    head: HeadTape | None  # closed-form step only
+    loss: Tensor | None  # [G] adaptive loss with its graph, differentiable step only
+
+    def adaptive_loss(self) -> Tensor:
+        """l_t [G]; with its graph in a differentiable step."""
+        if self.loss is not None:
+            return self.loss
+        assert self.head is not None
+        return self.head.mixture
+
+
+class InnerLoop:
+    """The inner run of one task group under one policy."""
+
+    def __init__(self, group: TaskGroup, policy: Policy, inner: InnerConfig) -> None:
+        self.group, self.policy, self.inner = group, policy, inner
+        self.steps = group.batches.shape[0]
+        self.optimiser = inner_optimiser(group.specs[0].optimiser)
+        self.head = LossHead(policy.active_basis)
+        rows = group.train.labels.shape[1]
+        self._rows = group.batches + rows * torch.arange(group.size)[:, None]  # of all tasks' rows joined [T, G, B]
+        self._context = LossContext.create(group.class_mask, group.log_prior_ratio)
+        self._padding = ~group.class_mask[:, None, :]
+        self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
+        self._needs_validation = bool(set(VALIDATION_FEATURES) & set(policy.features))
+        self._probes = (
+            hutchinson_probes(group.theta0.shape[1], group.theta0.dtype)
+            if "hessian_trace" in policy.features
+            else None
+        )
+
+    def start(self) -> InnerState:
+        """The state before the first step."""
+        group = self.group
+        valid = group.class_mask.to(group.theta0.dtype) / group.num_classes[:, None]
+        rows = group.train.labels.shape[1]
+        return InnerState(
+            step=0,
+            theta=group.theta0,
+            slots=tuple(torch.zeros_like(group.theta0) for _ in range(self.optimiser.num_slots)),
+            averaged=valid[:, None, :].repeat(1, rows, 1),
+            seen=torch.zeros(group.size, rows, dtype=torch.bool),
+        )
+
+    def context(self, own_probability: Tensor, seen: Tensor) -> LossContext:
+        return self._context.with_posterior(own_probability, seen)
+
+    def minibatch(self, step: int) -> tuple[Inputs, Tensor]:
+        return self.group.train.batch(self.group.batches[step])
+
+    def rate(self, step: int) -> Tensor:
+        return self.group.learning_rate * cosine_rate(step, self.steps)
+
+    def decay(self, controls: Tensor) -> Tensor:
+        """Decoupled weight decay [G, 1]: the task's own times the policy's multiplier. Not through the gradient: Adam
+        would divide it by its root, which makes the meta-gradient explode at units that are off."""
+        return self.group.weight_decay * controls[:, WD : WD + 1]
+
+    def step(self, state: InnerState, phi: Tensor, *, differentiable: bool = False) -> StepResult:
+        """Advance ``state`` by one step in place. With ``differentiable`` the new theta and slots carry a graph back to
+        the old ones and to phi."""
+        t = state.step
+        inputs, labels = self.minibatch(t)
+        if differentiable:
+            logits, features = self.group.model.apply(state.theta, inputs)
+            tape = head = None
+        else:
+            logits, features, tape = self.group.model.forward(state.theta, inputs)
+        refreshed = t % self.policy.refresh == 0 or state.features is None
+        if refreshed:
+            state.features = self._observe(state, logits.detach(), labels)
+        if refreshed or state.controls is None:
+            assert state.features is not None
+            state.controls = self.policy.controls(phi, state.features)
+        controls = state.controls
+        own, seen = self._remember(state, logits.detach(), labels)
+        context = self.context(own, seen)
+        if differentiable:
+            loss: Tensor | None = reference_mixture(logits, labels, features, controls, context, self.policy.active_basis)
+            assert loss is not None
+            (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
+        else:
+            head = self.head.forward(logits, labels, features, controls, context)
+            gradient = self.group.model.backward(state.theta, tape, head.dlogits, head.dfeatures)
+            loss = None
+        if "gradient_norm" in self.policy.features:
+            state.gradient_norm2 = gradient.detach().square().sum(1)
+        rate = self.rate(t)
+        moved, state.slots = self.optimiser.update(state.theta, state.slots, gradient, rate, t)
+        state.theta = torch.addcmul(moved, state.theta, -rate * self.decay(controls))
+        state.step = t + 1
+        return StepResult(logits, labels, own, seen, refreshed, head, loss)
+
+    def _remember(self, state: InnerState, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Own-label averaged probabilities and seen flags [G, B] before this step, then the averages' update."""
+        with torch.no_grad():
+            rows = self._rows[state.step].flatten()
+            averaged, flags = state.averaged.flatten(0, 1), state.seen.flatten()  # views: written in place
+            before = averaged.index_select(0, rows).view_as(logits)
+            own = before.gather(2, labels[:, :, None])[:, :, 0]
+            seen = flags.index_select(0, rows).view_as(labels)
+            p = torch.softmax(logits.masked_fill(self._padding, -1e9), -1)
+            averaged.index_copy_(0, rows, torch.lerp(p, before, self.inner.ema).flatten(0, 1))
+            flags.index_fill_(0, rows, True)
+        return own, seen
+
+    def _observe(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
+        """Raw features [G, S] at the current step."""
+        if not self.policy.features:
+            return logits.new_zeros(self.group.size, 0)
+        reader = StateReader(self.policy.features, self._facts)
+        reader.statistics = state.statistics
+        group = self.group
+        trace = None
+        if self._probes is not None:
+            inputs, all_labels = self.minibatch(state.step)
+            few = tuple(column[:, :HUTCHINSON_ROWS] for column in inputs)
+            theta = state.theta.detach()
+            few_labels = all_labels[:, :HUTCHINSON_ROWS]
+            trace = hessian_trace(group.model, theta, few, few_labels, group.class_mask, self._probes)
+        validation = None
+        if self._needs_validation:
+            with torch.no_grad():
+                validation = group.model.forward(state.theta.detach(), group.validation.inputs)[0]
+        observation = Observation(
+            time=state.step / self.steps,
+            logits=logits,
+            labels=labels,
+            averaged=state.averaged,
+            averaged_labels=group.train.labels,
+            averaged_mask=state.seen,
+            gradient_norm2=state.gradient_norm2,
+            hessian_trace=trace,
+            validation_logits=validation,
+            validation_labels=group.validation.labels,
+            validation_mask=group.validation.mask,
+        )
+        features = reader.read(observation)
+        state.statistics = reader.statistics
+        return features
+
+    def run(
+        self,
+        state: InnerState,
+        phi: Tensor,
+        stop: int,
+        *,
+        after_step: Callable[[InnerState, StepResult], None] | None = None,
+    ) -> None:
+        """Advance ``state`` to step ``stop`` without gradients with respect to phi."""
+        with torch.no_grad():
+            while state.step < stop:
+                result = self.step(state, phi)
+                if after_step is not None:
+                    after_step(state, result)
+
+    def evaluate(self, theta: Tensor, rows: Rows) -> Tensor:
+        """Logits [G, N, C] on a split."""
+        with torch.no_grad():
+            return self.group.model.forward(theta, rows.inputs)[0]
+
+
+def task_facts(group: TaskGroup, *, needs_neighbours: bool = False) -> TaskFacts:
+    """The constant part of the training state, from the (noisy) training labels."""
+    counts = torch.zeros_like(group.class_mask, dtype=group.theta0.dtype)
+    counts.scatter_add_(1, group.train.labels, group.train.mask.to(counts.dtype))
+    return TaskFacts(
+        class_mask=group.class_mask,
+        class_frequencies=counts / counts.sum(1, keepdim=True),
+        train_sizes=group.train_sizes.to(counts.dtype),
+        log_prior_ratio=group.log_prior_ratio,
+        neighbour_agreement=neighbour_agreement(group.train) if needs_neighbours else None,
+    )
+
+
+def to_dtype(group: TaskGroup, dtype: torch.dtype) -> TaskGroup:
+    """The same group in another floating-point type (the proofs run in float64)."""
+
+    def convert(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    def convert_rows(rows: Rows) -> Rows:
+        return Rows(tuple(convert(column) for column in rows.inputs), rows.labels, convert(rows.mask))
+
+    return replace(
+        group,
+        theta0=convert(group.theta0),
+        train=convert_rows(group.train),
+        validation=convert_rows(group.validation),
+        meta_validation=convert_rows(group.meta_validation),
+        test=convert_rows(group.test),
+        log_prior_ratio=convert(group.log_prior_ratio),
+        learning_rate=convert(group.learning_rate),
+        weight_decay=convert(group.weight_decay),
+    )
+
+

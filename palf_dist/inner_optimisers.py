@@ -1,0 +1,114 @@
+"""Inner optimisers as pure functions of (theta, slots, gradient), with the adjoint of their update.
+
+All act on flat parameters [G, P]; ``rate`` [G, 1] is the learning rate of this step. Weight decay is decoupled from them
+and lives in the inner loop.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from palf_dist.types import ConfigError
+
+Slots = tuple[Tensor, ...]
+
+ADAM_EPSILON = 1e-6  # added in squares under the root: sqrt(v) + eps has no derivative at zero gradients
+
+
+class InnerOptimiser(Protocol):
+    """One update rule. ``step`` counts from 0."""
+
+    num_slots: int
+
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+        """New parameters and slots; differentiable by autograd."""
+        ...
+
+    def adjoint(
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: int
+    ) -> tuple[Tensor, Slots]:
+        """Cotangents of the gradient and of the old slots, from those of the new parameters and slots.
+
+        The old parameters' cotangent is the new ones' own, since every update is theta minus a function of the rest.
+        """
+        ...
+
+
+class SGD:
+    """theta' = theta - rate g."""
+
+    num_slots = 0
+
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+        return theta - rate * gradient, ()
+
+    def adjoint(
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: int
+    ) -> tuple[Tensor, Slots]:
+        return -rate * cotangent, ()
+
+
+class Momentum:
+    """m' = mu m + g; theta' = theta - rate m'."""
+
+    num_slots = 1
+    mu = 0.9
+
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+        m = torch.add(gradient, slots[0], alpha=self.mu)
+        return theta - rate * m, (m,)
+
+    def adjoint(
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: int
+    ) -> tuple[Tensor, Slots]:
+        of_m = slot_cotangents[0] - rate * cotangent
+        return of_m, (self.mu * of_m,)
+
+
+class Adam:
+    """m' = b1 m + (1-b1) g; v' = b2 v + (1-b2) g^2; theta' = theta - rate (m'/c1) / sqrt(v'/c2 + eps^2) with
+    c = 1 - b^(step+1). (torch.optim.Adam adds eps outside of the root.)"""
+
+    num_slots = 2
+    beta1, beta2 = 0.9, 0.99
+
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+        m = torch.lerp(gradient, slots[0], self.beta1)
+        v = torch.addcmul(slots[1] * self.beta2, gradient, gradient, value=1 - self.beta2)
+        c1, c2 = self._corrections(step)
+        root = torch.sqrt(v * (1 / c2) + ADAM_EPSILON**2)
+        return torch.addcmul(theta, m / root, -rate / c1), (m, v)
+
+    def adjoint(
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: int
+    ) -> tuple[Tensor, Slots]:
+        (m, _), (new_m, new_v) = slots, new_slots
+        c1, c2 = self._corrections(step)
+        inverse = new_v.mul(1 / c2).add_(ADAM_EPSILON**2).rsqrt_()
+        scaled = (-rate / c1) * cotangent * inverse  # d theta' / d m'
+        of_m = slot_cotangents[0] + scaled
+        of_v = torch.addcmul(slot_cotangents[1], scaled * new_m, inverse.square_(), value=-0.5 / c2)
+        gradient = torch.lerp(new_m, m, -self.beta1 / (1 - self.beta1))  # g = (m' - b1 m) / (1 - b1)
+        of_gradient = torch.addcmul(of_m * (1 - self.beta1), gradient, of_v, value=2 * (1 - self.beta2))
+        return of_gradient, (of_m.mul_(self.beta1), of_v.mul_(self.beta2))
+
+    def _corrections(self, step: int) -> tuple[float, float]:
+        return 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
+
+
+_OPTIMISERS: dict[str, InnerOptimiser] = {"sgd": SGD(), "momentum": Momentum(), "adam": Adam()}
+
+
+def inner_optimiser(name: str) -> InnerOptimiser:
+    if name not in _OPTIMISERS:
+        raise ConfigError(f"tasks.optimisers: {name!r} is unknown; allowed: {', '.join(_OPTIMISERS)}")
+    return _OPTIMISERS[name]
+
+
+def cosine_rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate at ``step``: half a cosine from 1 towards 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))

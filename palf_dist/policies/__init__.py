@@ -1,0 +1,16 @@
+"""Who chooses the controls: one protocol, implemented by meta-learned, static and schedule policies."""
+
+from palf_dist.policies.base import Policy
+from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, policy_spec
+from palf_dist.policies.schedule import CurriculumPolicy
+from palf_dist.policies.static import StaticPolicy, uniform_policy
+
+__all__ = [
+    "CurriculumPolicy",
+    "LearnedPolicy",
+    "Policy",
+    "PolicySpec",
+    "StaticPolicy",
+    "policy_spec",
+    "uniform_policy",
+]

@@ -1,0 +1,27 @@
+"""The protocol of a policy pi_phi, equation (5)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+class Policy(Protocol):
+    """Maps the training state to controls. Stateless: everything it learned is in phi."""
+
+    features: tuple[str, ...]  # names it reads, see training_state.FEATURES
+    refresh: int  # inner steps between two evaluations
+    active_basis: tuple[str, ...]  # basis losses whose mixture weight may be non-zero
+    num_parameters: int
+
+    def initial(self) -> np.ndarray:
+        """phi before meta-training, float32 [num_parameters]."""
+        ...
+
+    def controls(self, phi: Tensor, state: Tensor) -> Tensor:
+        """Controls [G, U] (types.CONTROLS: mixture weights in the simplex, then bounded hyper-parameters) from raw
+        features state [G, S]; phi is [num_parameters], or [G, num_parameters] for a policy per task. Differentiable in
+        phi."""
+        ...
