@@ -1,0 +1,100 @@
+"""The run directory: its layout, how one is made or opened again, and the lock that keeps a second driver out.
+
+Nothing is ever written into a folder before it has been found fit, and nothing that exists is overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from palf_dist.atomic import exclusive
+from palf_dist.atomic import write_atomic as write_atomic  # part of this module's interface
+from palf_dist.types import RunDirectoryError
+
+CONFIG = "config.yaml"
+METRICS = "metrics.parquet"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+TRAJECTORIES = "trajectories"
+REPORT = "report"
+LOCK = ".lock"
+
+
+def create_run_directory(path: str | Path) -> Path:
+    """Make an empty run directory, with its parents, and return it absolute.
+
+    Raises RunDirectoryError when it holds files already, is a file, is a URI, or cannot be written.
+    """
+    run_dir = _local(path)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        entries = sorted(entry.name for entry in run_dir.iterdir() if entry.name != LOCK)
+    except OSError as error:
+        raise _unusable(run_dir, error) from error
+    if entries:
+        raise RunDirectoryError(
+            f"run directory: {run_dir} is not empty (it holds {', '.join(entries[:3])}); "
+            f"continue that run with --resume {run_dir}, or choose another folder with --run-dir"
+        )
+    _check_writable(run_dir)
+    return run_dir
+
+
+def open_run_directory(path: str | Path) -> Path:
+    """The absolute path of an existing, writable run directory.
+
+    Raises RunDirectoryError when there is none, when it has no config.yaml, or when it cannot be written.
+    """
+    run_dir = _local(path)
+    try:
+        found = (run_dir / CONFIG).is_file()
+    except OSError as error:
+        raise _unusable(run_dir, error) from error
+    if not found:
+        raise RunDirectoryError(
+            f"run directory: {run_dir} holds no run ({CONFIG} is missing); name the folder of an earlier run"
+        )
+    _check_writable(run_dir)
+    return run_dir
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for one driver. Raises RunDirectoryError while another one has it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(run_dir / LOCK))
+        except BlockingIOError as error:
+            raise RunDirectoryError(
+                f"run directory: {run_dir} is in use by another run; wait for it to end, or choose another --run-dir"
+            ) from error
+        except OSError as error:
+            raise _unusable(run_dir, error) from error
+        yield
+
+
+def _local(path: str | Path) -> Path:
+    if "://" in str(path):
+        raise RunDirectoryError(
+            f"run directory: {path} is a URI; name a local or mounted folder (datasets may be URIs, the run may not)"
+        )
+    return Path(path).expanduser().absolute()
+
+
+def _check_writable(run_dir: Path) -> None:
+    probe = run_dir / f".probe-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _unusable(run_dir, error) from error
+
+
+def _unusable(run_dir: Path, error: OSError) -> RunDirectoryError:
+    reason = error.strerror or str(error)
+    return RunDirectoryError(
+        f"run directory: {run_dir} cannot be used ({reason}); make it a writable folder, or choose another --run-dir"
+    )

@@ -1,0 +1,239 @@
+"""The delivery process: reads a run's spool and hands it to MLflow, so that no MLflow call ever runs in the driver.
+
+``python -m palf_dist.tracking_delivery RUN_DIR GRACE`` follows the spool until its standard input ends (the driver
+closed it, or died), then goes on for at most GRACE seconds while anything is left. It reports on its standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from palf_dist.atomic import exclusive
+from palf_dist.tracking_spool import Spool
+
+POLL = 1.0  # seconds between two looks at the spool
+LONGEST_WAIT = 30.0  # seconds between two attempts at a server that does not answer
+METRICS_PER_BATCH = 1000  # MLflow's limits
+PARAMS_PER_BATCH = 100
+LONGEST_PARAM = 500  # of the older servers; the whole configuration is an artifact as well
+KEY_TAG = "palf_dist.key"
+
+CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Environment of the delivery process: one call lasts about 20 s at most. A user's own values win."""
+
+PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
+"""Error codes that another attempt cannot mend: the records are reported and passed over."""
+
+Report = Callable[[int, str], None]  # (logging level, message)
+
+
+class Delivery:
+    """One attempt after another at handing a spool to MLflow. Every record is safe to send twice."""
+
+    def __init__(self, spool: Spool, report: Report) -> None:
+        self._spool = spool
+        self._report = report
+        self._client: Any = None
+        self._run_id = ""
+
+    def deliver(self) -> None:
+        """Send what is pending and move the mark along. Raises what MLflow raises when it cannot be reached."""
+        if next(self._spool.pending(), None) is None:
+            return
+        if not self._run_id:
+            self._connect()
+        for kind, records, offset in batches(self._spool.pending()):
+            try:
+                getattr(self, f"_send_{kind}")(records)
+            except Exception as error:
+                code = getattr(error, "error_code", None)
+                if code == "RESOURCE_DOES_NOT_EXIST":
+                    self._run_id, self._spool.run = "", None  # deleted, or another database: start over in a new run
+                if code not in PERMANENT:
+                    raise
+                self._report(logging.WARNING, f"MLflow refused {len(records)} {kind} record(s): {first_line(error)}")
+            self._spool.delivered = offset
+
+    def _connect(self) -> None:
+        """Find this run at its destination, or make it there."""
+        destination = self._spool.destination
+        assert destination is not None
+        uri = destination["uri"]
+        if self._client is None:
+            self._client = _client(uri)
+        known = self._spool.run
+        if known is None or known["uri"] != uri:
+            # A lost answer to an earlier attempt, or the same server under a new address: look before making another.
+            experiment_id = self._experiment(destination["experiment"])
+            found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{destination['key']}'")
+            if found:
+                run = found[0]
+            else:
+                tags = {KEY_TAG: destination["key"]}
+                run = self._client.create_run(experiment_id, destination["started"], tags, destination["name"])
+                self._spool.delivered = 0
+            known = {"uri": uri, "run_id": run.info.run_id}
+            self._spool.run = known
+        self._run_id = known["run_id"]
+
+    def _experiment(self, name: str) -> str:
+        experiment = self._client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else self._client.create_experiment(name)
+
+    def _send_metrics(self, records: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(re.sub(r"[^\w\-./ :]", "_", name), value, record["time"], record["step"])
+            for record in records
+            for name, value in record["values"].items()
+        ]
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            self._client.log_batch(self._run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+
+    def _send_params(self, records: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, value[:LONGEST_PARAM]) for name, value in records[0]["values"].items()]
+        for start in range(0, len(params), PARAMS_PER_BATCH):
+            self._client.log_batch(self._run_id, params=params[start : start + PARAMS_PER_BATCH])
+
+    def _send_tags(self, records: list[dict[str, Any]]) -> None:
+        for name, value in records[0]["values"].items():
+            self._client.set_tag(self._run_id, name, value)
+
+    def _send_artifact(self, records: list[dict[str, Any]]) -> None:
+        path = Path(records[0]["path"])
+        if not path.exists():
+            self._report(logging.WARNING, f"artifact {path} was gone before MLflow could take it")
+        elif path.is_dir():
+            self._client.log_artifacts(self._run_id, str(path), records[0]["folder"] or path.name)
+        else:
+            self._client.log_artifact(self._run_id, str(path), records[0]["folder"] or None)
+
+    def _send_status(self, records: list[dict[str, Any]]) -> None:
+        status, moment = records[0]["status"], records[0]["time"]
+        if status == "RUNNING":
+            self._client.update_run(self._run_id, status)
+        else:
+            self._client.set_terminated(self._run_id, status, moment)
+
+
+def batches(pending: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
+    """Group consecutive metrics records up to MLflow's limit; every other record stands alone."""
+    group: list[dict[str, Any]] = []
+    size = end = 0
+    for record, offset in pending:
+        if record["kind"] == "metrics" and size + len(record["values"]) <= METRICS_PER_BATCH:
+            group.append(record)
+            size, end = size + len(record["values"]), offset
+            continue
+        if group:
+            yield "metrics", group, end
+        group, size, end = ([record], len(record["values"]), offset) if record["kind"] == "metrics" else ([], 0, 0)
+        if not group:
+            yield record["kind"], [record], offset
+    if group:
+        yield "metrics", group, end
+
+
+def first_line(error: Exception) -> str:
+    """The gist of an exception: MLflow's are many lines long."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def follow(spool: Spool, grace: float, report: Report, ended: Callable[[float], bool]) -> int:
+    """Deliver until ``ended(seconds to wait)`` and nothing is left (0), or ``grace`` seconds after that (1).
+
+    A server that does not answer is reported once, and once more when it is back.
+    """
+    delivery = Delivery(spool, report)
+    failures = 0
+    deadline = float("inf")
+    over = False
+    while True:
+        try:
+            with exclusive(spool.lock):
+                delivery.deliver()
+            if failures:
+                report(logging.INFO, "MLflow answers again; all metrics are delivered")
+            failures = 0
+            if over:
+                return 0
+        except BlockingIOError:
+            pass  # the process of an earlier, killed driver is still at it
+        except ImportError as error:
+            report(logging.WARNING, f"MLflow cannot be imported ({first_line(error)}); metrics stay in {spool.folder}")
+            return 1
+        except Exception as error:
+            if not failures:
+                report(
+                    logging.WARNING,
+                    f"MLflow takes no metrics ({first_line(error)}); training goes on, they wait in {spool.folder}",
+                )
+            failures += 1
+        if time.monotonic() > deadline:
+            return 1
+        if over:
+            time.sleep(POLL)
+        elif over := ended(min(POLL * 2**failures, LONGEST_WAIT)):
+            deadline = time.monotonic() + grace
+
+
+def _client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(tracking_uri=uri)
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two processes that create the tables of a new database at once both fail: one at a time. Artifacts go to mlruns/
+    # in the folder of the moment, which must be the database's, wherever the run was started.
+    with exclusive(folder, wait=True), contextlib.chdir(folder):
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def _stdin_ended(seconds: float) -> bool:
+    readable, _, _ = select.select([sys.stdin], [], [], seconds)
+    return bool(readable) and not sys.stdin.read(1)
+
+
+def main(run_dir: str, grace: str) -> int:
+    """Set the process up: MLflow's output goes to tracking/delivery.log, ours to the driver; training goes first."""
+    spool = Spool(Path(run_dir))
+    messages = os.fdopen(os.dup(1), "w")
+    log = os.open(spool.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.nice(5)
+    for name, value in CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+    def report(level: int, message: str) -> None:
+        try:
+            print(level, message, file=messages, flush=True)
+        except BrokenPipeError:
+            print(message, file=sys.stderr)  # the driver is gone
+
+    return follow(spool, float(grace), report, _stdin_ended)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
