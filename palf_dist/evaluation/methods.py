@@ -1,0 +1,103 @@
+"""The methods of the held-out comparison: the policy, and what people use instead of it.
+
+Each static method is a point in control space (mixture weights + hyper-parameters), so that every method runs through
+the same inner loop, with the learning rate and L2 strength that were tuned for plain cross-entropy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, ConfigError
+
+PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
+"""The five basis losses of the paper, equation (4); robust_ce is ours (METHODS part 6)."""
+
+REFERENCE = "ce"
+"""The method that all differences are taken against; it is part of every comparison."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison. Controls that are not named keep ``types.DEFAULT_HYPERPARAMETERS``."""
+
+    name: str
+    label: str  # as tables and plots print it
+    alpha: Mapping[str, float] = field(default_factory=dict)  # weights of the basis losses; empty for the policy
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    early_stopping: bool = False  # theta of the best accuracy on the noisy validation rows instead of the last
+    uses_policy: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.uses_policy != bool(self.alpha), f"{self.name}: either a policy or mixture weights"
+        assert set(self.alpha) <= set(BASIS_LOSSES) and set(self.hyperparameters) <= set(DEFAULT_HYPERPARAMETERS)
+        assert self.uses_policy or abs(sum(self.alpha.values()) - 1) < 1e-9, f"{self.name}: alpha is not convex"
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("policy", "meta-learned policy", uses_policy=True),
+        Method("ce", "tuned CE", {"ce": 1.0}, note="reference: learning rate and L2 were tuned for it"),
+        Method("focal", "focal", {"focal": 1.0}),
+        Method("label_smoothing", "label smoothing", {"label_smoothing": 1.0}),
+        Method("symmetric_ce", "symmetric CE", {"symmetric_ce": 1.0}),
+        Method(
+            "info_nce",
+            "InfoNCE alone",
+            {"info_nce": 1.0},
+            note="reads the features only: no gradient reaches the output layer, so near chance is expected",
+        ),
+        Method(
+            "s5",
+            "S5 (robust CE)",
+            {"robust_ce": 1.0},
+            {"la": 1.0, "e": 0.2, "ew": 0.6},
+            note="static la = 1, e = 0.2, ew = 0.6, the constants that the policy starts from",
+        ),
+        Method("uniform", "uniform mixture", dict.fromkeys(PAPER_BASIS, 0.2), note="of the paper's five basis losses"),
+        Method("ce_rce", "0.1 CE + RCE", {"symmetric_ce": 1.0}, {"a": 0.1, "b": 1.0}),
+        Method(
+            "ce_early_stopping",
+            "CE, early stopping",
+            {"ce": 1.0},
+            early_stopping=True,
+            note="stopped on the validation rows, which are as noisy as the training rows",
+        ),
+    )
+}
+
+
+def static_controls(method: Method) -> Tensor:
+    """The controls [U] float32 of a static method, in the order of ``types.CONTROLS``."""
+    assert not method.uses_policy, f"{method.name} sets its controls from the training state"
+    controls = torch.zeros(len(CONTROLS))
+    for name, value in {**DEFAULT_HYPERPARAMETERS, **method.hyperparameters, **method.alpha}.items():
+        controls[CONTROL_INDEX[name]] = value
+    return controls
+
+
+def active_basis(method: Method) -> tuple[str, ...]:
+    """The basis losses that a static method mixes, in the order of ``types.BASIS_LOSSES``; others can be skipped."""
+    assert not method.uses_policy, f"the basis losses of {method.name} are those of its policy file"
+    return tuple(name for name in BASIS_LOSSES if method.alpha.get(name))
+
+
+def select_methods(names: Iterable[str] | None = None) -> tuple[Method, ...]:
+    """The named methods in the order of ``METHODS``, always with the reference; None selects all.
+
+    Raises ConfigError for an unknown name.
+    """
+    wanted = set(METHODS if names is None else names) | {REFERENCE}
+    for name in sorted(wanted - set(METHODS)):
+        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"evaluation.methods: unknown method {name!r}; did you mean {nearest!r}? Known: {', '.join(METHODS)}"
+        )
+    return tuple(method for method in METHODS.values() if method.name in wanted)

@@ -1,0 +1,242 @@
+"""The report of a run: pictures, the held-out table, and one self-contained HTML page that holds them all.
+
+Everything is read from the run directory, so a report can be made at any time, also of a run that is not finished.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from palf_dist.atomic import replacing_folder
+from palf_dist.config import RunConfig
+from palf_dist.config_loading import dump_config, load_config
+from palf_dist.evaluation import plots
+from palf_dist.evaluation.methods import REFERENCE
+from palf_dist.evaluation.statistics import Comparison, compare
+from palf_dist.evaluation.table import is_policy, label_of, table_notes, to_cells, to_markdown, to_records
+from palf_dist.run_directory import BEST, CONFIG, METRICS, REPORT, TRAJECTORIES, open_run_directory
+from palf_dist.trajectory import read_trajectories
+from palf_dist.types import RunDirectoryError
+
+RESULTS = "results.parquet"
+"""One row per method and held-out task; see ``evaluation.statistics.compare``."""
+
+PAGE, TABLE_MARKDOWN, TABLE_JSON = "index.html", "table.md", "table.json"
+
+LAST_STEPS = 10
+"""Outer steps whose trajectories are shown: the last ones, where the policy hardly moves any more."""
+
+PACKAGES = ("palf-dist", "torch", "ray", "mlflow", "numpy", "pyarrow", "scipy")
+
+CAPTIONS = {
+    "held_out": "What each loss is worth on datasets that meta-training never saw. Points right of the line beat "
+    "tuned cross-entropy; a bar that crosses it settles nothing, one that reaches the frame goes on.",
+    "noise": "The same by label noise: the policy and the best of the other methods.",
+    "alpha": "What the policy does while an inner model trains, over the last outer steps.",
+    "outer_loss": "Meta-training: the outer loss that the meta-learner minimises, and the score that picks the policy.",
+}
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """What ``make_report`` wrote. Pictures and tables that a partial run cannot give yet are left out."""
+
+    folder: Path
+    page: Path
+    pictures: tuple[Path, ...]
+    tables: tuple[Path, ...]  # table.md and table.json, or nothing
+    comparisons: tuple[Comparison, ...]  # the held-out comparison, for those who print it
+
+
+def make_report(run_dir: str | Path) -> ReportPaths:
+    """Write the report of a run into its folder ``report``, which is replaced as a whole.
+
+    Raises RunDirectoryError when the folder is not a run or one of its files cannot be read, ConfigError when its
+    configuration is damaged.
+    """
+    run_dir = open_run_directory(run_dir)
+    config = load_config(run_dir / CONFIG)
+    metrics = _read_table(run_dir / METRICS)
+    results = _read_table(run_dir / RESULTS)
+    comparisons = compare(results) if results is not None and results.num_rows else []
+    card = _policy_card(run_dir / BEST / "policy.json")
+
+    pictures: dict[str, bytes] = {}
+    if comparisons:
+        pictures["held_out"] = plots.to_png(plots.plot_held_out(comparisons))
+        pictures["noise"] = plots.to_png(plots.plot_noise(comparisons))
+    if (trajectories := _last_trajectories(run_dir)) is not None:
+        pictures["alpha"] = plots.to_png(plots.plot_alpha(trajectories))
+    if metrics is not None and metrics.num_rows:
+        pictures["outer_loss"] = plots.to_png(plots.plot_outer_loss(metrics))
+
+    files = {f"{name}.png": data for name, data in pictures.items()}
+    if comparisons:
+        files[TABLE_MARKDOWN] = to_markdown(comparisons).encode()
+        files[TABLE_JSON] = (json.dumps({"held_out": to_records(comparisons)}, indent=2) + "\n").encode()
+    files[PAGE] = _page(run_dir, config, metrics, comparisons, card, pictures).encode()
+    folder = run_dir / REPORT
+    with replacing_folder(folder) as temporary:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+    return ReportPaths(
+        folder=folder,
+        page=folder / PAGE,
+        pictures=tuple(folder / name for name in files if name.endswith(".png")),
+        tables=tuple(folder / name for name in files if name.startswith("table.")),
+        comparisons=tuple(comparisons),
+    )
+
+
+def _read_table(path: Path) -> pa.Table | None:
+    """The Parquet file, or None where the run has not written it yet."""
+    if not path.exists():
+        return None
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise RunDirectoryError(
+            f"run directory: {path} cannot be read ({error}); restore or remove that file"
+        ) from error
+
+
+def _last_trajectories(run_dir: Path) -> pa.Table | None:
+    files = (run_dir / TRAJECTORIES).glob("step=*/*.parquet")
+    steps = sorted({int(file.parent.name.removeprefix("step=")) for file in files})
+    return read_trajectories(run_dir, steps=steps[-LAST_STEPS:]) if steps else None
+
+
+def _page(
+    run_dir: Path,
+    config: RunConfig,
+    metrics: pa.Table | None,
+    comparisons: Sequence[Comparison],
+    card: dict[str, Any] | None,
+    pictures: dict[str, bytes],
+) -> str:
+    policy_file = run_dir / BEST / "policy.safetensors"
+    header, rows = to_cells(comparisons) if comparisons else ([], [])
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("palf_dist", "evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        name=config.name,
+        headline=_headline(comparisons),
+        facts=_facts(config, metrics, card),
+        header=header,
+        rows=[
+            ("policy" if is_policy(item.method) else "reference" if item.method == REFERENCE else "", cells)
+            for item, cells in zip(comparisons, rows, strict=True)
+        ],
+        notes=table_notes(comparisons) if comparisons else [],
+        pictures=[
+            (name, caption, _display_width(pictures[name]), base64.b64encode(pictures[name]).decode())
+            for name, caption in CAPTIONS.items()
+            if name in pictures
+        ],
+        usage=_usage(policy_file) if policy_file.exists() else None,
+        policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
+        configuration=dump_config(config),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        machine=platform.platform(),
+    )
+
+
+def _headline(comparisons: Sequence[Comparison]) -> str:
+    if not comparisons:
+        return "There are no held-out results yet: the evaluation comes at the end of the run."
+    policy = next((item for item in comparisons if is_policy(item.method)), None)
+    if policy is None:
+        return "The policy was not among the methods compared."
+    estimate = policy.overall.difference
+    if not estimate.tasks:
+        return "The policy has no finite result on any held-out task."
+    interval = "no interval with one dataset"
+    if estimate.clusters > 1:
+        interval = f"95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}, clustered by dataset"
+    return (
+        f"The {label_of(policy.method)} reaches {policy.overall.accuracy:.1f} % on held-out datasets: "
+        f"{estimate.mean:+.2f} points against {label_of(REFERENCE)} ({interval}), "
+        f"over {estimate.tasks} paired tasks of {estimate.clusters} datasets."
+    )
+
+
+def _facts(config: RunConfig, metrics: pa.Table | None, card: dict[str, Any] | None) -> dict[str, str]:
+    sums = {} if metrics is None else {name: pc.sum(metrics[name]).as_py() or 0 for name in metrics.column_names}
+    facts = {
+        "outer steps": f"{0 if metrics is None else metrics.num_rows} of {config.meta_learner.outer_steps}",
+        "tasks per outer step": str(config.meta_learner.groups_per_step * config.tasks.group_size),
+        "meta-trained on": ", ".join(source.name for source in config.data.train),
+        "held out": ", ".join(source.name for source in config.data.held_out),
+        "estimator": f"{config.estimator.kind}, outer loss {config.outer_loss.kind.replace('_', ' ')}",
+        "workers": f"{config.distributed.workers or 'in process'}, {config.distributed.mode}",
+    }
+    if "applied" in sums:
+        facts["contributions"] = _contributions(sums)
+    if "seconds" in sums:
+        facts["time in outer steps"] = f"{sums['seconds'] / 60:.1f} minutes"
+    if card is not None:
+        about = card["card"]
+        facts["policy"] = (
+            f"taken after {about['outer_step']} outer steps, {100 * about['selection_score']:+.2f} points against "
+            f"{label_of(REFERENCE)} on fresh training tasks"
+        )
+    return facts
+
+
+def _contributions(sums: dict[str, float]) -> str:
+    refused = {name.removeprefix("refused_"): int(sums[name]) for name in sums if name.startswith("refused_")}
+    causes = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in refused.items() if count)
+    counts = f"{sums['applied']:.0f} applied, {sums['reissued']:.0f} reissued, {sum(refused.values())} refused"
+    return f"{counts} ({causes})" if causes else counts
+
+
+def _policy_card(path: Path) -> dict[str, Any] | None:
+    """The policy file's own description, or None where no policy has been selected yet."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RunDirectoryError(f"run directory: {path} is not JSON ({error}); restore or remove that file") from error
+
+
+def _display_width(png: bytes) -> int:
+    """Width in CSS pixels at which every picture's text has the same size: the PNG header's width at 100 dpi."""
+    return int.from_bytes(png[16:20]) * 100 // 150
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a source tree on sys.path
+        return "not installed"
+
+
+def _usage(policy_file: Path) -> str:
+    return textwrap.dedent(
+        f"""\
+        from palf_dist.adaptive_loss import AdaptiveLoss
+
+        criterion = AdaptiveLoss.load({str(policy_file)!r}, total_steps=total_steps)  # before the loop
+        loss = criterion(model(x), y)  # in place of F.cross_entropy(model(x), y)
+        criterion.step(model)  # after loss.backward()
+        """
+    )

@@ -1,0 +1,65 @@
+"""The methods of the comparison are the losses that METHODS parts 5 and 6 name."""
+
+from __future__ import annotations
+
+import pytest
+
+from palf_dist.evaluation.methods import METHODS, active_basis, select_methods, static_controls
+from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS, ConfigError
+
+STATIC = [method for method in METHODS.values() if not method.uses_policy]
+
+
+@pytest.mark.parametrize("method", STATIC, ids=lambda method: method.name)
+def test_controls_are_a_mixture_with_unit_weight_decay(method):
+    controls = static_controls(method)
+    assert controls.shape == (len(CONTROLS),)
+    assert controls[:NUM_BASIS].min() >= 0
+    assert controls[:NUM_BASIS].sum().item() == pytest.approx(1)
+    assert controls[CONTROLS.index("wd")] == 1
+    assert active_basis(method) == tuple(name for name, a in zip(BASIS_LOSSES, controls, strict=False) if a > 0)
+
+
+def named(name):
+    return dict(zip(CONTROLS, static_controls(METHODS[name]).tolist(), strict=True))
+
+
+def test_the_constants_of_the_methods_document():
+    s5 = named("s5")
+    assert (s5["robust_ce"], s5["la"]) == (1, 1)
+    assert (s5["e"], s5["ew"]) == pytest.approx((0.2, 0.6))
+    ce_rce = named("ce_rce")
+    assert ce_rce["symmetric_ce"] == 1 and (ce_rce["a"], ce_rce["b"]) == pytest.approx((0.1, 1))
+    uniform = named("uniform")
+    assert [uniform[name] for name in BASIS_LOSSES] == pytest.approx([0.2] * 5 + [0])
+    ce = named("ce")
+    assert {name: ce[name] for name in DEFAULT_HYPERPARAMETERS} == pytest.approx(DEFAULT_HYPERPARAMETERS)
+
+
+def test_early_stopping_differs_from_ce_in_the_stop_only():
+    assert named("ce_early_stopping") == named("ce")
+    assert [method.name for method in METHODS.values() if method.early_stopping] == ["ce_early_stopping"]
+
+
+def test_every_basis_loss_has_a_static_row_of_its_own():
+    assert {active_basis(method) for method in STATIC} >= {(name,) for name in BASIS_LOSSES}
+
+
+def test_the_policy_has_no_static_controls():
+    policy = METHODS["policy"]
+    assert policy.uses_policy
+    with pytest.raises(AssertionError):
+        static_controls(policy)
+    with pytest.raises(AssertionError):
+        active_basis(policy)
+
+
+def test_selection_keeps_the_table_order_and_always_holds_the_reference():
+    assert [method.name for method in select_methods()] == list(METHODS)
+    assert [method.name for method in select_methods(["s5", "policy"])] == ["policy", "ce", "s5"]
+    assert [method.name for method in select_methods([])] == ["ce"]
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"evaluation\.methods.*'foccal'.*did you mean 'focal'"):
+        select_methods(["foccal"])
