@@ -1,7 +1,7 @@
 """The drop-in: a meta-learned policy as a loss module for anybody's PyTorch loop.
 
-It sees what the policy saw in meta-training, at the same moments: the training state is read from the current batch
-every ``refresh`` steps, and each example's averaged prediction is gathered and scattered by its row index.
+It sees what the policy saw in meta-training, at the same moments of a run: the training state is read from the current
+batch as often per run, and each example's averaged prediction is gathered and scattered by its row index.
 """
 
 from __future__ import annotations
@@ -130,6 +130,9 @@ class AdaptiveLoss(_LateBuffers):
         self.policy = artefact.policy()
         self._digest = hashlib.sha256(b"".join(policy_bytes(artefact))).hexdigest()
         self._step, self._refreshed_at = 0, -1
+        # as many refreshes in a run as the policy had in meta-training, however long the run
+        trained_for = artefact.card.get("inner_steps", total_steps)
+        self.refresh_every = max(1, round(self.policy.refresh * total_steps / trained_for))
         self._weight_decay_multiplier = 1.0
         self._context: LossContext | None = None
         self._model_parameters: list[Tensor] = []  # for the Hessian trace
@@ -209,7 +212,7 @@ class AdaptiveLoss(_LateBuffers):
                 initial = group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
                 group["weight_decay"] = initial * self._weight_decay_multiplier
         self._step += 1
-        if self._step % self.policy.refresh == 0 and "gradient_norm" in self.policy.features:
+        if self._step % self.refresh_every == 0 and "gradient_norm" in self.policy.features:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if not gradients:
                 raise ConfigError("step: no parameter has a gradient; call it after backward() and before zero_grad()")
@@ -269,7 +272,7 @@ class AdaptiveLoss(_LateBuffers):
             if not len(self.label_counts):
                 self.label_counts = self.label_counts.new_zeros(z.shape[1])
             self.label_counts.scatter_add_(0, y, torch.ones_like(y, dtype=self.label_counts.dtype))
-        if self._step % self.policy.refresh == 0 and self._refreshed_at != self._step:
+        if self._step % self.refresh_every == 0 and self._refreshed_at != self._step:
             self._refresh(z, y, index)
         if index is None:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
@@ -15,7 +15,7 @@ Decay = Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 BasisName = Literal["ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce"]
 HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau"]
-assert BASIS_LOSSES == BasisName.__args__ and HYPERPARAMETERS == HyperparameterName.__args__  # type: ignore[attr-defined]
+assert get_args(BasisName) == BASIS_LOSSES and get_args(HyperparameterName) == HYPERPARAMETERS
 
 
 class Section(BaseModel):
@@ -251,7 +251,7 @@ class EvaluationConfig(Section):
     conditions: tuple[Literal["balanced", "matched", "shifted"], ...] = Field(
         default=("balanced", "matched", "shifted"),
         min_length=1,
-        description="balanced: as the data is; matched: imbalanced training and test; shifted: imbalanced training only",
+        description="balanced: as the data is; matched: training and test imbalanced; shifted: training alone",
     )
     imbalance: Annotated[FiniteFloat, Field(strict=True, ge=1)] = 10.0
     seeds: Count = Field(default=2, description="tasks of each dataset, noise rate and condition")

@@ -50,13 +50,18 @@ class InnerState:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """As numpy arrays, for a windowed estimator's carried state (controls are recomputed from the features)."""
-        arrays = {"step": np.array(self.step), "theta": self.theta, "averaged": self.averaged, "seen": self.seen}
+        arrays: dict[str, Tensor | np.ndarray] = {
+            "step": np.array(self.step),
+            "theta": self.theta,
+            "averaged": self.averaged,
+            "seen": self.seen,
+        }
         arrays |= {f"slot_{index}": slot for index, slot in enumerate(self.slots)}
         for name in ("statistics", "features", "gradient_norm2"):
             value = getattr(self, name)
             if value is not None:
                 arrays[name] = value
-        return {name: value.detach().numpy() if torch.is_tensor(value) else value for name, value in arrays.items()}
+        return {name: value.detach().numpy() if isinstance(value, Tensor) else value for name, value in arrays.items()}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> InnerState:
@@ -100,9 +105,7 @@ class InnerLoop:
         self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
         self._needs_validation = bool(set(VALIDATION_FEATURES) & set(policy.features))
         self._probes = (
-            hutchinson_probes(group.theta0.shape[1], group.theta0.dtype)
-            if "hessian_trace" in policy.features
-            else None
+            hutchinson_probes(group.theta0.shape[1], group.theta0.dtype) if "hessian_trace" in policy.features else None
         )
 
     def start(self) -> InnerState:
@@ -152,7 +155,9 @@ class InnerLoop:
         own, seen = self._remember(state, logits.detach(), labels)
         context = self.context(own, seen)
         if differentiable:
-            loss: Tensor | None = reference_mixture(logits, labels, features, controls, context, self.policy.active_basis)
+            loss: Tensor | None = reference_mixture(
+                logits, labels, features, controls, context, self.policy.active_basis
+            )
             assert loss is not None
             (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
         else:
@@ -269,5 +274,3 @@ def to_dtype(group: TaskGroup, dtype: torch.dtype) -> TaskGroup:
         learning_rate=convert(group.learning_rate),
         weight_decay=convert(group.weight_decay),
     )
-
-

@@ -1,7 +1,7 @@
 """Inner optimisers as pure functions of (theta, slots, gradient), with the adjoint of their update.
 
-All act on flat parameters [G, P]; ``rate`` [G, 1] is the learning rate of this step. Weight decay is decoupled from them
-and lives in the inner loop.
+All act on flat parameters [G, P]; ``rate`` [G, 1] is the learning rate of this step. Weight decay is decoupled from
+them and lives in the inner loop.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ PAPER_FEATURES = ("gradient_norm", "hessian_trace", "entropy", "loss", "loss_var
 """Equation (6): ||grad L||^2 and tr(H) on a signed log scale, H[p(y|x)] / log k, E[l] / log k, Var[l], t / T."""
 
 TASK_FEATURES = ("log_rows", "log_classes", "imbalance", "prior_shift")
-"""Constant over a run: log n, log k, entropy of the training label frequencies / log k, mean |log pi_train/pi_target|."""
+"""Constant over a run: log n, log k, entropy of the label frequencies / log k, mean |log pi_train / pi_target|."""
 
 NOISE_FEATURES = ("accuracy", "noise_rate", "disagreement", "bimodality")
 """Noise-revealing: batch accuracy; maximum-likelihood rate of uniform label noise given the averaged predictions;

@@ -46,7 +46,7 @@ DEFAULT_HYPERPARAMETERS = {
 
 
 class PalfError(Exception):
-    """A mistake the user can mend: one clear message that names the field and the remedy (exit code 2, no traceback)."""
+    """A mistake the user can mend: one clear message that names field and remedy (exit code 2, no traceback)."""
 
 
 class ConfigError(PalfError):

@@ -71,9 +71,7 @@ def make_group(
         meta_validation=split("meta", 9),
         test=split("test", 8),
         clean_train_labels=train.labels,
-        batches=torch.from_numpy(
-            draw.permuted(draw.integers(0, rows - 2, (steps, size, batch)), axis=-1)
-        ),
+        batches=torch.from_numpy(draw.permuted(draw.integers(0, rows - 2, (steps, size, batch)), axis=-1)),
         class_mask=class_mask,
         log_prior_ratio=ratio,
         learning_rate=torch.full((size, 1), learning_rate),

@@ -373,3 +373,17 @@ def test_batches_that_do_not_fit():
         criterion(logits, y, logits, index[:2])
     with pytest.raises(ConfigError, match="row -1 is negative"):
         criterion(logits, y, logits, index - index.min() - 1)
+
+
+@pytest.mark.parametrize(("total_steps", "interval"), [(150, 3), (1500, 30), (20, 1)])
+def test_the_refresh_interval_scales_with_the_run(total_steps: int, interval: int) -> None:
+    policy = replace(artefact(), card={"inner_steps": 150})
+    criterion = AdaptiveLoss(policy, total_steps=total_steps)
+    refreshed = []
+    for step in range(min(total_steps, 2 * interval + 1)):
+        logits, y, index = batch(step)
+        before = criterion._refreshed_at
+        criterion(logits, y, index=index)
+        refreshed += [step] if criterion._refreshed_at != before else []
+        criterion.step(nn.Linear(1, 1))
+    assert refreshed == [0, interval, 2 * interval]

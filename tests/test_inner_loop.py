@@ -55,7 +55,9 @@ def test_plain_cross_entropy_is_ordinary_training() -> None:
     loop.run(state, torch.zeros(0), loop.steps)
     for task in range(group.size):
         theta = torch.nn.Parameter(group.theta0[task].clone())
-        sgd = torch.optim.SGD([theta], lr=1.0, weight_decay=float(group.weight_decay[task]))  # for SGD the same as decoupled
+        sgd = torch.optim.SGD(
+            [theta], lr=1.0, weight_decay=float(group.weight_decay[task])
+        )  # for SGD the same as decoupled
         for step in range(loop.steps):
             inputs, labels = group.train.batch(group.batches[step])
             logits = group.model.apply(theta.expand_as(group.theta0), inputs)[0][task][:, group.class_mask[task]]

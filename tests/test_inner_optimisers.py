@@ -70,5 +70,5 @@ def test_cosine_rate_falls_from_one_towards_zero() -> None:
 
 
 def test_unknown_optimiser_is_named() -> None:
-    with pytest.raises(ConfigError, match="tasks.optimisers: 'lion' is unknown; allowed: sgd, momentum, adam"):
+    with pytest.raises(ConfigError, match=r"tasks\.optimisers: 'lion' is unknown; allowed: sgd, momentum, adam"):
         inner_optimiser("lion")

@@ -36,9 +36,7 @@ def test_formula_on_real_rows_and_classes_only(kind: str, case: tuple[torch.Tens
     logits, labels, mask, class_mask = case
     config = OuterLossConfig(kind=kind, sharpness=3.0)
     got = outer_loss(config, logits, labels, mask, class_mask)
-    want = torch.stack(
-        [by_hand(kind, logits[0], labels[0], 3.0), by_hand(kind, logits[1, :4, :3], labels[1, :4], 3.0)]
-    )
+    want = torch.stack([by_hand(kind, logits[0], labels[0], 3.0), by_hand(kind, logits[1, :4, :3], labels[1, :4], 3.0)])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 

@@ -111,9 +111,7 @@ def test_bimodality_is_the_best_split_by_brute_force() -> None:
     mask[1, 6:] = False
     for task, n in ((0, 9), (1, 6)):
         ordered = losses[task, :n].sort()[0]
-        best = max(
-            (i / n) * (1 - i / n) * (ordered[:i].mean() - ordered[i:].mean()) ** 2 for i in range(1, n)
-        )
+        best = max((i / n) * (1 - i / n) * (ordered[:i].mean() - ordered[i:].mean()) ** 2 for i in range(1, n))
         want = best / (ordered.var(unbiased=False) + 1e-4)
         torch.testing.assert_close(bimodality(losses, mask)[task], want)
     two_lumps = torch.cat([torch.zeros(1, 20), torch.full((1, 20), 5.0)], 1)

@@ -75,9 +75,7 @@ class Adjoint:
             records=recorder.arrays(),
         )
 
-    def _forward(
-        self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder
-    ) -> ForwardTrace:
+    def _forward(self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder) -> ForwardTrace:
         trace = ForwardTrace()
         if state.features is not None:  # a window that starts between two refreshes: same state, present phi
             state.controls = loop.policy.controls(phi, state.features)

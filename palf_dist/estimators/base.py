@@ -100,7 +100,11 @@ class Recorder:
         rows = group.meta_validation
         value = outer_loss(self.outer, logits, rows.labels, rows.mask, group.class_mask)
         right = accuracy(logits.detach(), rows.labels, rows.mask, group.class_mask)
-        seen = {"inner_step": float(step), "outer_loss": value.detach(), "meta_validation_accuracy": right}
+        seen: dict[str, Tensor | float] = {
+            "inner_step": float(step),
+            "outer_loss": value.detach(),
+            "meta_validation_accuracy": right,
+        }
         self._rows.append(self._last | seen)
         self.outer_losses.append(value)
         return value

@@ -100,16 +100,21 @@ class Tokens(Stem):
 
 def _embed(table: Tensor, codes: Tensor) -> Tensor:
     """Rows ``codes`` [G, B, J] of the tables [G, categories, width]: [G, B, J, width], zeros for code 0."""
-    task = torch.arange(codes.shape[0], device=codes.device)[:, None, None]
-    return table[task, codes] * (codes != 0).unsqueeze(-1)
+    rows = _joint_rows(codes, table.shape[1]).flatten()
+    chosen = table.flatten(0, 1).index_select(0, rows).view(*codes.shape, table.shape[2])
+    return chosen * (codes != 0).unsqueeze(-1)
+
+
+def _joint_rows(codes: Tensor, categories: int) -> Tensor:
+    """Rows of the tables of all tasks joined to one: one index is several times faster than two."""
+    return codes + categories * torch.arange(codes.shape[0], device=codes.device)[:, None, None]
 
 
 def _embedding_gradient(codes: Tensor, dx: Tensor, categories: int, width: int) -> Tensor:
     """Gradient [G, categories, width] of ``_embed``; dx [G, B, J, width] or [G, B, J * width]."""
     tasks = codes.shape[0]
-    first_row = categories * torch.arange(tasks, device=codes.device)[:, None, None]
     grad = dx.new_zeros(tasks * categories, width)
-    grad.index_add_(0, (codes + first_row).flatten(), dx.reshape(-1, width))
+    grad.index_add_(0, _joint_rows(codes, categories).flatten(), dx.reshape(-1, width))
     grad = grad.view(tasks, categories, width)
     grad[:, 0] = 0
     return grad

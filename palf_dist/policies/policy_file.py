@@ -83,7 +83,7 @@ def load_policy(path: str | Path) -> PolicyArtefact:
         raise PolicyFileError(f"{tensors_file}: the tensors are not those that {CARD} was written for; restore both")
     try:
         arrays = safetensors.numpy.load(data)
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in card["policy"].items()}
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in card["policy"].items()}
         artefact = PolicyArtefact(
             PolicySpec(**fields), arrays["phi"], arrays["feature_mean"], arrays["feature_std"], card.get("card", {})
         )

@@ -96,9 +96,7 @@ def test_windows_chain_the_inner_state_and_use_the_present_policy() -> None:
     loop.run(first, phi, 4)
     arrays = {name: np.array(value) for name, value in first.to_arrays().items()}
     moved = phi + 0.1
-    got, want = (
-        estimate(kind, loop, moved, state=InnerState.from_arrays(arrays)) for kind in ("adjoint", "unroll")
-    )
+    got, want = (estimate(kind, loop, moved, state=InnerState.from_arrays(arrays)) for kind in ("adjoint", "unroll"))
     assert relative(got.gradient, want.gradient) <= 1e-10
 
 

@@ -1,0 +1,144 @@
+"""One meta-training run from its configuration to its report: the same for no worker, a laptop's and a cluster's."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from palf_dist import units
+from palf_dist.checkpoint import latest_checkpoint
+from palf_dist.config import RunConfig
+from palf_dist.config_loading import dump_config
+from palf_dist.distributed import phases
+from palf_dist.distributed.meta_training import MetaTraining
+from palf_dist.distributed.pool import Broadcast, RunnerFactory
+from palf_dist.distributed.session import Session, Stopped, open_session
+from palf_dist.evaluation.report import RESULTS, ReportPaths, make_report
+from palf_dist.policies import policy_spec
+from palf_dist.policies.policy_file import load_policy
+from palf_dist.progress import Progress
+from palf_dist.run_directory import CONFIG, create_run_directory, locked, open_run_directory, write_atomic
+from palf_dist.tasks.datasets import load_all
+from palf_dist.tracking import Tracker, open_tracker
+from palf_dist.types import PolicyFileError
+
+
+@dataclass
+class RunResult:
+    """What a run came to. ``policy`` is None and ``rows`` empty where it was interrupted before there were any."""
+
+    run_dir: Path
+    outer_steps: int = 0  # taken since the run began
+    policy: Path | None = None
+    contributions: dict[str, Any] = field(default_factory=lambda: {"applied": 0, "reissued": 0, "refused": {}})
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of results.parquet
+    report: ReportPaths | None = None
+    mlflow_run_id: str | None = None
+    interrupted: bool = False
+
+
+def meta_train(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+    make_runner: RunnerFactory = units.Runner,
+) -> RunResult:
+    """Meta-train, evaluate and report in ``run_dir``: a new or empty folder, or with ``resume`` that of an earlier run.
+
+    The first SIGINT or SIGTERM, or ``stop``, ends the run with a checkpoint and ``interrupted`` set; ``resume`` goes
+    on. In synchronous mode the result is then what it would have been. The caller sees to it that a resumed run has the
+    configuration it began with. Raises the PalfErrors of the configuration, the data, the directory and the cluster.
+    """
+    result = RunResult(open_run_directory(run_dir) if resume else create_run_directory(run_dir))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(result.run_dir))
+        shown = stack.enter_context(progress or Progress())
+        shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
+        datasets = load_all(config.data)
+        session = stack.enter_context(open_session(config, datasets, shown, stop or threading.Event(), make_runner))
+        if not resume:
+            write_atomic(result.run_dir / CONFIG, dump_config(config).encode())
+        tracker = open_tracker(result.run_dir, config)
+        status = "FAILED"
+        try:
+            _train_and_report(session, tracker, result)
+            status = "KILLED" if result.interrupted else "FINISHED"
+        finally:
+            tracker.close(status)
+            result.mlflow_run_id = tracker.run_id
+    return result
+
+
+def evaluate_policy(
+    config: RunConfig,
+    policy: str | Path,
+    *,
+    progress: Progress | None = None,
+    make_runner: RunnerFactory = units.Runner,
+) -> list[dict[str, Any]]:
+    """Rows of the held-out comparison of ``config`` for a policy file. Raises PolicyFileError where the two do not fit.
+
+    A Ctrl-C raises KeyboardInterrupt.
+    """
+    artefact = load_policy(policy)
+    if artefact.spec != policy_spec(config.policy):
+        raise PolicyFileError(
+            f"{policy}: not a policy of this configuration's policy section; name the run's own config"
+        )
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(progress or Progress())
+        datasets = load_all(config.data)
+        session = stack.enter_context(open_session(config, datasets, shown, threading.Event(), make_runner))
+        normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
+        try:
+            prepared = {**phases.tune(session), **normalisation}
+            return phases.evaluate(session, Broadcast(artefact.phi, 0, prepared))
+        except Stopped:
+            raise KeyboardInterrupt from None
+
+
+def _train_and_report(session: Session, tracker: Tracker, result: RunResult) -> None:
+    """Fill ``result``, also when the user stops the run half-way."""
+    run_dir = result.run_dir
+    checkpoint = latest_checkpoint(run_dir)
+    for message in checkpoint.skipped if checkpoint else ():
+        session.progress.event(message)
+    training: MetaTraining | None = None
+    try:
+        training = MetaTraining(session, run_dir, tracker, checkpoint)
+        training.run()
+        best = training.best
+        result.rows = phases.evaluate(session, Broadcast(best.policy, best.version, training.prepared))
+        _write_rows(run_dir / RESULTS, result.rows)
+    except Stopped:
+        result.interrupted = True
+    if training is None:
+        return
+    learner = training.learner
+    result.outer_steps = learner.version
+    result.contributions = {
+        "applied": learner.applied,
+        "reissued": session.reissued,
+        "refused": dict(learner.refused),
+    }
+    if training.policy_file.exists():
+        result.policy = training.policy_file
+    if not result.interrupted:
+        result.report = make_report(run_dir)
+        for path in (run_dir / CONFIG, training.policy_file.parent, result.report.folder):
+            tracker.log_artifact(path, path.name if path.is_dir() else "")
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    write_atomic(path, sink.getvalue().to_pybytes())

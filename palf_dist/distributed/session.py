@@ -1,0 +1,141 @@
+"""What every phase of a run works with: its pool, its progress, its wish to stop, and the wait for contributions."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+import numpy as np
+
+from palf_dist.config import RunConfig
+from palf_dist.distributed.pool import Broadcast, InProcessPool, RunnerFactory, WorkerPool
+from palf_dist.progress import Progress
+from palf_dist.tasks.encoded import EncodedDataset
+from palf_dist.types import Contribution, Unit
+
+POLL_SECONDS = 0.2
+"""How long a wish to stop may go unheard while no contribution comes."""
+
+Carried = Mapping[int, dict[str, np.ndarray]]
+"""Inner states of the windowed estimators by task group."""
+
+
+class Stopped(Exception):
+    """The user wants the run to end; what is in flight is abandoned."""
+
+
+@dataclass
+class Session:
+    """An open pool and the phases' access to it."""
+
+    config: RunConfig
+    datasets: Mapping[str, EncodedDataset]
+    pool: WorkerPool
+    progress: Progress
+    stop: threading.Event
+    reissued_before: int = 0  # by the processes that worked on this run before
+    _backlog: deque[Contribution] = field(default_factory=deque)
+
+    @property
+    def reissued(self) -> int:
+        """Units issued again since the run began."""
+        return self.reissued_before + self.pool.reissued
+
+    @property
+    def in_flight(self) -> int:
+        """Units submitted that ``next`` has not given yet."""
+        return self.pool.pending + len(self._backlog)
+
+    def next(self) -> Contribution:
+        """The next contribution. Raises Stopped when the user wants the run to end."""
+        if self._backlog:
+            return self._backlog.popleft()
+        return self._arrival()
+
+    def gather(
+        self, units: Sequence[Unit], broadcast: Broadcast, carried: Carried | None = None, *, show: bool = False
+    ) -> list[Contribution]:
+        """Have ``units`` run and return their contributions in key order; others that arrive wait for ``next``.
+
+        ``show``: they are a phase of their own, whose progress is shown.
+        """
+        for unit in units:
+            self.pool.submit(unit, broadcast, (carried or {}).get(unit.group))
+        wanted = set(units)
+        gathered: list[Contribution] = []
+        while len(gathered) < len(units):
+            contribution = self._arrival()
+            if contribution.unit in wanted:
+                gathered.append(contribution)
+                if show:
+                    self.progress.advance(len(gathered))
+            else:
+                self._backlog.append(contribution)
+        return sorted(gathered, key=lambda contribution: contribution.unit)
+
+    def _arrival(self) -> Contribution:
+        status = self.progress.status
+        while True:
+            if self.stop.is_set():
+                raise Stopped
+            contribution = self.pool.next_completed(POLL_SECONDS)
+            status.workers = self.pool.alive if self.config.distributed.workers else None
+            status.reissued = self.reissued
+            if contribution is not None:
+                status.contributions += 1
+                return contribution
+
+
+@contextlib.contextmanager
+def open_session(
+    config: RunConfig,
+    datasets: Mapping[str, EncodedDataset],
+    progress: Progress,
+    stop: threading.Event,
+    make_runner: RunnerFactory,
+) -> Iterator[Session]:
+    """A session with its pool, and with Ray where there are workers. Inside, the first Ctrl-C only sets ``stop``."""
+    with contextlib.ExitStack() as stack:
+        pool: WorkerPool
+        if config.distributed.workers == 0:
+            pool = InProcessPool(config, datasets, make_runner)
+        else:
+            from palf_dist.distributed.cluster import connect  # importing ray takes a while
+            from palf_dist.distributed.ray_pool import RayPool
+
+            size = sum(array.nbytes for dataset in datasets.values() for array in dataset.to_arrays().values())
+            progress.begin("starting workers", config.distributed.workers)
+            share = stack.enter_context(connect(config.distributed, size))
+            pool = RayPool(config, datasets, make_runner, share, progress.event)
+        stack.callback(pool.close)
+        stack.enter_context(_signals_stop(stop, progress))
+        yield Session(config, datasets, pool, progress, stop)
+
+
+@contextlib.contextmanager
+def _signals_stop(stop: threading.Event, progress: Progress) -> Iterator[None]:
+    """SIGINT and SIGTERM set ``stop``, a second one raises KeyboardInterrupt. Only the main thread can see to that.
+
+    To be entered after Ray was started, which puts a SIGTERM handler of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        progress.event(f"{signal.Signals(number).name}: ending with a checkpoint; once more ends at once")
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -1,0 +1,308 @@
+"""Units of work: pure functions of (configuration, unit key, policy), so that any worker can do or redo any of them.
+
+Kinds: ``tune`` measures plain cross-entropy at one learning rate and L2 strength; ``calibrate`` collects the statistics
+that normalise the state features; ``meta_gradient`` is the inner run of one task group with its meta-gradient;
+``select`` scores the policy on fresh tasks of the training datasets; ``evaluate`` runs one method on one group of
+held-out tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palf_dist.config import RunConfig
+from palf_dist.estimators import make_estimator
+from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, select_methods, static_controls
+from palf_dist.faults import fault_point
+from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
+from palf_dist.outer_loss import accuracy
+from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, policy_spec
+from palf_dist.tasks.encoded import EncodedDataset
+from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
+from palf_dist.trajectory import build_table
+from palf_dist.types import Contribution, TaskGroup, TaskSpec, Unit
+
+TUNING_GROUPS = 2  # task groups per grid point
+CALIBRATION_GROUPS = 2
+EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation accuracy
+
+
+def tune_units(config: RunConfig) -> list[Unit]:
+    """One unit per architecture, optimiser, grid point and task group; none where both values are given."""
+    inner = config.inner
+    rates = inner.learning_rate_grid if inner.learning_rate == "tuned" else (inner.learning_rate,)
+    decays = inner.weight_decay_grid if inner.weight_decay == "tuned" else (inner.weight_decay,)
+    if len(rates) * len(decays) == 1:
+        return []
+    points = [
+        {"architecture": a, "optimiser": o, "learning_rate": r, "weight_decay": w, "group": g}
+        for a in range(len(config.tasks.architectures))
+        for o in config.tasks.optimisers
+        for r in rates
+        for w in decays
+        for g in range(TUNING_GROUPS)
+    ]
+    return [Unit("tune", 0, index, _canonical(point)) for index, point in enumerate(points)]
+
+
+def reduce_tune(config: RunConfig, contributions: Sequence[Contribution]) -> dict[str, Any]:
+    """Learning rate and L2 strength of the best mean accuracy of plain cross-entropy, per architecture/optimiser."""
+    inner = config.inner
+    if not contributions:
+        chosen = {"learning_rate": inner.learning_rate, "weight_decay": inner.weight_decay}
+        names = [f"{a}/{o}" for a in range(len(config.tasks.architectures)) for o in config.tasks.optimisers]
+        return {"reference": dict.fromkeys(names, chosen)}
+    scores: dict[str, dict[tuple[float, float], list[float]]] = {}
+    for contribution in sorted(contributions, key=lambda item: item.unit):
+        point = json.loads(contribution.unit.settings)
+        grid = scores.setdefault(f"{point['architecture']}/{point['optimiser']}", {})
+        pair = (point["learning_rate"], point["weight_decay"])
+        grid.setdefault(pair, []).append(contribution.metrics["accuracy"])
+    best = {name: max(grid, key=lambda pair: float(np.mean(grid[pair]))) for name, grid in scores.items()}
+    return {"reference": {name: {"learning_rate": r, "weight_decay": w} for name, (r, w) in best.items()}}
+
+
+def calibrate_units(config: RunConfig) -> list[Unit]:
+    return [Unit("calibrate", 0, group) for group in range(CALIBRATION_GROUPS)]
+
+
+def reduce_calibrate(config: RunConfig, contributions: Sequence[Contribution]) -> dict[str, Any]:
+    """Mean and standard deviation of each state feature over the known values of all refreshes and tasks."""
+    ordered = sorted(contributions, key=lambda item: item.unit)
+    count, total, square = (sum(c.arrays[name] for c in ordered) for name in ("count", "sum", "square"))
+    known = np.maximum(count, 1)
+    mean = np.asarray(total / known)
+    std = np.sqrt(np.maximum(square / known - mean**2, 0))
+    std = np.where(std < 1e-3, 1.0, std)  # a feature that never varied says nothing
+    return {"feature_mean": mean.astype(np.float32).tolist(), "feature_std": std.astype(np.float32).tolist()}
+
+
+def meta_gradient_units(config: RunConfig, outer_step: int) -> list[Unit]:
+    """The units whose contributions make one outer step. Windowed estimators add which window of which inner run."""
+    settings = ""
+    if config.estimator.window is not None:
+        windows = -(-config.inner.steps // config.estimator.window)
+        settings = _canonical({"run": outer_step // windows, "window": outer_step % windows})
+    groups = range(config.meta_learner.groups_per_step)
+    return [Unit("meta_gradient", outer_step, group, settings) for group in groups]
+
+
+def select_units(config: RunConfig, outer_step: int) -> list[Unit]:
+    """Units that score the policy on the same fresh tasks of the training datasets each time."""
+    groups = -(-config.evaluation.select_tasks // config.tasks.group_size)
+    return [Unit("select", outer_step, group) for group in range(groups)]
+
+
+def evaluate_units(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> list[Unit]:
+    """One unit per method and group of held-out tasks."""
+    groups = range(len(evaluation_specs(config, datasets)))
+    methods = select_methods(config.evaluation.methods)
+    return [Unit("evaluate", 0, group, _canonical({"method": m.name})) for m in methods for group in groups]
+
+
+def initial_policy(config: RunConfig) -> np.ndarray:
+    """phi before meta-training, float32."""
+    return _unnormalised(config).initial()
+
+
+def learned_policy(config: RunConfig, prepared: Mapping[str, Any]) -> LearnedPolicy:
+    """The policy of a run, with the calibrated normalisation of its state."""
+    spec = policy_spec(config.policy)
+    return LearnedPolicy(spec, torch.tensor(prepared["feature_mean"]), torch.tensor(prepared["feature_std"]))
+
+
+class Runner:
+    """Runs units of one configuration over datasets held in memory. Implements ``types.UnitRunner``."""
+
+    def __init__(self, config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
+        self.config, self.datasets = config, datasets
+        self._kinds: dict[str, Callable[..., Contribution]] = {
+            "tune": self._tune,
+            "calibrate": self._calibrate,
+            "meta_gradient": self._meta_gradient,
+            "select": self._select,
+            "evaluate": self._evaluate,
+        }
+
+    def run(
+        self,
+        unit: Unit,
+        policy: np.ndarray,
+        policy_version: int,
+        prepared: Mapping[str, Any],
+        carried: dict[str, np.ndarray] | None = None,
+    ) -> Contribution:
+        """The contribution of ``unit`` under policy parameters ``policy``; equal arguments give equal bytes."""
+        began = time.perf_counter()
+        fault_point("before_unit", unit)
+        phi = torch.from_numpy(np.array(policy, np.float32))
+        settings = json.loads(unit.settings) if unit.settings else {}
+        torch.set_flush_denormal(True)  # Adam's second moments of idle weights decay into denormals, which are slow
+        try:
+            contribution = self._kinds[unit.kind](unit, settings, phi, prepared, carried)
+        finally:
+            torch.set_flush_denormal(False)
+        contribution.policy_version = policy_version
+        contribution.seconds = time.perf_counter() - began
+        if fault_point("after_unit", unit) == "nan" and contribution.gradient is not None:
+            contribution.gradient[:] = np.nan
+        return contribution
+
+    def _tune(self, unit: Unit, settings: dict[str, Any], phi: Tensor, *_: object) -> Contribution:
+        config = self.config
+        index = settings["architecture"]
+        narrow = config.tasks.model_copy(
+            update={"architectures": (config.tasks.architectures[index],), "optimisers": (settings["optimiser"],)}
+        )
+        keys = ("tune", config.seed, settings["group"])
+        specs = sample_specs(config.model_copy(update={"tasks": narrow}), self.datasets, keys)
+        specs = tuple(replace(spec, architecture=index) for spec in specs)
+        chosen = {name: settings[name] for name in ("learning_rate", "weight_decay")}
+        group = build_group(config, self.datasets, specs, {f"{index}/{settings['optimiser']}": chosen})
+        result = self._train(group, StaticPolicy(static_controls(METHODS[REFERENCE])), phi)
+        return Contribution(unit, 0, metrics={"accuracy": float(result.double().mean())})
+
+    def _calibrate(
+        self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
+    ) -> Contribution:
+        group = self._group(("calibrate", self.config.seed, unit.group), prepared)
+        policy = _unnormalised(self.config)
+        seen: list[Tensor] = []
+
+        def after_step(state: InnerState, result: StepResult) -> None:
+            if result.refreshed and state.features is not None:
+                seen.append(state.features)
+
+        loop = InnerLoop(group, policy, self.config.inner)
+        loop.run(loop.start(), torch.from_numpy(policy.initial()), loop.steps, after_step=after_step)
+        values = torch.cat(seen).double().numpy()
+        known = np.isfinite(values)
+        values = np.where(known, values, 0.0)
+        arrays = {"count": known.sum(0).astype(float), "sum": values.sum(0), "square": (values**2).sum(0)}
+        return Contribution(unit, 0, arrays=arrays)
+
+    def _meta_gradient(
+        self,
+        unit: Unit,
+        settings: dict[str, Any],
+        phi: Tensor,
+        prepared: Mapping[str, Any],
+        carried: dict[str, np.ndarray] | None,
+    ) -> Contribution:
+        config = self.config
+        windowed = config.estimator.window is not None
+        run = settings["run"] if windowed else unit.outer_step
+        group = self._group(("meta_gradient", config.seed, run, unit.group), prepared)
+        loop = InnerLoop(group, learned_policy(config, prepared), config.inner)
+        state, stop, memory = loop.start(), loop.steps, None
+        if windowed:
+            assert config.estimator.window is not None
+            stop = min(loop.steps, (settings["window"] + 1) * config.estimator.window)
+            if settings["window"] > 0:
+                assert carried is not None, f"{unit}: a window after the first needs the carried inner state"
+                state = InnerState.from_arrays(_part(carried, "state/"))
+                memory = _part(carried, "estimator/")
+        estimator = make_estimator(config.estimator, config.outer_loss)
+        fault_point("in_unit", unit)
+        keys = (config.seed, unit.outer_step, unit.group)
+        estimate = estimator.estimate(loop, phi, state, stop, keys, memory)
+        onward = None
+        if windowed and stop < loop.steps:
+            onward = {f"state/{name}": value for name, value in state.to_arrays().items()}
+            onward |= {f"estimator/{name}": value for name, value in estimate.carried.items()}
+        return Contribution(
+            unit,
+            0,
+            metrics={"outer_loss": estimate.outer_loss},
+            gradient=estimate.gradient,
+            trajectory=build_table(unit, group.specs, estimate.records, loop.policy.features),
+            carried=onward,
+        )
+
+    def _select(
+        self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
+    ) -> Contribution:
+        group = self._group(("select", self.config.seed, unit.group), prepared)
+        ours = self._train(group, learned_policy(self.config, prepared), phi).double()
+        reference = self._train(group, StaticPolicy(static_controls(METHODS[REFERENCE])), phi).double()
+        return Contribution(unit, 0, metrics={"accuracy": float(ours.mean()), "reference": float(reference.mean())})
+
+    def _evaluate(
+        self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
+    ) -> Contribution:
+        specs = evaluation_specs(self.config, self.datasets)[unit.group]
+        group = build_group(self.config, self.datasets, specs, prepared["reference"])
+        method = METHODS[settings["method"]]
+        policy: Policy = (
+            learned_policy(self.config, prepared) if method.uses_policy else StaticPolicy(static_controls(method))
+        )
+        result = self._train(group, policy, phi, early_stopping=method.early_stopping)
+        rows = [self._row(method, spec, value) for spec, value in zip(specs, result.tolist(), strict=True)]
+        return Contribution(unit, 0, metrics={"accuracy": float(result.double().mean())}, rows=rows)
+
+    def _row(self, method: Method, spec: TaskSpec, value: float) -> dict[str, Any]:
+        condition = "balanced" if spec.imbalance == 1 else "matched" if spec.target_prior == "train" else "shifted"
+        return {
+            "method": method.name,
+            "dataset": spec.dataset,
+            "family": self.datasets[spec.dataset].family,
+            "architecture": self.config.tasks.architectures[spec.architecture].kind,
+            "noise_rate": spec.noise_rate,
+            "condition": condition,
+            "target_prior": spec.target_prior,
+            "seed": int(spec.keys[-1]),
+            "train_size": spec.train_size,
+            "accuracy": value,
+        }
+
+    def _group(self, keys: tuple[int | str, ...], prepared: Mapping[str, Any]) -> TaskGroup:
+        specs = sample_specs(self.config, self.datasets, keys)
+        return build_group(self.config, self.datasets, specs, prepared["reference"])
+
+    def _train(self, group: TaskGroup, policy: Policy, phi: Tensor, *, early_stopping: bool = False) -> Tensor:
+        """Clean test accuracy [G] after a whole inner run under ``policy``."""
+        loop = InnerLoop(group, policy, self.config.inner)
+        state = loop.start()
+        best = torch.full((group.size,), -1.0)
+        kept = state.theta
+
+        def after_step(now: InnerState, result: StepResult) -> None:
+            nonlocal best, kept
+            if now.step % EARLY_STOPPING_EVERY and now.step < loop.steps:
+                return
+            rows = group.validation
+            score = accuracy(loop.evaluate(now.theta, rows), rows.labels, rows.mask, group.class_mask)
+            better = score >= best
+            best = torch.where(better, score, best)
+            kept = torch.where(better[:, None], now.theta, kept)
+
+        loop.run(state, phi, loop.steps, after_step=after_step if early_stopping else None)
+        theta = kept if early_stopping else state.theta
+        return accuracy(loop.evaluate(theta, group.test), group.test.labels, group.test.mask, group.class_mask)
+
+
+def _unnormalised(config: RunConfig) -> LearnedPolicy:
+    """The run's policy before calibration; its initial parameters ignore the state."""
+    spec = policy_spec(config.policy)
+    return LearnedPolicy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
+
+
+def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _canonical(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+
+
+def rows_of(contributions: Iterable[Contribution]) -> list[dict[str, Any]]:
+    """Per-task rows in key order."""
+    return [row for item in sorted(contributions, key=lambda c: c.unit) for row in item.rows]

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from palf_dist import faults
+from palf_dist.config import RunConfig
+from palf_dist.config_loading import load_config
+from palf_dist.distributed.cluster import Share
+from palf_dist.distributed.driver import RunResult, evaluate_policy, meta_train
+from palf_dist.policies.policy_file import load_policy
+from palf_dist.progress import Progress
+from palf_dist.types import Contribution, PolicyFileError, RunDirectoryError, Unit
+from palf_dist.units import Runner
+from tests.distributed.fingerprint import fingerprint
+from tests.distributed.small import fault, small_config
+
+
+class StoppingRunner(Runner):
+    """Asks for the end of the run, as Ctrl-C does, when a given unit is done. In process only."""
+
+    stop = threading.Event()
+    at = ("meta_gradient", 0, 0)
+
+    def run(self, unit: Unit, *arguments: Any) -> Contribution:
+        contribution = super().run(unit, *arguments)
+        if (unit.kind, unit.outer_step, unit.group) == self.at:
+            self.stop.set()
+        return contribution
+
+
+def train(config: RunConfig, run_dir: Path, **arguments: Any) -> tuple[RunResult, str]:
+    """The result and what the screen showed."""
+    screen = io.StringIO()
+    progress = Progress(Console(file=screen, width=200))
+    return meta_train(config, run_dir, progress=progress, **arguments), screen.getvalue()
+
+
+def stop_after(unit: tuple[str, int, int]) -> dict[str, Any]:
+    """Arguments of a run that is stopped right after ``unit``."""
+    stop = threading.Event()
+    return {"make_runner": type("RunnerStoppingHere", (StoppingRunner,), {"stop": stop, "at": unit}), "stop": stop}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of small_config in process."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    meta_train(small_config(), run_dir)
+    return run_dir
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
+    config = small_config()
+    result, screen = train(config, tmp_path / "run")
+    run_dir = tmp_path / "run"
+    assert result.run_dir == run_dir and result.outer_steps == 4 and not result.interrupted
+    assert result.contributions["applied"] == 8 and result.contributions["reissued"] == 0
+    assert sum(result.contributions["refused"].values()) == 0
+    assert load_config(run_dir / "config.yaml") == config
+    assert result.policy == run_dir / "best" / "policy.safetensors"
+    assert pq.read_table(run_dir / "results.parquet").to_pylist() == result.rows
+    assert {row["method"] for row in result.rows} == {"policy", "ce"}
+    assert result.report is not None and result.report.page.is_file()
+    metrics = pq.read_table(run_dir / "metrics.parquet").to_pylist()
+    assert [row["outer_step"] for row in metrics] == [0, 1, 2, 3]
+    assert sum(row["applied"] for row in metrics) == 8
+    assert [row["selection_score"] is None for row in metrics] == [True, False, True, False]
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [f"step-{i:06d}" for i in (2, 3, 4)]
+    for phase in ("tuning 4/4", "calibrating 2/2", "meta-training 4/4 · outer loss", "evaluating 2/2"):
+        assert phase in screen
+
+
+def test_the_best_policy_is_the_one_that_is_kept(undisturbed: Path) -> None:
+    card = load_policy(undisturbed / "best").card
+    metrics = pq.read_table(undisturbed / "metrics.parquet").to_pylist()
+    scores = {row["outer_step"] + 1: row["selection_score"] for row in metrics if row["selection_score"] is not None}
+    assert card["selection_score"] >= max(scores.values())
+    assert card["outer_step"] == 0 or scores[card["outer_step"]] == card["selection_score"]
+
+
+def test_a_second_run_may_not_take_the_folder_of_a_first(undisturbed: Path) -> None:
+    before = fingerprint(undisturbed)
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        meta_train(small_config(), undisturbed)
+    assert fingerprint(undisturbed) == before
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        ("tune", 0, 1),
+        ("select", 0, 0),
+        ("meta_gradient", 1, 0),
+        ("select", 2, 0),
+        ("evaluate", 0, 0),
+    ],
+    ids=str,
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    unit: tuple[str, int, int], undisturbed: Path, tmp_path: Path
+) -> None:
+    result, _ = train(small_config(), tmp_path / "run", **stop_after(unit))
+    assert result.interrupted and result.rows == [] and result.report is None
+    result, _ = train(small_config(), tmp_path / "run", resume=True)
+    assert not result.interrupted and result.outer_steps == 4 and result.contributions["applied"] == 8
+    assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
+
+
+def test_a_finished_run_can_be_resumed(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    result, _ = train(small_config(), tmp_path / "run", resume=True)
+    assert result.outer_steps == 4 and len(result.rows) > 0
+    assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
+
+
+def test_a_torn_checkpoint_is_told_and_skipped(undisturbed: Path, tmp_path: Path) -> None:
+    train(small_config(), tmp_path / "run", **stop_after(("meta_gradient", 3, 0)))
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    content = (newest / "learner.safetensors").read_bytes()
+    (newest / "learner.safetensors").write_bytes(content[: len(content) // 2])
+    _, screen = train(small_config(), tmp_path / "run", resume=True)
+    assert f"checkpoint {newest} was skipped" in screen
+    assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(faults.VARIABLE, fault("after_unit", ("meta_gradient", 1, 1), "nan"))
+    result, screen = train(small_config(), tmp_path / "run")
+    assert result.contributions["refused"]["non_finite"] == 1 and result.contributions["applied"] == 7
+    metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pylist()
+    assert [row["refused_non_finite"] for row in metrics] == [0, 1, 0, 0]
+    assert "refused 1 non_finite" in screen
+    assert np.isfinite(load_policy(tmp_path / "run" / "best").phi).all()
+
+
+def test_windows_carry_the_inner_state_through_a_stop(tmp_path: Path) -> None:
+    config = small_config(estimator={"window": 4}, meta_learner={"outer_steps": 7})
+    meta_train(config, tmp_path / "whole")
+    train(config, tmp_path / "run", **stop_after(("meta_gradient", 4, 1)))
+    state = json.loads((max((tmp_path / "run" / "checkpoints").iterdir()) / "state.json").read_bytes())
+    assert "carried.safetensors" in state["content"]["files"]
+    train(config, tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+def test_asynchronous_steps_in_process(tmp_path: Path) -> None:
+    config = small_config(distributed={"mode": "async"}, meta_learner={"outer_steps": 5})
+    meta_train(config, tmp_path / "whole")
+    train(config, tmp_path / "run", **stop_after(("meta_gradient", 1, 0)))
+    result, _ = train(config, tmp_path / "run", resume=True)
+    assert result.outer_steps == 5 and result.contributions["applied"] == 5
+    assert [len(list(folder.iterdir())) for folder in (tmp_path / "run" / "trajectories").iterdir()] == [1] * 5
+
+
+def test_evaluate_policy_gives_the_rows_of_the_run(undisturbed: Path) -> None:
+    rows = evaluate_policy(small_config(), undisturbed / "best", progress=Progress(Console(file=io.StringIO())))
+    assert rows == pq.read_table(undisturbed / "results.parquet").to_pylist()
+    with pytest.raises(PolicyFileError, match="policy section"):
+        evaluate_policy(small_config(policy={"hidden": 3}), undisturbed / "best")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_workers_changes_nothing(share: Share, workers: int, undisturbed: Path, tmp_path: Path) -> None:
+    result, _ = train(small_config(distributed={"workers": workers}), tmp_path / "run")
+    assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
+    assert result.contributions["reissued"] == 0
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(
+    share: Share, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "killed"
+    monkeypatch.setenv(faults.VARIABLE, fault("in_unit", ("meta_gradient", 2, 1), "kill", mark))
+    result, screen = train(small_config(distributed={"workers": 2}), tmp_path / "run")
+    assert mark.exists() and result.contributions["reissued"] == 1
+    assert "died; it is replaced, and unit meta_gradient 2/1 is issued again" in screen
+    assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
+    reissued = pq.read_table(tmp_path / "run" / "metrics.parquet")["reissued"].to_pylist()
+    assert reissued == [0, 0, 1, 0]
+
+
+@pytest.mark.slow
+def test_windows_do_not_depend_on_the_workers(share: Share, tmp_path: Path) -> None:
+    settings = {"estimator": {"window": 4}, "meta_learner": {"outer_steps": 5}}
+    meta_train(small_config(**settings), tmp_path / "whole")
+    meta_train(small_config(**settings, distributed={"workers": 2}), tmp_path / "run")
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_asynchronous_mode_refuses_what_is_stale(share: Share, tmp_path: Path) -> None:
+    """With two workers and no staleness allowed, whatever was computed beside an applied contribution is late."""
+    distributed = {"mode": "async", "workers": 2, "max_staleness": 0}
+    config = small_config(distributed=distributed, meta_learner={"outer_steps": 6})
+    result, _ = train(config, tmp_path / "run")
+    refused = result.contributions["refused"]
+    assert result.outer_steps == result.contributions["applied"] == 6
+    assert refused["stale"] >= 1 and sum(refused.values()) == refused["stale"]
+    metrics = pq.read_table(tmp_path / "run" / "metrics.parquet").to_pylist()
+    assert [row["outer_step"] for row in metrics] == list(range(6))
+    assert sum(row["refused_stale"] for row in metrics) == refused["stale"]

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from palf_dist import faults
+from palf_dist.config import RunConfig
+from palf_dist.distributed.cluster import Share
+from palf_dist.distributed.pool import Broadcast, InProcessPool, UnitError, WorkerPool, describe
+from palf_dist.distributed.ray_pool import RayPool
+from palf_dist.tasks.datasets import load_all
+from palf_dist.types import ClusterError, Contribution, DataError, Unit
+from tests.distributed.small import BrokenRunner, ToyRunner, fault, small_config
+
+UNITS = [Unit("meta_gradient", 3, group) for group in range(7)]
+BROADCAST = Broadcast(np.linspace(-1, 1, 5, dtype=np.float32), 3, {"scale": 0.5})
+CARRIED = {"state": np.arange(3.0)}
+
+MakePool = Callable[..., RayPool]
+
+
+@pytest.fixture
+def events() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make_pool(share: Share, events: list[str]) -> Iterator[MakePool]:
+    """A pool of real workers with the given distributed settings, closed at the end."""
+    pools: list[RayPool] = []
+
+    def make(runner: type[ToyRunner] = ToyRunner, **distributed: object) -> RayPool:
+        config = small_config(distributed=distributed)
+        pools.append(RayPool(config, load_all(config.data), runner, share, events.append))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def drain(pool: WorkerPool, units: list[Unit], limit: float = 120.0) -> list[Contribution]:
+    """Everything the pool gives for ``units``, in key order; waits a little longer for what should not come."""
+    for unit in units:
+        pool.submit(unit, BROADCAST, CARRIED)
+    return collect(pool, len(units), limit)
+
+
+def collect(pool: WorkerPool, count: int, limit: float = 120.0) -> list[Contribution]:
+    given: list[Contribution] = []
+    end = time.monotonic() + limit
+    while len(given) < count:
+        assert time.monotonic() < end, f"{len(given)} of {count} contributions within {limit} s"
+        contribution = pool.next_completed(1.0)
+        if contribution is not None:
+            given.append(contribution)
+    assert pool.pending == 0 and pool.next_completed(0.3) is None, "a unit was delivered twice"
+    return sorted(given, key=lambda item: item.unit)
+
+
+def contents(contributions: list[Contribution]) -> list[tuple[Unit, int, bytes, bytes]]:
+    for item in contributions:
+        assert item.gradient is not None and item.carried is not None
+    return [
+        (c.unit, c.policy_version, c.gradient.tobytes(), c.carried["state"].tobytes())  # type: ignore[union-attr, index]
+        for c in contributions
+    ]
+
+
+def in_process(config: RunConfig | None = None) -> list[tuple[Unit, int, bytes, bytes]]:
+    config = config or small_config()
+    pool = InProcessPool(config, load_all(config.data), ToyRunner)
+    try:
+        return contents(drain(pool, UNITS))
+    finally:
+        pool.close()
+
+
+def test_in_process_pool_delivers_in_order_with_its_own_threads() -> None:
+    config = small_config(distributed={"threads": 2})
+    before = torch.get_num_threads()
+    pool = InProcessPool(config, load_all(config.data), ToyRunner)
+    given = drain(pool, UNITS)
+    assert [item.unit for item in given] == UNITS
+    assert {item.metrics["threads"] for item in given} == {2.0}
+    np.testing.assert_array_equal(given[0].carried["state"], [1, 2, 3])  # type: ignore[index]
+    pool.close()
+    assert torch.get_num_threads() == before
+
+
+def test_in_process_pool_names_the_unit_that_fails() -> None:
+    config = small_config()
+    pool = InProcessPool(config, load_all(config.data), ToyRunner)
+    with pytest.raises(UnitError, match=r"unit tune 0/4 \(raise ValueError\) failed: ValueError: the toy broke"):
+        drain(pool, [Unit("tune", 0, 4, '{"raise":"ValueError"}')])
+    with pytest.raises(DataError, match=r"data\.train"):
+        drain(pool, [Unit("tune", 0, 4, '{"raise":"DataError"}')])
+
+
+def test_describe_says_all_that_is_needed_to_run_a_unit_again() -> None:
+    assert describe(Unit("select", 3, 1)) == "unit select 3/1"
+    assert describe(Unit("tune", 0, 2, '{"group":1,"optimiser":"adam"}')) == "unit tune 0/2 (group 1, optimiser adam)"
+
+
+@pytest.mark.slow
+def test_contributions_are_those_of_no_workers(make_pool: MakePool, events: list[str]) -> None:
+    pool = make_pool(workers=3)
+    assert contents(drain(pool, UNITS)) == in_process()
+    assert pool.reissued == 0 and events == [] and pool.alive >= 1
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_mid_unit_is_replaced(
+    make_pool: MakePool, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "in-unit"
+    monkeypatch.setenv(faults.VARIABLE, fault("in_unit", ("meta_gradient", 3, 2), "hang", mark))
+    pool = make_pool(workers=1)
+    for unit in UNITS:
+        pool.submit(unit, BROADCAST, CARRIED)
+    given: list[Contribution] = []
+    while not mark.exists():
+        contribution = pool.next_completed(0.5)
+        given += [contribution] if contribution is not None else []
+    (victim,) = pool.pids
+    os.kill(victim, signal.SIGKILL)
+    given += collect(pool, len(UNITS) - len(given))
+    assert contents(sorted(given, key=lambda item: item.unit)) == in_process()
+    assert pool.reissued == 1 and pool.alive == 1 and pool.pids != [victim]
+    assert events == [
+        f"worker 0 (pid {victim}) died; it is replaced, and unit meta_gradient 3/2 is issued again (2 of 5)"
+    ]
+
+
+@pytest.mark.slow
+def test_a_stalled_worker_is_timed_out_and_killed(
+    make_pool: MakePool, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "in-unit"
+    monkeypatch.setenv(faults.VARIABLE, fault("in_unit", ("meta_gradient", 3, 0), "hang", mark))
+    pool = make_pool(workers=2, unit_timeout=4)
+    given = drain(pool, UNITS)
+    assert contents(given) == in_process()
+    assert pool.reissued == 1
+    (event,) = events
+    assert "stalled (distributed.unit_timeout = 4 s)" in event and "unit meta_gradient 3/0 is issued again" in event
+    stalled = int(event.split("pid ")[1].split(")")[0])
+    assert stalled not in pool.pids
+    psutil.wait_procs([psutil.Process(stalled)] if psutil.pid_exists(stalled) else [], timeout=15)
+    assert not psutil.pid_exists(stalled)
+
+
+@pytest.mark.slow
+def test_a_unit_that_kills_every_worker_ends_the_run(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(faults.VARIABLE, fault("before_unit", ("meta_gradient", 3, 1), "kill"))
+    pool = make_pool(workers=1, max_attempts=2)
+    with pytest.raises(UnitError, match=r"unit meta_gradient 3/1 was issued 2 times .*max_attempts.* died"):
+        drain(pool, UNITS)
+
+
+@pytest.mark.slow
+def test_a_unit_that_raises_is_tried_once_elsewhere(
+    make_pool: MakePool, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(faults.VARIABLE, fault("in_unit", ("meta_gradient", 3, 1), "raise", tmp_path / "raised"))
+    pool = make_pool(workers=2)
+    assert contents(drain(pool, UNITS)) == in_process()
+    assert pool.reissued == 1 and "raised RuntimeError: raised on purpose" in events[0]
+    with pytest.raises(UnitError, match=r"unit tune 0/4 .* failed on 2 workers: ValueError: the toy broke"):
+        drain(pool, [Unit("tune", 0, 4, '{"raise":"ValueError"}')])
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_user_is_told_at_once(make_pool: MakePool, events: list[str]) -> None:
+    pool = make_pool(workers=1)
+    with pytest.raises(DataError, match=r"data\.train: the toy does not like it"):
+        drain(pool, [Unit("tune", 0, 4, '{"raise":"DataError"}')])
+    assert pool.reissued == 0 and events == []
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_start_end_the_run(make_pool: MakePool) -> None:
+    pool = make_pool(BrokenRunner, workers=1, max_attempts=2)
+    with pytest.raises(ClusterError, match=r"(?s)distributed\.workers: 2 workers in a row died .*no such device"):
+        drain(pool, UNITS)
+
+
+@pytest.mark.slow
+def test_a_broadcast_goes_to_the_object_store_once(make_pool: MakePool) -> None:
+    pool = make_pool(workers=1)
+    drain(pool, UNITS)
+    assert len(pool._broadcasts) == 1
+    other = Broadcast(BROADCAST.policy + 1, 4)
+    pool.submit(UNITS[0], other)
+    (contribution,) = collect(pool, 1)
+    assert contribution.policy_version == 4 and len(pool._broadcasts) == 2
+    del other
+    assert len(pool._broadcasts) == 1, "the policy of a version that is done with is kept"

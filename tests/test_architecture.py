@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import palf_dist
+
+PACKAGE = Path(palf_dist.__file__).parent
+ROOT = PACKAGE.parent
+MODULES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"))}
+SOURCES = sorted([*MODULES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+
+ORDER = (
+    "types",
+    "faults",
+    "atomic",
+    "config",
+    "losses",
+    "contrastive",
+    "logit_losses",
+    "loss_head",
+    "mixture_loss",
+    "training_state",
+    "config_loading",
+    "run_directory",
+    "policies",
+    "adaptive_loss",
+    "inner_models",
+    "inner_optimisers",
+    "tasks",
+    "outer_loss",
+    "inner_loop",
+    "trajectory",
+    "estimators",
+    "meta_learner",
+    "metrics_log",
+    "checkpoint",
+    "tracking_spool",
+    "tracking_delivery",
+    "tracking",
+    "evaluation",
+    "units",
+    "progress",
+    "distributed",
+    "cli",
+    "__main__",
+)
+"""The modules and packages of palf_dist, as DESIGN.md lists them: each may import only those before it."""
+
+
+def imports(path: Path) -> list[str]:
+    """Dotted names of everything that a file imports, inside functions too."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative imports hide the direction"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def layer(module: Path) -> str:
+    return module.parts[0].removesuffix(".py")
+
+
+def test_every_module_has_its_place() -> None:
+    assert {layer(module) for module in MODULES} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_go_one_way(module: Path) -> None:
+    if layer(module) == "__init__":
+        pytest.skip("the package's own __init__ may name anything")
+    own = ORDER.index(layer(module))
+    for name in imports(MODULES[module]):
+        if name.startswith("palf_dist."):
+            target = name.split(".")[1]
+            if target != "__version__":
+                assert ORDER.index(target) <= own, f"{module} imports palf_dist.{target}, which comes after it"
+
+
+@pytest.mark.parametrize(
+    ("library", "owner"), [("ray", "distributed"), ("mlflow", "tracking_delivery"), ("typer", "cli")]
+)
+def test_only_one_place_knows_the_library(library: str, owner: str) -> None:
+    users = {
+        layer(module) for module, path in MODULES.items() if any(n.split(".")[0] == library for n in imports(path))
+    }
+    assert users == {owner}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_nothing_reads_pickle() -> None:
+    for path in MODULES.values():
+        assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "cloudpickle", "joblib", "dill"}, path
+        assert "allow_pickle=True" not in path.read_text(), path

@@ -1,0 +1,84 @@
+"""The README's own snippet trains, and every command that the README and docs/ name is one that works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+from palf_dist.config import PolicyConfig
+from palf_dist.policies import LearnedPolicy, policy_spec
+from palf_dist.policies.policy_file import PolicyArtefact, save_policy
+from tests.command import SMOKE, Command
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+POLICY = "runs/first/best"
+
+
+def blocks(language: str) -> list[str]:
+    return [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    spec = policy_spec(PolicyConfig())
+    size = len(spec.features)
+    blank = PolicyArtefact(spec, np.zeros(0, np.float32), np.zeros(size, np.float32), np.ones(size, np.float32))
+    phi = LearnedPolicy(spec, blank.mean, blank.std).initial()
+    return save_policy(tmp_path / "policy", replace(blank, phi=phi)).parent
+
+
+def test_the_snippet_trains(policy: Path) -> None:
+    """Run as it stands in the README, on digits with 30 % of the labels resampled."""
+    (snippet,) = blocks("python")
+    assert POLICY in snippet
+    digits = load_digits()
+    x = torch.tensor(digits.data / 16, dtype=torch.float32)
+    y = torch.tensor(digits.target)
+    draw = torch.Generator().manual_seed(0)
+    noisy = torch.where(torch.rand(1200, generator=draw) < 0.3, torch.randint(0, 10, (1200,), generator=draw), y[:1200])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    names = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01),
+        "loader": DataLoader(TensorDataset(x[:1200], noisy, torch.arange(1200)), 64, shuffle=True, generator=draw),
+        "epochs": 15,
+    }
+    exec(compile(snippet.replace(POLICY, str(policy)), "README.md", "exec"), names)
+    with torch.no_grad():
+        accuracy = (model(x[1200:]).argmax(1) == y[1200:]).float().mean().item()
+    assert accuracy > 0.85
+
+
+@pytest.mark.slow
+def test_every_command_of_the_pages_works(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, with the smoke configuration in place of the quick one. ``make`` targets are what CI itself runs."""
+    shutil.copytree(Path(SMOKE).parent, "configs")
+    shutil.copy(SMOKE, "configs/quick.yaml")
+    ran = []
+    for line in "\n".join(blocks("sh")).splitlines():
+        program, *arguments = shlex.split(line, comments=True) or [""]
+        if program == "make":
+            assert arguments[0] + ":" in (ROOT / "Makefile").read_text(), line
+        elif program == ".venv/bin/palf-dist":
+            ended = command(*arguments)
+            assert ended.code == 0, (line, ended.err)
+        elif program == ".venv/bin/mlflow":
+            ended_process = subprocess.run([sys.executable, "-m", "mlflow", *arguments, "--help"], capture_output=True)
+            assert ended_process.returncode == 0, line
+        else:
+            assert program == "", f"no test knows how to run {line!r}"
+        ran.append(program)
+    assert "make" in ran and ".venv/bin/palf-dist" in ran

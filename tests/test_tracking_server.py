@@ -1,0 +1,203 @@
+"""Tracking with a real `mlflow server` that is killed, hangs, comes back, or is not there when the run starts."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palf_dist.tracking import MLflowTracker, deliver_spool
+from palf_dist.tracking_spool import Spool
+from tests.test_tracking import client, config, history
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+
+class Server:
+    """A tracking server on loopback with its own process group."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        arguments = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        arguments += ["--artifacts-destination", str(self.folder / "artifacts")]
+        arguments += ["--host", "127.0.0.1", "--port", str(self.port)]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *arguments],
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        wait_for(self.answers, 120)
+
+    def answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(self.uri + "/health", timeout=1).status == 200
+        except OSError:
+            return False
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+        self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    if server.process is not None:
+        server.kill()
+
+
+@pytest.fixture(autouse=True)
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def log(tracker: MLflowTracker, steps: range) -> list[float]:
+    """Log known values; the time each call took."""
+    durations = []
+    for step in steps:
+        start = time.perf_counter()
+        tracker.log_metrics({"outer_loss": step / 7, "gradient_norm": 1.0 / (step + 1)}, step)
+        durations.append(time.perf_counter() - start)
+    return durations
+
+
+def assert_all_there(uri: str, run_id: str | None, steps: int) -> None:
+    assert history(uri, run_id, "outer_loss") == {step: [step / 7] for step in range(steps)}
+    assert history(uri, run_id, "gradient_norm") == {step: [1.0 / (step + 1)] for step in range(steps)}
+
+
+def idle(run_dir: Path) -> bool:
+    return next(Spool(run_dir).pending(), None) is None
+
+
+def test_killed_and_restarted_in_mid_run(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "palf_dist.tracking")
+    tracker = MLflowTracker(tmp_path, config(server.uri))
+    durations = log(tracker, range(100))
+    wait_for(lambda: idle(tmp_path), 60)
+    run_id = tracker.run_id
+    assert run_id is not None
+
+    server.kill()
+    durations += log(tracker, range(100, 200))
+    wait_for(lambda: "MLflow takes no metrics" in caplog.text, 60)
+    durations += log(tracker, range(200, 300))
+    assert sum(1 for _ in Spool(tmp_path).pending()) == 200, "all of it waits, and nothing was lost"
+
+    server.start()
+    durations += log(tracker, range(300, 400))
+    policy = tmp_path / "policy.json"
+    policy.write_text("{}")
+    tracker.log_artifact(policy)
+    assert tracker.close(timeout=60) == 0
+    assert tracker.run_id == run_id
+    assert_all_there(server.uri, run_id, 400)
+    run = client(server.uri).get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.params["name"] == "trial"
+    assert [item.path for item in client(server.uri).list_artifacts(run_id)] == ["policy.json"]
+    assert sorted(durations)[380] < 0.005
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1, "one outage, one warning"
+    assert "MLflow answers again" in caplog.text
+
+
+def test_a_server_that_hangs(server: Server, tmp_path: Path) -> None:
+    tracker = MLflowTracker(tmp_path, config(server.uri))
+    log(tracker, range(50))
+    wait_for(lambda: idle(tmp_path), 60)
+    server.signal(signal.SIGSTOP)
+    try:
+        durations = log(tracker, range(50, 500))
+        time.sleep(3)  # long enough for a call that hangs to time out
+        durations += log(tracker, range(500, 600))
+        assert sorted(durations)[-20] < 0.005
+        start = time.monotonic()
+        assert tracker.close(timeout=2.0) == 550 + 1
+        assert time.monotonic() - start < 10
+    finally:
+        server.signal(signal.SIGCONT)
+    wait_for(server.answers, 30)
+    assert deliver_spool(tmp_path) == 0, "what `palf-dist report` does"
+    assert_all_there(server.uri, tracker.run_id, 600)
+    assert client(server.uri).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_down_at_the_start_and_back_at_the_resume(server: Server, tmp_path: Path) -> None:
+    server.kill()
+    tracker = MLflowTracker(tmp_path, config(server.uri))
+    log(tracker, range(20))
+    assert tracker.close("KILLED", timeout=0.5) == 20 + 4
+    assert tracker.run_id is None
+    server.start()
+    resumed = MLflowTracker(tmp_path, config(server.uri))
+    log(resumed, range(15, 40))
+    assert resumed.close(timeout=60) == 0
+    assert_all_there(server.uri, resumed.run_id, 40)
+    found = client(server.uri).search_runs(["1"], f"tags.`palf_dist.run_dir` = '{tmp_path}'")
+    assert [run.info.run_id for run in found] == [resumed.run_id], "one run, made once"
+
+
+def _drive(run_dir: Path, uri: str, first: int, logged: Any) -> None:
+    tracker = MLflowTracker(run_dir, config(uri))
+    for step in range(first, first + 30):
+        log(tracker, range(step, step + 1))
+        logged.send(step)
+    time.sleep(600)
+
+
+def test_a_driver_killed_with_kill_9(server: Server, tmp_path: Path) -> None:
+    """Its delivery process goes on without it; the resumed driver goes on with the same MLflow run."""
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    driver = context.Process(target=_drive, args=(tmp_path, server.uri, 0, sender))
+    driver.start()
+    while not receiver.poll() or receiver.recv() < 29:
+        time.sleep(0.01)
+    driver.kill()
+    driver.join()
+    wait_for(lambda: idle(tmp_path), 60)
+    run_id = Spool(tmp_path).run["run_id"]  # type: ignore[index]
+    assert client(server.uri).get_run(run_id).info.status == "RUNNING"
+    resumed = MLflowTracker(tmp_path, config(server.uri))
+    log(resumed, range(25, 50))
+    assert resumed.close(timeout=60) == 0
+    assert resumed.run_id == run_id
+    assert_all_there(server.uri, run_id, 50)
+    assert client(server.uri).get_run(run_id).info.status == "FINISHED"

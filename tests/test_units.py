@@ -1,0 +1,163 @@
+"""Units on real data: pure functions of their keys, every kind, and what they add up to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from palf_dist import units
+from palf_dist.config import RunConfig
+from palf_dist.config_loading import load_config
+from palf_dist.tasks.datasets import load_all
+from palf_dist.tasks.encoded import EncodedDataset
+from palf_dist.types import Contribution, Unit
+
+SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, EncodedDataset]]:
+    cache = tmp_path_factory.mktemp("cache")
+    config = load_config(SMOKE, [f"data.cache={cache}"])
+    return config, load_all(config.data)
+
+
+def runner(data: tuple[RunConfig, dict[str, EncodedDataset]], **estimator: Any) -> units.Runner:
+    config, datasets = data
+    changed = config.estimator.model_copy(update=estimator)
+    return units.Runner(config.model_copy(update={"estimator": changed}), datasets)
+
+
+@pytest.fixture(scope="module")
+def prepared(data: tuple[RunConfig, dict[str, EncodedDataset]]) -> dict[str, Any]:
+    config, _ = data
+    work, phi = runner(data), units.initial_policy(config)
+    tuned = units.reduce_tune(config, [work.run(u, phi, 0, {}) for u in units.tune_units(config)])
+    calibration = [work.run(u, phi, 0, tuned) for u in units.calibrate_units(config)]
+    return {**tuned, **units.reduce_calibrate(config, calibration)}
+
+
+def same(first: Contribution, second: Contribution) -> bool:
+    gradients = (first.gradient, second.gradient)
+    equal = gradients[0] is gradients[1] or np.array_equal(*gradients)  # type: ignore[arg-type]
+    tables = first.trajectory is second.trajectory or first.trajectory.equals(second.trajectory)
+    return bool(equal and tables) and first.metrics == second.metrics and first.rows == second.rows
+
+
+def test_tuning_picks_the_best_grid_point(data: tuple[RunConfig, dict[str, EncodedDataset]]) -> None:
+    config, _ = data
+    work = units.tune_units(config)
+    inner = config.inner
+    assert len(work) == len(inner.learning_rate_grid) * len(inner.weight_decay_grid) * units.TUNING_GROUPS
+    target = {"learning_rate": inner.learning_rate_grid[-1], "weight_decay": inner.weight_decay_grid[0]}
+    made = []
+    for unit in work:
+        settings = json.loads(unit.settings)
+        hit = all(settings[name] == value for name, value in target.items())
+        made.append(Contribution(unit, 0, metrics={"accuracy": 0.9 if hit else 0.5}))
+    assert units.reduce_tune(config, made[::-1]) == {"reference": {"0/adam": target}}
+
+
+def test_given_values_are_not_tuned(data: tuple[RunConfig, dict[str, EncodedDataset]]) -> None:
+    config, _ = data
+    inner = config.inner.model_copy(update={"learning_rate": 0.02, "weight_decay": 0.1})
+    fixed = config.model_copy(update={"inner": inner})
+    assert units.tune_units(fixed) == []
+    assert units.reduce_tune(fixed, [])["reference"]["0/adam"] == {"learning_rate": 0.02, "weight_decay": 0.1}
+
+
+def test_calibration_is_the_mean_and_deviation_of_known_values(
+    data: tuple[RunConfig, dict[str, EncodedDataset]],
+) -> None:
+    config, _ = data
+    values = np.array([[1.0, 5.0], [3.0, 5.0]])
+    arrays = {"count": np.array([2.0, 2.0]), "sum": values.sum(0), "square": (values**2).sum(0)}
+    unknown = {"count": np.zeros(2), "sum": np.zeros(2), "square": np.zeros(2)}
+    made = [Contribution(Unit("calibrate", 0, g), 0, arrays=a) for g, a in enumerate((arrays, unknown))]
+    got = units.reduce_calibrate(config, made)
+    assert got == {"feature_mean": [2.0, 5.0], "feature_std": [1.0, 1.0]}, "a constant feature is left unscaled"
+
+
+def test_every_kind_is_a_pure_function_of_its_key(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    config, datasets = data
+    phi = units.initial_policy(config)
+    work = [
+        units.tune_units(config)[0],
+        units.calibrate_units(config)[0],
+        units.meta_gradient_units(config, 1)[0],
+        units.select_units(config, 0)[0],
+        *units.evaluate_units(config, datasets),
+    ]
+    first, second = runner(data), runner(data)
+    forwards = [first.run(unit, phi, 0, prepared) for unit in work]
+    backwards = [second.run(unit, phi, 0, prepared) for unit in reversed(work)][::-1]
+    assert all(same(a, b) for a, b in zip(forwards, backwards, strict=True))
+    rows = units.rows_of(forwards)
+    assert {row["method"] for row in rows} == {"policy", "ce", "s5"}
+    assert {row["dataset"] for row in rows} == {"iris", "digits"}
+    assert {row["condition"] for row in rows} == set(config.evaluation.conditions)
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+
+
+def test_meta_gradient_differs_by_step_and_group(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    config, _ = data
+    work, phi = runner(data), units.initial_policy(config)
+    made = [work.run(unit, phi, 0, prepared) for step in (0, 1) for unit in units.meta_gradient_units(config, step)]
+    gradients = [item.gradient for item in made]
+    assert all(np.isfinite(g).all() and np.linalg.norm(g) > 0 for g in gradients if g is not None)
+    assert len({g.tobytes() for g in gradients if g is not None}) == len(made)
+    assert made[0].trajectory.num_rows > 0
+
+
+@pytest.mark.parametrize("kind", ["adjoint", "unroll", "es", "pes"])
+def test_windows_go_through_the_whole_run_and_begin_anew(
+    kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    """12 steps in windows of 5: 5 + 5 + 2, then a new inner run."""
+    work = runner(data, kind=kind, window=5, pairs=1)
+    phi = units.initial_policy(work.config)
+    carried, lengths = None, []
+    for step in range(4):
+        (unit, *_) = units.meta_gradient_units(work.config, step)
+        made = work.run(unit, phi, step, prepared, carried)
+        carried = made.carried
+        lengths.append(None if carried is None else int(carried["state/step"]))
+    assert lengths == [5, 10, None, 5]
+
+
+def test_windowed_adjoint_sums_to_what_windowed_unroll_gives(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    gradients = {}
+    for kind in ("adjoint", "unroll"):
+        work = runner(data, kind=kind, window=5)
+        phi, carried, total = units.initial_policy(work.config), None, 0.0
+        for step in range(3):
+            made = work.run(units.meta_gradient_units(work.config, step)[0], phi, step, prepared, carried)
+            carried = made.carried
+            total = total + made.gradient  # type: ignore[operator]
+        gradients[kind] = np.asarray(total)
+    error = np.linalg.norm(gradients["adjoint"] - gradients["unroll"]) / np.linalg.norm(gradients["unroll"])
+    assert error < 1e-3, "float32"
+
+
+def test_early_stopping_keeps_the_best_validated_parameters(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    config, datasets = data
+    evaluation = config.evaluation.model_copy(update={"methods": ("ce", "ce_early_stopping")})
+    inner = config.inner.model_copy(update={"steps": 60})
+    config = config.model_copy(update={"evaluation": evaluation, "inner": inner})
+    work, phi = units.Runner(config, datasets), units.initial_policy(config)
+    rows = units.rows_of(work.run(unit, phi, 0, prepared) for unit in units.evaluate_units(config, datasets))
+    by_method = {m: [r["accuracy"] for r in rows if r["method"] == m] for m in ("ce", "ce_early_stopping")}
+    assert len(by_method["ce"]) == len(by_method["ce_early_stopping"]) > 0
+    assert by_method["ce"] != by_method["ce_early_stopping"]
