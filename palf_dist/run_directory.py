@@ -61,6 +61,14 @@ def open_run_directory(path: str | Path) -> Path:
     return run_dir
 
 
+def discard_unused(run_dir: Path) -> None:
+    """Remove a run directory in which no run began; one that holds anything but the lock is left as it is."""
+    with contextlib.suppress(OSError):
+        if {entry.name for entry in run_dir.iterdir()} <= {LOCK}:
+            (run_dir / LOCK).unlink(missing_ok=True)
+            run_dir.rmdir()
+
+
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for one driver. Raises RunDirectoryError while another one has it."""

@@ -138,6 +138,7 @@ def test_meta_train_refuses_unfit_tables(
     settings = [part for option in options for part in ("--set", option)]
     text = cli.refused("meta-train", "--config", SMOKE, "--workers", "0", *settings)
     assert message in text and ("mine" in text or "table.parquet" in text)
+    assert not list(cli.folder.glob("runs/*")), "no run began, and nothing of it is left"
 
 
 def test_run_directories_that_hold_something_are_left_alone(cli: Command) -> None:

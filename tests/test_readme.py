@@ -63,7 +63,7 @@ def test_the_snippet_trains(policy: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_pages_works(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_pages_works(cli: Command) -> None:
     """In order, with the smoke configuration in place of the quick one. ``make`` targets are what CI itself runs."""
     shutil.copytree(Path(SMOKE).parent, "configs")
     shutil.copy(SMOKE, "configs/quick.yaml")
@@ -73,7 +73,7 @@ def test_every_command_of_the_pages_works(command: Command, monkeypatch: pytest.
         if program == "make":
             assert arguments[0] + ":" in (ROOT / "Makefile").read_text(), line
         elif program == ".venv/bin/palf-dist":
-            ended = command(*arguments)
+            ended = cli(*arguments)
             assert ended.code == 0, (line, ended.err)
         elif program == ".venv/bin/mlflow":
             ended_process = subprocess.run([sys.executable, "-m", "mlflow", *arguments, "--help"], capture_output=True)

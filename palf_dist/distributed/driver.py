@@ -23,8 +23,16 @@ from palf_dist.evaluation.report import RESULTS, ReportPaths, make_report
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import load_policy
 from palf_dist.progress import Progress
-from palf_dist.run_directory import CONFIG, create_run_directory, locked, open_run_directory, write_atomic
+from palf_dist.run_directory import (
+    CONFIG,
+    create_run_directory,
+    discard_unused,
+    locked,
+    open_run_directory,
+    write_atomic,
+)
 from palf_dist.tasks.datasets import load_all
+from palf_dist.tasks.family import check_tasks
 from palf_dist.tracking import Tracker, open_tracker
 from palf_dist.types import PolicyFileError
 
@@ -61,9 +69,11 @@ def meta_train(
     result = RunResult(open_run_directory(run_dir) if resume else create_run_directory(run_dir))
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(result.run_dir))
+        stack.callback(discard_unused, result.run_dir)  # a mistake found before the run began leaves nothing behind
         shown = stack.enter_context(progress or Progress())
         shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
         datasets = load_all(config.data)
+        check_tasks(config, datasets)
         session = stack.enter_context(open_session(config, datasets, shown, stop or threading.Event(), make_runner))
         if not resume:
             write_atomic(result.run_dir / CONFIG, dump_config(config).encode())
@@ -97,6 +107,7 @@ def evaluate_policy(
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress or Progress())
         datasets = load_all(config.data)
+        check_tasks(config, datasets)
         session = stack.enter_context(open_session(config, datasets, shown, threading.Event(), make_runner))
         normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
         try:

@@ -23,7 +23,11 @@ OnEvent = Callable[[str], None]
 
 
 class UnitError(PalfError):
-    """A unit of work failed for good; the message names it and says why."""
+    """A unit of work was given up after too many workers died or stalled on it; the message names it."""
+
+
+class UnitBug(RuntimeError):
+    """A unit of work raised something that is no user's mistake; the message names it. Shown with its traceback."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +59,7 @@ class WorkerPool(Protocol):
     def next_completed(self, timeout: float) -> Contribution | None:
         """The next contribution, or None when there is none within ``timeout`` seconds. Mends the pool meanwhile.
 
-        Raises UnitError when a unit has failed for good, and whatever PalfError a unit raised.
+        Raises UnitError or UnitBug when a unit has failed for good, and whatever PalfError a unit raised.
         """
         ...
 
@@ -92,7 +96,7 @@ class InProcessPool:
         except PalfError:
             raise
         except Exception as error:
-            raise UnitError(f"{describe(unit)} failed: {type(error).__name__}: {error}") from error
+            raise UnitBug(f"{describe(unit)} failed: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         self._queue.clear()

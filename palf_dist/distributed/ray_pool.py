@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from palf_dist import faults
 from palf_dist.config import RunConfig
 from palf_dist.distributed.cluster import Share
-from palf_dist.distributed.pool import Broadcast, OnEvent, RunnerFactory, UnitError, describe
+from palf_dist.distributed.pool import Broadcast, OnEvent, RunnerFactory, UnitBug, UnitError, describe
 from palf_dist.distributed.worker import Worker
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.types import ClusterError, Contribution, PalfError, Unit
@@ -169,7 +169,7 @@ class RayPool:
         assert issue is not None, message
         issue.raised += 1
         if issue.raised >= RAISING_ATTEMPTS:
-            raise UnitError(f"{describe(issue.unit)} failed on {issue.raised} workers: {message}") from error
+            raise UnitBug(f"{describe(issue.unit)} failed on {issue.raised} workers: {message}") from error
         self._replace(seat, f"worker {seat.number} (pid {seat.pid}) raised {message}")
 
     def _failed_to_start(self, seat: _Seat, error: RayError) -> None:

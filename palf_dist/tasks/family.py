@@ -100,6 +100,26 @@ def evaluation_specs(config: RunConfig, datasets: Datasets) -> list[tuple[TaskSp
     ]
 
 
+def check_tasks(config: RunConfig, datasets: Datasets) -> None:
+    """Refuse, before any work starts, what a unit would refuse later: raises DataError for an architecture that no
+    training dataset fits, a held-out dataset that no architecture fits, or a dataset too small for the tasks."""
+    training = [datasets[source.name] for source in config.data.train]
+    for index, architecture in enumerate(config.tasks.architectures):
+        if not any(fits(architecture, dataset) for dataset in training):
+            names = ", ".join(f"{dataset.name} ({dataset.family})" for dataset in training)
+            raise DataError(
+                f"tasks.architectures.{index}: {architecture.kind} can read none of the training datasets: {names}; "
+                "add a dataset it reads, or leave it out"
+            )
+    evaluation_specs(config, datasets)
+    imbalance = max(config.tasks.imbalance.high, config.evaluation.imbalance)
+    for dataset in datasets.values():
+        size = _train_size(config, dataset, random_generator("check", dataset.name))
+        for ratio, target_prior in ((1.0, "train"), (imbalance, "train"), (imbalance, "uniform")):
+            spec = TaskSpec(("check",), dataset.name, size, "uniform", 0.0, ratio, target_prior, 0, "adam")
+            draw_rows(dataset, spec, config.tasks)
+
+
 def build_group(
     config: RunConfig,
     datasets: Datasets,

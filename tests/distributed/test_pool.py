@@ -14,7 +14,7 @@ import torch
 from palf_dist import faults
 from palf_dist.config import RunConfig
 from palf_dist.distributed.cluster import Share
-from palf_dist.distributed.pool import Broadcast, InProcessPool, UnitError, WorkerPool, describe
+from palf_dist.distributed.pool import Broadcast, InProcessPool, UnitBug, UnitError, WorkerPool, describe
 from palf_dist.distributed.ray_pool import RayPool
 from palf_dist.tasks.datasets import load_all
 from palf_dist.types import ClusterError, Contribution, DataError, Unit
@@ -99,7 +99,7 @@ def test_in_process_pool_delivers_in_order_with_its_own_threads() -> None:
 def test_in_process_pool_names_the_unit_that_fails() -> None:
     config = small_config()
     pool = InProcessPool(config, load_all(config.data), ToyRunner)
-    with pytest.raises(UnitError, match=r"unit tune 0/4 \(raise ValueError\) failed: ValueError: the toy broke"):
+    with pytest.raises(UnitBug, match=r"unit tune 0/4 \(raise ValueError\) failed: ValueError: the toy broke"):
         drain(pool, [Unit("tune", 0, 4, '{"raise":"ValueError"}')])
     with pytest.raises(DataError, match=r"data\.train"):
         drain(pool, [Unit("tune", 0, 4, '{"raise":"DataError"}')])
@@ -174,7 +174,7 @@ def test_a_unit_that_raises_is_tried_once_elsewhere(
     pool = make_pool(workers=2)
     assert contents(drain(pool, UNITS)) == in_process()
     assert pool.reissued == 1 and "raised RuntimeError: raised on purpose" in events[0]
-    with pytest.raises(UnitError, match=r"unit tune 0/4 .* failed on 2 workers: ValueError: the toy broke"):
+    with pytest.raises(UnitBug, match=r"unit tune 0/4 .* failed on 2 workers: ValueError: the toy broke"):
         drain(pool, [Unit("tune", 0, 4, '{"raise":"ValueError"}')])
 
 

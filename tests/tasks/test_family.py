@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from palf_dist.config import RunConfig
 from palf_dist.tasks.encoded import EncodedDataset
-from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
+from palf_dist.tasks.family import build_group, check_tasks, evaluation_specs, sample_specs
 from palf_dist.tasks.splits import SPLITS, draw_rows
 from palf_dist.types import DataError, TaskGroup, TaskSpec, random_generator
 from tests.tasks.cases import REFERENCE, image_dataset, run_config, task_spec, text_dataset, toy_dataset
@@ -201,3 +201,15 @@ def fingerprint() -> str:
 def test_another_process_builds_the_same_bytes() -> None:
     done = subprocess.run([sys.executable, "-c", FINGERPRINT], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fingerprint()
+
+
+def test_what_a_unit_would_refuse_is_refused_before_any_work() -> None:
+    held_out = run_config((LARGE,)).data.held_out
+    names = [LARGE.name, *(source.name for source in held_out)]
+    datasets = {name: LARGE if name == LARGE.name else toy_dataset(name) for name in names}
+    run = run_config((LARGE,), tasks={"architectures": KINDS[:1]})
+    check_tasks(run, datasets)
+    with pytest.raises(DataError, match="a training size of 5000 is larger than the data allows"):
+        check_tasks(run_config((LARGE,), tasks={"architectures": KINDS[:1], "train_size": [5000, 5000]}), datasets)
+    with pytest.raises(DataError, match=r"tasks\.architectures\.1: conv can read none of the training datasets: large"):
+        check_tasks(run_config((LARGE,), tasks={"architectures": KINDS[:2]}), datasets)
