@@ -181,7 +181,7 @@ class InnerConfig(Section):
     batch_size: Annotated[int, Field(strict=True, ge=2)] = 32
     learning_rate: Positive | Literal["tuned"] = "tuned"
     weight_decay: NonNegative | Literal["tuned"] = "tuned"
-    learning_rate_grid: tuple[Positive, ...] = (0.001, 0.003, 0.01, 0.03)
+    learning_rate_grid: tuple[Positive, ...] = (0.003, 0.005, 0.01, 0.02)
     weight_decay_grid: tuple[NonNegative, ...] = (0.0, 0.3, 1.0, 3.0, 10.0)
     ema: Share = Field(default=0.7, description="decay of each example's averaged prediction")
 

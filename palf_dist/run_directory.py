@@ -16,6 +16,8 @@ from palf_dist.types import RunDirectoryError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.parquet"
+RESULTS = "results.parquet"
+"""One row per method and held-out task; see ``evaluation.statistics.compare``."""
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 TRAJECTORIES = "trajectories"

@@ -30,7 +30,7 @@ from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
 from palf_dist.trajectory import build_table
 from palf_dist.types import Contribution, TaskGroup, TaskSpec, Unit
 
-TUNING_GROUPS = 2  # task groups per grid point
+TUNING_GROUPS = 4  # task groups per grid point: fewer leave the choice to chance
 CALIBRATION_GROUPS = 2
 EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation accuracy
 

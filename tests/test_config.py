@@ -80,6 +80,10 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
         ("tracking: null", "tracking: must be a section of 'key: value' lines, not null"),
         ("name: a/b", "name: String should match pattern '^[\\w.-]+$', not \"a/b\""),
         ("estimator: {window: 200}", "estimator.window: must be at most inner.steps (150), not 200; or leave it out"),
+        (
+            "estimator: {window: 50}\ndistributed: {mode: async}",
+            "distributed.mode: must be sync where estimator.window is given: inner states are carried over",
+        ),
         ("policy: {features: [tiem]}", "policy.features.0: unknown feature 'tiem'; did you mean time?"),
     ],
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,22 +20,26 @@ from palf_dist.distributed import phases
 from palf_dist.distributed.meta_training import MetaTraining
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
-from palf_dist.evaluation.report import RESULTS, ReportPaths, make_report
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import load_policy
 from palf_dist.progress import Progress
 from palf_dist.run_directory import (
     CONFIG,
+    RESULTS,
     create_run_directory,
     discard_unused,
     locked,
     open_run_directory,
     write_atomic,
 )
+from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.family import check_tasks
 from palf_dist.tracking import Tracker, open_tracker
 from palf_dist.types import PolicyFileError
+
+if TYPE_CHECKING:
+    from palf_dist.evaluation.report import ReportPaths
 
 
 @dataclass
@@ -144,9 +149,17 @@ def _train_and_report(session: Session, tracker: Tracker, result: RunResult) -> 
     if training.policy_file.exists():
         result.policy = training.policy_file
     if not result.interrupted:
-        result.report = make_report(run_dir)
+        result.report = _report(session.config, run_dir)
         for path in (run_dir / CONFIG, training.policy_file.parent, result.report.folder):
             tracker.log_artifact(path, path.name if path.is_dir() else "")
+
+
+def _report(config: RunConfig, run_dir: Path) -> ReportPaths:
+    # Unless told otherwise, matplotlib writes its list of fonts into the home folder when it is imported.
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(config.data.cache) / "matplotlib"))
+    from palf_dist.evaluation.report import make_report
+
+    return make_report(run_dir)
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

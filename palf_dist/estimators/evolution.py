@@ -87,7 +87,7 @@ class PES(ES):
         onward: dict[str, np.ndarray] = {}
         for pair in range(self.config.pairs):
             xi = self._perturbation(loop, phi, (*keys, state.step, pair))
-            total = xi + torch.from_numpy(carried[f"{pair}/total"]).to(xi) if carried else xi
+            total = xi + torch.from_numpy(np.array(carried[f"{pair}/total"])).to(xi) if carried else xi
             outer = []
             for side, sign in (("up", 1), ("down", -1)):
                 prefix = f"{pair}/{side}/"

@@ -27,12 +27,9 @@ from palf_dist.evaluation import plots
 from palf_dist.evaluation.methods import REFERENCE
 from palf_dist.evaluation.statistics import Comparison, compare
 from palf_dist.evaluation.table import is_policy, label_of, table_notes, to_cells, to_markdown, to_records
-from palf_dist.run_directory import BEST, CONFIG, METRICS, REPORT, TRAJECTORIES, open_run_directory
+from palf_dist.run_directory import BEST, CONFIG, METRICS, REPORT, RESULTS, TRAJECTORIES, open_run_directory
 from palf_dist.trajectory import read_trajectories
 from palf_dist.types import RunDirectoryError
-
-RESULTS = "results.parquet"
-"""One row per method and held-out task; see ``evaluation.statistics.compare``."""
 
 PAGE, TABLE_MARKDOWN, TABLE_JSON = "index.html", "table.md", "table.json"
 
