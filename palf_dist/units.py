@@ -20,11 +20,11 @@ from torch import Tensor
 
 from palf_dist.config import RunConfig
 from palf_dist.estimators import make_estimator
-from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, select_methods, static_controls
+from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_policy, select_methods
 from palf_dist.faults import fault_point
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.outer_loss import accuracy
-from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, policy_spec
+from palf_dist.policies import LearnedPolicy, Policy, policy_spec
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
 from palf_dist.trajectory import build_table
@@ -167,7 +167,7 @@ class Runner:
         specs = tuple(replace(spec, architecture=index) for spec in specs)
         chosen = {name: settings[name] for name in ("learning_rate", "weight_decay")}
         group = build_group(config, self.datasets, specs, {f"{index}/{settings['optimiser']}": chosen})
-        result = self._train(group, StaticPolicy(static_controls(METHODS[REFERENCE])), phi)
+        result = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(result.double().mean())})
 
     def _calibrate(
@@ -232,7 +232,7 @@ class Runner:
     ) -> Contribution:
         group = self._group(("select", self.config.seed, unit.group), prepared)
         ours = self._train(group, learned_policy(self.config, prepared), phi).double()
-        reference = self._train(group, StaticPolicy(static_controls(METHODS[REFERENCE])), phi).double()
+        reference = self._train(group, baseline_policy(METHODS[REFERENCE]), phi).double()
         return Contribution(unit, 0, metrics={"accuracy": float(ours.mean()), "reference": float(reference.mean())})
 
     def _evaluate(
@@ -241,9 +241,7 @@ class Runner:
         specs = evaluation_specs(self.config, self.datasets)[unit.group]
         group = build_group(self.config, self.datasets, specs, prepared["reference"])
         method = METHODS[settings["method"]]
-        policy: Policy = (
-            learned_policy(self.config, prepared) if method.uses_policy else StaticPolicy(static_controls(method))
-        )
+        policy: Policy = learned_policy(self.config, prepared) if method.uses_policy else baseline_policy(method)
         result = self._train(group, policy, phi, early_stopping=method.early_stopping)
         rows = [self._row(method, spec, value) for spec, value in zip(specs, result.tolist(), strict=True)]
         return Contribution(unit, 0, metrics={"accuracy": float(result.double().mean())}, rows=rows)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from palf_dist.config import InnerConfig, PolicyConfig
-from palf_dist.evaluation.methods import METHODS, static_controls
+from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.inner_loop import InnerLoop, InnerState, task_facts
 from palf_dist.inner_optimisers import cosine_rate
-from palf_dist.policies import LearnedPolicy, StaticPolicy, policy_spec
+from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 from tests.groups import make_group
 
@@ -50,7 +50,7 @@ def test_closed_form_step_equals_the_autograd_step(name: str, optimiser: str) ->
 def test_plain_cross_entropy_is_ordinary_training() -> None:
     """Under the static CE policy each task trains as a torch module with torch's own SGD would."""
     group = make_group("mlp", "sgd", steps=9)
-    loop = InnerLoop(group, StaticPolicy(static_controls(METHODS["ce"])), InnerConfig())
+    loop = InnerLoop(group, baseline_policy(METHODS["ce"]), InnerConfig())
     state = loop.start()
     loop.run(state, torch.zeros(0), loop.steps)
     for task in range(group.size):

@@ -7,13 +7,12 @@ the same inner loop, with the learning rate and L2 strength that were tuned for 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, ConfigError
+from palf_dist.policies import CurriculumPolicy, Policy, StaticPolicy
+from palf_dist.policies.static import control_vector
+from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS, ConfigError
 
 PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
 """The five basis losses of the paper, equation (4); robust_ce is ours (METHODS part 6)."""
@@ -28,16 +27,18 @@ class Method:
 
     name: str
     label: str  # as tables and plots print it
-    alpha: Mapping[str, float] = field(default_factory=dict)  # weights of the basis losses; empty for the policy
+    alpha: Mapping[str, float] = field(default_factory=dict)  # weights of the basis losses, of a static method
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
     early_stopping: bool = False  # theta of the best accuracy on the noisy validation rows instead of the last
-    uses_policy: bool = False
+    schedule: Callable[[], Policy] | None = None  # makes the policy of a method that follows the clock
+    uses_policy: bool = False  # the meta-learned one
     note: str = ""
 
     def __post_init__(self) -> None:
-        assert self.uses_policy != bool(self.alpha), f"{self.name}: either a policy or mixture weights"
+        kinds = (self.uses_policy, bool(self.alpha), self.schedule is not None)
+        assert sum(kinds) == 1, f"{self.name}: the learned policy, mixture weights or a schedule"
         assert set(self.alpha) <= set(BASIS_LOSSES) and set(self.hyperparameters) <= set(DEFAULT_HYPERPARAMETERS)
-        assert self.uses_policy or abs(sum(self.alpha.values()) - 1) < 1e-9, f"{self.name}: alpha is not convex"
+        assert not self.alpha or abs(sum(self.alpha.values()) - 1) < 1e-9, f"{self.name}: alpha is not convex"
 
 
 METHODS: dict[str, Method] = {
@@ -62,6 +63,12 @@ METHODS: dict[str, Method] = {
             note="static la = 1, e = 0.2, ew = 0.6, the constants that the policy starts from",
         ),
         Method("uniform", "uniform mixture", dict.fromkeys(PAPER_BASIS, 0.2), note="of the paper's five basis losses"),
+        Method(
+            "curriculum",
+            "curriculum",
+            schedule=CurriculumPolicy,
+            note="by the clock: label smoothing, then cross-entropy, then focal",
+        ),
         Method("ce_rce", "0.1 CE + RCE", {"symmetric_ce": 1.0}, {"a": 0.1, "b": 1.0}),
         Method(
             "ce_early_stopping",
@@ -74,19 +81,12 @@ METHODS: dict[str, Method] = {
 }
 
 
-def static_controls(method: Method) -> Tensor:
-    """The controls [U] float32 of a static method, in the order of ``types.CONTROLS``."""
-    assert not method.uses_policy, f"{method.name} sets its controls from the training state"
-    controls = torch.zeros(len(CONTROLS))
-    for name, value in {**DEFAULT_HYPERPARAMETERS, **method.hyperparameters, **method.alpha}.items():
-        controls[CONTROL_INDEX[name]] = value
-    return controls
-
-
-def active_basis(method: Method) -> tuple[str, ...]:
-    """The basis losses that a static method mixes, in the order of ``types.BASIS_LOSSES``; others can be skipped."""
-    assert not method.uses_policy, f"the basis losses of {method.name} are those of its policy file"
-    return tuple(name for name in BASIS_LOSSES if method.alpha.get(name))
+def baseline_policy(method: Method) -> Policy:
+    """The policy of a method that is not meta-learned."""
+    assert not method.uses_policy, f"{method.name} sets its controls by its policy file"
+    if method.schedule is not None:
+        return method.schedule()
+    return StaticPolicy(control_vector(method.alpha, method.hyperparameters))
 
 
 def select_methods(names: Iterable[str] | None = None) -> tuple[Method, ...]:

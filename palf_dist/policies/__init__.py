@@ -3,7 +3,7 @@
 from palf_dist.policies.base import Policy
 from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, policy_spec
 from palf_dist.policies.schedule import CurriculumPolicy
-from palf_dist.policies.static import StaticPolicy, uniform_policy
+from palf_dist.policies.static import StaticPolicy
 
 __all__ = [
     "CurriculumPolicy",
@@ -12,5 +12,4 @@ __all__ = [
     "PolicySpec",
     "StaticPolicy",
     "policy_spec",
-    "uniform_policy",
 ]

@@ -13,8 +13,8 @@ class CurriculumPolicy:
     """Easy to hard: label smoothing first, cross-entropy in the middle, the focal loss (which stresses hard examples)
     at the end, mixed linearly in between."""
 
-    features = ("time",)
-    active_basis = ("ce", "focal", "label_smoothing")
+    features: tuple[str, ...] = ("time",)
+    active_basis: tuple[str, ...] = ("ce", "focal", "label_smoothing")
     num_parameters = 0
 
     def __init__(self, refresh: int = 10) -> None:

@@ -36,8 +36,3 @@ class StaticPolicy:
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
         return self.vector.to(state).expand(state.shape[0], -1)
-
-
-def uniform_policy() -> StaticPolicy:
-    """Equal weights on the paper's five basis losses."""
-    return StaticPolicy(control_vector(dict.fromkeys(BASIS_LOSSES[:5], 0.2)))

@@ -8,6 +8,7 @@ import torch
 
 from palf_dist.config import EstimatorConfig, InnerConfig, OuterLossConfig, PolicyConfig
 from palf_dist.estimators import Estimate, make_estimator
+from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.inner_loop import InnerLoop, InnerState
 from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
@@ -112,9 +113,7 @@ def test_one_step_is_the_mean_of_single_step_gradients() -> None:
 
 
 def test_a_static_policy_has_an_empty_gradient() -> None:
-    from palf_dist.policies import uniform_policy
-
-    loop = InnerLoop(make_group(), uniform_policy(), InnerConfig())
+    loop = InnerLoop(make_group(), baseline_policy(METHODS["uniform"]), InnerConfig())
     assert estimate("adjoint", loop, torch.zeros(0).double()).gradient.shape == (0,)
 
 

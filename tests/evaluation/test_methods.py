@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from palf_dist.evaluation.methods import METHODS, active_basis, select_methods, static_controls
+from palf_dist.evaluation.methods import METHODS, baseline_policy, select_methods
 from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS, ConfigError
 
-STATIC = [method for method in METHODS.values() if not method.uses_policy]
+STATIC = [method for method in METHODS.values() if method.alpha]
+
+
+def static_controls(method):
+    return baseline_policy(method).controls(torch.zeros(0), torch.zeros(1, 0))[0]
+
+
+def active_basis(method):
+    return baseline_policy(method).active_basis
 
 
 @pytest.mark.parametrize("method", STATIC, ids=lambda method: method.name)
@@ -49,9 +58,12 @@ def test_the_policy_has_no_static_controls():
     policy = METHODS["policy"]
     assert policy.uses_policy
     with pytest.raises(AssertionError):
-        static_controls(policy)
-    with pytest.raises(AssertionError):
-        active_basis(policy)
+        baseline_policy(policy)
+
+
+def test_the_curriculum_follows_the_clock():
+    curriculum = baseline_policy(METHODS["curriculum"])
+    assert curriculum.features == ("time",) and curriculum.active_basis == ("ce", "focal", "label_smoothing")
 
 
 def test_selection_keeps_the_table_order_and_always_holds_the_reference():

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palf_dist.config import PolicyConfig
-from palf_dist.evaluation.methods import METHODS, static_controls
-from palf_dist.policies import CurriculumPolicy, LearnedPolicy, Policy, StaticPolicy, policy_spec, uniform_policy
+from palf_dist.evaluation.methods import METHODS, baseline_policy
+from palf_dist.policies import CurriculumPolicy, LearnedPolicy, Policy, policy_spec
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, HYPERPARAMETERS, NUM_BASIS
 
 ALL = PolicyConfig(basis=BASIS_LOSSES, hyperparameters=HYPERPARAMETERS)
@@ -22,8 +22,8 @@ POLICIES: dict[str, Policy] = {
     "robust": learned(PolicyConfig()),
     "palf": learned(PolicyConfig(kind="palf")),
     "all": learned(ALL),
-    "static": StaticPolicy(static_controls(METHODS["s5"])),
-    "uniform": uniform_policy(),
+    "static": baseline_policy(METHODS["s5"]),
+    "uniform": baseline_policy(METHODS["uniform"]),
     "curriculum": CurriculumPolicy(),
 }
 
@@ -53,7 +53,7 @@ def test_untrained_robust_policy_is_nearly_s5_and_ignores_the_state() -> None:
     policy = POLICIES["robust"]
     phi = torch.from_numpy(policy.initial())
     controls = policy.controls(phi, torch.randn(5, len(policy.features)))
-    s5 = static_controls(METHODS["s5"])
+    s5 = POLICIES["static"].controls(torch.zeros(0), torch.zeros(1, 0))[0]
     assert torch.equal(controls, controls[:1].expand_as(controls))
     torch.testing.assert_close(controls[0, NUM_BASIS:], s5[NUM_BASIS:])
     assert controls[0, CONTROL_INDEX["robust_ce"]] >= 0.95
