@@ -25,7 +25,7 @@ def mlp(architecture: MLPConfig, shape: InputShape, num_classes: int) -> Layered
     blocks = tuple(width for width in (embedded, shape.numeric) if width)
     stem: Stem = Columns(shape.categories, architecture.embedding) if embedded else Data()
     first, *rest = pairwise((embedded + shape.numeric, *architecture.hidden))
-    body: list[Layer] = [Linear(*first, RELU_GAIN, blocks, reads_data=not embedded), ReLU()]
+    body: list[Layer] = [Linear(*first, RELU_GAIN, blocks, learned=embedded), ReLU()]
     for widths in rest:
         body += [Linear(*widths, RELU_GAIN), ReLU()]
     return LayeredModel(stem, body, Linear(architecture.hidden[-1], num_classes))
@@ -49,7 +49,7 @@ def conv(architecture: ConvConfig, shape: InputShape, num_classes: int) -> Layer
         blocks = (inputs,) * 9 if first else ()
         body += [
             Patches(stride=2),
-            Linear(9 * inputs, outputs, RELU_GAIN, blocks, reads_data=first),
+            Linear(9 * inputs, outputs, RELU_GAIN, blocks, learned=0 if first else None),
             Normalise(architecture.groups),
             Scale(outputs),
             ReLU(),

@@ -150,18 +150,23 @@ class Linear(Layer):
 
     ``data_blocks``: widths of the blocks of data columns that a first layer reads. Each block is drawn column by
     column from a stream of its own, other layers row by row: columns or classes that pad a task at the end of a block
-    change no draw of the real ones (the scale is that of the padded width). ``reads_data``: the input is data itself,
-    so that its gradient is not computed.
+    change no draw of the real ones (the scale is that of the padded width). ``learned``: how many leading columns of
+    the input depend on parameters; the rest is data, whose derivatives are neither given nor taken. None: all of them.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, gain: float = 1.0, data_blocks: tuple[int, ...] = (), reads_data: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        gain: float = 1.0,
+        data_blocks: tuple[int, ...] = (),
+        learned: int | None = None,
     ) -> None:
         assert not data_blocks or sum(data_blocks) == inputs, (data_blocks, inputs)
         self.shapes = ((outputs, inputs), (outputs,))
         self.scale = math.sqrt(gain / inputs)
         self.data_blocks = data_blocks
-        self.reads_data = reads_data
+        self.learned = inputs if learned is None else learned
 
     def init(self, generator: np.random.Generator) -> list[np.ndarray]:
         outputs, inputs = self.shapes[0]
@@ -184,7 +189,7 @@ class Linear(Layer):
         x, shape = tape
         rows = as_rows(dy)
         grads = [torch.bmm(rows.transpose(1, 2), x), rows.sum(1)]
-        return (None if self.reads_data else as_shape(shape, torch.bmm(rows, params[0]))), grads
+        return (as_shape(shape, torch.bmm(rows, self._learned(params[0]))) if self.learned else None), grads
 
     # y. = x V' + c + x. W'
     def tangent(self, params: Params, tape: Any, v: Params, x_dot: Tensor | None) -> tuple[Tensor, Any]:
@@ -193,7 +198,7 @@ class Linear(Layer):
         rows = None
         if x_dot is not None:
             rows = as_rows(x_dot)
-            y_dot = _plus_product(y_dot, rows, params[0])
+            y_dot = _plus_product(y_dot, rows, self._learned(params[0]))
         return as_shape(shape, y_dot), rows
 
     # (x_bar). = y_bar. W + y_bar V,  (W_bar). = y_bar.' x + y_bar' x.,  (b_bar). = sum of y_bar.
@@ -204,12 +209,17 @@ class Linear(Layer):
         rows, rows_dot = as_rows(dy), as_rows(dy_dot)
         weight_dot = torch.bmm(rows_dot.transpose(1, 2), x)
         if tangent_tape is not None:
-            weight_dot.baddbmm_(rows.transpose(1, 2), tangent_tape)
+            self._learned(weight_dot).add_(torch.bmm(rows.transpose(1, 2), tangent_tape))
         grads = [weight_dot, rows_dot.sum(1)]
-        if self.reads_data:
+        if not self.learned:
             return None, None, grads
-        dx_dot = torch.bmm(rows_dot, params[0]).baddbmm_(rows, v[0])
-        return as_shape(shape, torch.bmm(rows, params[0])), as_shape(shape, dx_dot), grads
+        weight = self._learned(params[0])
+        dx_dot = torch.bmm(rows_dot, weight).baddbmm_(rows, self._learned(v[0]))
+        return as_shape(shape, torch.bmm(rows, weight)), as_shape(shape, dx_dot), grads
+
+    def _learned(self, weight: Tensor) -> Tensor:
+        """The columns of weight [G, outputs, inputs] that meet learned inputs."""
+        return weight[..., : self.learned]
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Stem(Protocol):
         ...
 
     def tangent(self, tape: Any, v: Params) -> Tensor | None:
-        """Directional derivative of x; None where x is data."""
+        """Directional derivative of the leading columns of x that are not data; None where all are."""
         ...
 
     def backward(self, tape: Any, dx: Tensor | None) -> list[Tensor]:
@@ -62,17 +62,14 @@ class Columns(Stem):
     def forward(self, params: Params, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
         numeric, codes = inputs
         x = torch.cat([_embed(params[0], codes).flatten(2), numeric], -1)
-        return x, None, (codes, numeric)
+        return x, None, codes
 
     def tangent(self, tape: Any, v: Params) -> Tensor | None:
-        codes, numeric = tape
-        return torch.cat([_embed(v[0], codes).flatten(2), torch.zeros_like(numeric)], -1)
+        return _embed(v[0], tape).flatten(2)
 
     def backward(self, tape: Any, dx: Tensor | None) -> list[Tensor]:
-        codes, _ = tape
         assert dx is not None
-        categories, width = self.shapes[0]
-        return [_embedding_gradient(codes, dx[..., : codes.shape[2] * width], categories, width)]
+        return [_embedding_gradient(tape, dx, *self.shapes[0])]
 
 
 class Tokens(Stem):
