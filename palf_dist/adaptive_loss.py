@@ -21,6 +21,7 @@ from palf_dist.config import InnerConfig
 from palf_dist.losses import LossContext
 from palf_dist.mixture_loss import mixture_loss
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
+from palf_dist.prediction_averages import LateBuffers, PredictionAverages
 from palf_dist.training_state import (
     HUTCHINSON_ROWS,
     NEIGHBOUR_FEATURES,
@@ -33,65 +34,19 @@ from palf_dist.training_state import (
 )
 from palf_dist.types import CONTROL_INDEX, CONTROLS, ConfigError
 
-Frequencies = Sequence[float] | Tensor
+PerClass = Sequence[float] | Tensor  # one number for each class
 
 
-class _LateBuffers(nn.Module):
-    """A module whose buffers take their shapes from the data; a state_dict brings its own."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name, buffer in self._buffers.items():
-            saved = state_dict.get(prefix + name)
-            if buffer is not None and saved is not None:
-                self._buffers[name] = buffer.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-class PredictionAverages(_LateBuffers):
-    """Moving average of the predicted probabilities of each training row. Grows with the largest row index."""
-
-    averaged: Tensor  # [N, C] float32, 1 / C where not seen
-    labels: Tensor  # [N] int64
-    seen: Tensor  # [N] bool
-
-    def __init__(self, decay: float, rows: int) -> None:
-        super().__init__()
-        self.decay, self.rows = decay, rows
-        self.register_buffer("averaged", torch.zeros(0, 0))
-        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("seen", torch.zeros(0, dtype=torch.bool))
-
-    def reserve(self, index: Tensor, classes: int) -> None:
-        """Make room for rows ``index`` [n]."""
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < 0:
-            raise ConfigError(f"index: row {low} is negative; give each example's position in the training set")
-        have = len(self.seen)
-        if high >= have:
-            rows = max(high + 1, self.rows, 2 * have)
-            averaged = self.averaged.new_full((rows, classes), 1 / classes)
-            labels, seen = self.labels.new_zeros(rows), self.seen.new_zeros(rows)
-            averaged[:have], labels[:have], seen[:have] = self.averaged.view(have, classes), self.labels, self.seen
-            self.averaged, self.labels, self.seen = averaged, labels, seen
-
-    def recall(self, index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Averaged own-label probability [n], and whether the row has been seen [n]."""
-        return self.averaged[index, labels], self.seen[index]
-
-    def update(self, index: Tensor, labels: Tensor, p: Tensor) -> None:
-        """Take in the current predictions p [n, C]."""
-        self.averaged[index] = torch.lerp(p.to(self.averaged.dtype), self.averaged[index], self.decay)
-        self.labels[index] = labels
-        self.seen[index] = True
-
-
-class AdaptiveLoss(_LateBuffers):
+class AdaptiveLoss(LateBuffers):
     """A loss whose mixture weights and hyper-parameters follow the training state, as a learned policy says.
 
     ``loss = criterion(logits, y, index=rows); loss.backward(); criterion.step(model, optimizer); optimizer.step()``
 
     Call ``step`` once per optimiser step, between ``backward`` and ``zero_grad``. In eval mode the module is the plain
-    mean cross-entropy. Everything that changes is in its ``state_dict``.
+    mean cross-entropy. Everything that changes is in its ``state_dict``. It follows the logits to their device.
+
+    In meta-training the Hessian trace is known from t = 0; here the parameters are known only after the first ``step``,
+    so that a policy that reads the trace takes its frozen mean at the first refresh.
     """
 
     phi: Tensor
@@ -105,15 +60,15 @@ class AdaptiveLoss(_LateBuffers):
         artefact: PolicyArtefact,
         *,
         total_steps: int,
-        class_counts: Frequencies | None = None,
-        target_prior: str | Frequencies = "train",
+        class_counts: PerClass | None = None,
+        target_prior: str | PerClass = "train",
     ) -> None:
         """
         Args:
             artefact: a loaded policy; ``load`` reads one from a file.
             total_steps: optimiser steps of the whole training run.
-            class_counts: [C] how often each class occurs among the training labels. Needed for a target_prior other
-                than "train"; otherwise estimated from the labels that pass.
+            class_counts: [C] how many training labels each class has (counts, not frequencies). Needed for a
+                target_prior other than "train"; otherwise estimated from the labels that pass.
             target_prior: class frequencies where the model will be used: "train" (as in training), "uniform", or [C].
 
         Raises:
@@ -156,8 +111,8 @@ class AdaptiveLoss(_LateBuffers):
         path: str | Path,
         *,
         total_steps: int,
-        class_counts: Frequencies | None = None,
-        target_prior: str | Frequencies = "train",
+        class_counts: PerClass | None = None,
+        target_prior: str | PerClass = "train",
     ) -> AdaptiveLoss:
         """Read a policy file (or the folder that holds it); the other arguments are the constructor's.
 
@@ -183,16 +138,19 @@ class AdaptiveLoss(_LateBuffers):
             index: [n] which training rows these are, for posterior weights. Without it they are left out.
 
         Raises:
-            ConfigError: shapes do not fit, or features are missing.
+            ConfigError: shapes do not fit, the batch is empty, a label is out of range (not looked for on a GPU), or
+                features are missing.
         """
         if not self.training:
             return functional.cross_entropy(logits, y)
         self._check(logits, y, features, index)
+        if self.phi.device != logits.device:
+            self.to(logits.device)
         with torch.autocast(logits.device.type, enabled=False):
             z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
             h = features.flatten(1).to(z.dtype) if features is not None else None
             y = y.to(z.device, torch.int64)
-            own = self._observe(z, y, None if index is None else index.to(z.device, torch.int64))
+            own = self._observe(z, y, index)
             context = self._task(z) if own is None else self._task(z).with_posterior(*own)
             controls = self.controls.to(z.dtype)
             return mixture_loss(z, y, h, controls, context, self.policy.active_basis)[0].mean()
@@ -211,6 +169,8 @@ class AdaptiveLoss(_LateBuffers):
             for group in optimizer.param_groups:
                 initial = group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
                 group["weight_decay"] = initial * self._weight_decay_multiplier
+        elif "wd" in self.policy.spec.hyperparameters:
+            self._say("no optimizer: the policy's weight decay is left out; pass it as step(model, optimizer)")
         self._step += 1
         if self._step % self.refresh_every == 0 and "gradient_norm" in self.policy.features:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -240,6 +200,14 @@ class AdaptiveLoss(_LateBuffers):
             raise ConfigError(
                 f"logits {list(logits.shape)} and y {list(y.shape)} {y.dtype}: needs logits [n, C] and whole labels [n]"
             )
+        if not len(y):
+            raise ConfigError("y: the batch is empty; a mean loss needs at least one example")
+        # Not on a GPU: to look at the values would make every step wait for it, and its kernels check the range.
+        if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
+            raise ConfigError(
+                f"y: labels {int(y.min())} to {int(y.max())} given, but logits have {logits.shape[1]} classes; "
+                "needs labels from 0 to classes - 1"
+            )
         if index is not None and (index.shape != y.shape or index.is_floating_point()):
             raise ConfigError(f"index: {list(index.shape)} {index.dtype} given; needs one whole row number per example")
         if self.class_counts is not None and len(self.class_counts) != logits.shape[1]:
@@ -263,7 +231,8 @@ class AdaptiveLoss(_LateBuffers):
         """Refresh the controls where due and take in the batch. With an index: the averaged own-label probabilities
         [1, n] and seen flags [1, n] as they were before this batch."""
         if index is not None:
-            self.averages.reserve(index, z.shape[1])
+            self.averages.reserve(index, z.shape[1])  # before the move: reading a GPU's values would wait for it
+            index = index.to(z.device, torch.int64)
         elif self._remembers:
             self._say(
                 "no index: posterior weights and noise features are left out; pass index=row numbers of the batch"
@@ -356,14 +325,18 @@ class AdaptiveLoss(_LateBuffers):
             warnings.warn(f"AdaptiveLoss: {message}", stacklevel=2)
 
 
-def _class_counts(values: Frequencies) -> Tensor:
+def _class_counts(values: PerClass) -> Tensor:
     counts = torch.as_tensor(values, dtype=torch.float64).cpu()
-    if counts.dim() != 1 or len(counts) < 2 or not counts.isfinite().all() or (counts < 0).any() or counts.sum() <= 0:
-        raise ConfigError(f"class_counts: {values} given; needs one count >= 0 per class, not all zero")
+    whole = counts.isfinite().all() and (counts >= 0).all() and (counts == counts.round()).all()
+    if counts.dim() != 1 or len(counts) < 2 or not whole or counts.sum() < len(counts):
+        raise ConfigError(
+            f"class_counts: {values} given; needs how many training labels each class has, as whole numbers with a sum "
+            "of at least the number of classes (not frequencies)"
+        )
     return counts
 
 
-def _log_prior_ratio(class_counts: Tensor | None, target_prior: str | Frequencies) -> Tensor | None:
+def _log_prior_ratio(class_counts: Tensor | None, target_prior: str | PerClass) -> Tensor | None:
     """log(pi_train / pi_target) [C] with the training frequencies smoothed by one example per class; None: no shift."""
     if isinstance(target_prior, str):
         if target_prior not in ("train", "uniform"):

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
+
+from palf_dist.usage import usage
 
 if TYPE_CHECKING:
     from palf_dist.config import RunConfig
@@ -29,12 +32,6 @@ app = typer.Typer(
 )
 datasets_app = typer.Typer(help="List, describe and fetch the datasets that a config can name.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
-
-DROP_IN = """
-in your own training loop, after `from palf_dist import AdaptiveLoss`:
-    criterion = AdaptiveLoss.load("{policy}", total_steps=...)
-    loss = criterion(logits, y, index=index)  # index: which training rows these are, if you know
-    criterion.step(model)  # after loss.backward()"""
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -132,7 +129,7 @@ def meta_train(
             *_report_lines(result.report),
             f"policy  {_near(result.policy)}",
             f"mlflow  {mlflow if settings.tracking.enabled else 'off'}",
-            DROP_IN.format(policy=_near(result.policy)),
+            "\nin your own training loop:\n" + indent(usage(_near(result.policy)), "    "),
         )
 
 

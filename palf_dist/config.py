@@ -18,6 +18,15 @@ HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "t
 assert get_args(BasisName) == BASIS_LOSSES and get_args(HyperparameterName) == HYPERPARAMETERS
 
 
+def _distinct(values: tuple[str | float, ...] | None) -> tuple[str | float, ...] | None:
+    """Refuses a list that names something twice; numbers are told apart by 6 digits, as in tables of results."""
+    seen = [round(value, 6) if isinstance(value, float) else value for value in values or ()]
+    twice = sorted({str(value) for value in seen if seen.count(value) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is named more than once; name it once")
+    return values
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values are never coerced silently, objects are frozen."""
 
@@ -174,6 +183,19 @@ class TasksConfig(Section):
         return self
 
 
+class GridConfig(Section):
+    learning_rate: tuple[Positive, ...] = Field(min_length=1)
+    weight_decay: tuple[NonNegative, ...] = Field(min_length=1, description="decoupled: times the learning rate")
+
+
+class GridsConfig(Section):
+    """Where ``tuned`` values are looked for, for each inner optimiser."""
+
+    sgd: GridConfig = GridConfig(learning_rate=(0.03, 0.1, 0.3, 1.0), weight_decay=(0.0, 0.003, 0.01, 0.03, 0.1))
+    momentum: GridConfig = GridConfig(learning_rate=(0.003, 0.01, 0.03, 0.1), weight_decay=(0.0, 0.03, 0.1, 0.3, 1.0))
+    adam: GridConfig = GridConfig(learning_rate=(0.003, 0.005, 0.01, 0.02), weight_decay=(0.0, 0.3, 1.0, 3.0, 10.0))
+
+
 class InnerConfig(Section):
     """The inner loop. ``tuned``: chosen for plain cross-entropy on meta-training tasks and given to every method."""
 
@@ -181,8 +203,7 @@ class InnerConfig(Section):
     batch_size: Annotated[int, Field(strict=True, ge=2)] = 32
     learning_rate: Positive | Literal["tuned"] = "tuned"
     weight_decay: NonNegative | Literal["tuned"] = "tuned"
-    learning_rate_grid: tuple[Positive, ...] = (0.003, 0.005, 0.01, 0.02)
-    weight_decay_grid: tuple[NonNegative, ...] = (0.0, 0.3, 1.0, 3.0, 10.0)
+    grids: GridsConfig = GridsConfig()
     ema: Share = Field(default=0.7, description="decay of each example's averaged prediction")
 
 
@@ -196,6 +217,8 @@ class PolicyConfig(Section):
     hidden: Count = 16
     refresh: Count = Field(default=10, description="inner steps between two evaluations of the policy")
     seed: Annotated[int, Field(strict=True)] = 0
+
+    _no_twins = field_validator("features", "basis", "hyperparameters")(_distinct)
 
 
 class EstimatorConfig(Section):
@@ -253,10 +276,14 @@ class EvaluationConfig(Section):
         min_length=1,
         description="balanced: as the data is; matched: training and test imbalanced; shifted: training alone",
     )
-    imbalance: Annotated[FiniteFloat, Field(strict=True, ge=1)] = 10.0
+    imbalance: Annotated[FiniteFloat, Field(strict=True, gt=1)] = Field(
+        default=10.0, description="largest : smallest class frequency of matched and shifted tasks"
+    )
     seeds: Count = Field(default=2, description="tasks of each dataset, noise rate and condition")
     select_every: Count = Field(default=20, description="outer steps between two selection scores")
     select_tasks: Count = Field(default=48, description="fresh tasks of the training datasets for the selection score")
+
+    _no_twins = field_validator("noise_rates", "conditions")(_distinct)
 
 
 class CheckpointConfig(Section):

@@ -8,7 +8,8 @@ no gradient flows through the training state, the averaged predictions, or the c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,11 +62,13 @@ class InnerState:
             value = getattr(self, name)
             if value is not None:
                 arrays[name] = value
-        return {name: value.detach().numpy() if isinstance(value, Tensor) else value for name, value in arrays.items()}
+        return {
+            name: value.detach().cpu().numpy() if isinstance(value, Tensor) else value for name, value in arrays.items()
+        }
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> InnerState:
-        tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items() if name != "step"}
+    def from_arrays(cls, arrays: dict[str, np.ndarray], device: torch.device) -> InnerState:
+        tensors = {n: torch.from_numpy(np.array(value)).to(device) for n, value in arrays.items() if n != "step"}
         slots = tuple(tensors.pop(name) for name in sorted(tensors) if name.startswith("slot_"))
         return cls(step=int(arrays["step"]), slots=slots, **tensors)
 
@@ -99,7 +102,8 @@ class InnerLoop:
         self.optimiser = inner_optimiser(group.specs[0].optimiser)
         self.head = LossHead(policy.active_basis)
         rows = group.train.labels.shape[1]
-        self._rows = group.batches + rows * torch.arange(group.size)[:, None]  # of all tasks' rows joined [T, G, B]
+        first_rows = rows * torch.arange(group.size, device=group.batches.device)
+        self._rows = group.batches + first_rows[:, None]  # among the rows of all tasks joined, [T, G, B]
         self._context = LossContext.create(group.class_mask, group.log_prior_ratio)
         self._padding = ~group.class_mask[:, None, :]
         self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
@@ -118,7 +122,7 @@ class InnerLoop:
             theta=group.theta0,
             slots=tuple(torch.zeros_like(group.theta0) for _ in range(self.optimiser.num_slots)),
             averaged=valid[:, None, :].repeat(1, rows, 1),
-            seen=torch.zeros(group.size, rows, dtype=torch.bool),
+            seen=torch.zeros_like(group.train.labels, dtype=torch.bool),
         )
 
     def context(self, own_probability: Tensor, seen: Tensor) -> LossContext:
@@ -187,8 +191,6 @@ class InnerLoop:
 
     def _observe(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
         """Raw features [G, S] at the current step."""
-        if not self.policy.features:
-            return logits.new_zeros(self.group.size, 0)
         reader = StateReader(self.policy.features, self._facts)
         reader.statistics = state.statistics
         group = self.group
@@ -254,23 +256,18 @@ def task_facts(group: TaskGroup, *, needs_neighbours: bool = False) -> TaskFacts
     )
 
 
-def to_dtype(group: TaskGroup, dtype: torch.dtype) -> TaskGroup:
-    """The same group in another floating-point type (the proofs run in float64)."""
+def move_group(group: TaskGroup, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> TaskGroup:
+    """The same group in another floating-point type (the proofs run in float64) or on another device."""
 
     def convert(value: Tensor) -> Tensor:
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
     def convert_rows(rows: Rows) -> Rows:
-        return Rows(tuple(convert(column) for column in rows.inputs), rows.labels, convert(rows.mask))
+        return Rows(tuple(convert(column) for column in rows.inputs), convert(rows.labels), convert(rows.mask))
 
-    return replace(
-        group,
-        theta0=convert(group.theta0),
-        train=convert_rows(group.train),
-        validation=convert_rows(group.validation),
-        meta_validation=convert_rows(group.meta_validation),
-        test=convert_rows(group.test),
-        log_prior_ratio=convert(group.log_prior_ratio),
-        learning_rate=convert(group.learning_rate),
-        weight_decay=convert(group.weight_decay),
-    )
+    changed: dict[str, Any] = {
+        item.name: convert_rows(value) if isinstance(value, Rows) else convert(value)
+        for item in fields(group)
+        if isinstance(value := getattr(group, item.name), (Rows, Tensor))
+    }
+    return replace(group, **changed)

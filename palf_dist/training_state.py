@@ -105,7 +105,8 @@ class StateReader:
             values |= self._noise_features(seen)
         if seen.validation_logits is not None:
             values |= self._validation_features(seen, values["loss"], accuracy)
-        return torch.stack([values.get(name, unknown) for name in self.names], 1)
+        columns = [values.get(name, unknown) for name in self.names]
+        return torch.stack(columns, 1) if columns else unknown.new_empty(len(unknown), 0)
 
     def _batch_statistics(self, seen: Observation) -> Tensor:
         log_p = _masked_log_softmax(seen.logits, self.facts.class_mask)

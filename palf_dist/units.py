@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from palf_dist.config import RunConfig
 from palf_dist.estimators import make_estimator
 from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_policy, select_methods
 from palf_dist.faults import fault_point
-from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
+from palf_dist.inner_loop import InnerLoop, InnerState, StepResult, move_group
 from palf_dist.outer_loss import accuracy
 from palf_dist.policies import LearnedPolicy, Policy, policy_spec
 from palf_dist.tasks.encoded import EncodedDataset
@@ -37,17 +38,13 @@ EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation acc
 
 def tune_units(config: RunConfig) -> list[Unit]:
     """One unit per architecture, optimiser, grid point and task group; none where both values are given."""
-    inner = config.inner
-    rates = inner.learning_rate_grid if inner.learning_rate == "tuned" else (inner.learning_rate,)
-    decays = inner.weight_decay_grid if inner.weight_decay == "tuned" else (inner.weight_decay,)
-    if len(rates) * len(decays) == 1:
+    if config.inner.learning_rate != "tuned" and config.inner.weight_decay != "tuned":
         return []
     points = [
         {"architecture": a, "optimiser": o, "learning_rate": r, "weight_decay": w, "group": g}
         for a in range(len(config.tasks.architectures))
         for o in config.tasks.optimisers
-        for r in rates
-        for w in decays
+        for r, w in _grid(config, o)
         for g in range(TUNING_GROUPS)
     ]
     return [Unit("tune", 0, index, _canonical(point)) for index, point in enumerate(points)]
@@ -68,6 +65,29 @@ def reduce_tune(config: RunConfig, contributions: Sequence[Contribution]) -> dic
         grid.setdefault(pair, []).append(contribution.metrics["accuracy"])
     best = {name: max(grid, key=lambda pair: float(np.mean(grid[pair]))) for name, grid in scores.items()}
     return {"reference": {name: {"learning_rate": r, "weight_decay": w} for name, (r, w) in best.items()}}
+
+
+def _grid(config: RunConfig, optimiser: str) -> list[tuple[float, float]]:
+    """The pairs of learning rate and weight decay to try."""
+    inner = config.inner
+    grid = getattr(inner.grids, optimiser)
+    rates = grid.learning_rate if inner.learning_rate == "tuned" else (inner.learning_rate,)
+    decays = grid.weight_decay if inner.weight_decay == "tuned" else (inner.weight_decay,)
+    return list(product(rates, decays))
+
+
+def edges(config: RunConfig, prepared: Mapping[str, Any]) -> list[str]:
+    """Tuned learning rates at an edge of their grid, beyond which a better one may lie; one sentence each."""
+    found = []
+    for name, chosen in prepared["reference"].items():
+        optimiser = name.split("/")[1]
+        rates = sorted({rate for rate, _ in _grid(config, optimiser)})
+        if len(rates) > 1 and chosen["learning_rate"] in (rates[0], rates[-1]):
+            found.append(
+                f"architecture/optimiser {name}: the tuned learning rate {chosen['learning_rate']:g} is at an edge of "
+                f"its grid; a wider inner.grids.{optimiser}.learning_rate may hold a better one"
+            )
+    return found
 
 
 def calibrate_units(config: RunConfig) -> list[Unit]:
@@ -124,6 +144,8 @@ class Runner:
 
     def __init__(self, config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
         self.config, self.datasets = config, datasets
+        gpu = torch.cuda.is_available() and config.distributed.gpus_per_worker != 0  # Ray hides those that are not ours
+        self.device = torch.device("cuda" if gpu else "cpu")
         self._kinds: dict[str, Callable[..., Contribution]] = {
             "tune": self._tune,
             "calibrate": self._calibrate,
@@ -143,7 +165,7 @@ class Runner:
         """The contribution of ``unit`` under policy parameters ``policy``; equal arguments give equal bytes."""
         began = time.perf_counter()
         fault_point("before_unit", unit)
-        phi = torch.from_numpy(np.array(policy, np.float32))
+        phi = torch.from_numpy(np.array(policy, np.float32)).to(self.device)
         settings = json.loads(unit.settings) if unit.settings else {}
         torch.set_flush_denormal(True)  # Adam's second moments of idle weights decay into denormals, which are slow
         try:
@@ -166,7 +188,7 @@ class Runner:
         specs = sample_specs(config.model_copy(update={"tasks": narrow}), self.datasets, keys)
         specs = tuple(replace(spec, architecture=index) for spec in specs)
         chosen = {name: settings[name] for name in ("learning_rate", "weight_decay")}
-        group = build_group(config, self.datasets, specs, {f"{index}/{settings['optimiser']}": chosen})
+        group = self._build(specs, {f"{index}/{settings['optimiser']}": chosen})
         result = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(result.double().mean())})
 
@@ -182,8 +204,8 @@ class Runner:
                 seen.append(state.features)
 
         loop = InnerLoop(group, policy, self.config.inner)
-        loop.run(loop.start(), torch.from_numpy(policy.initial()), loop.steps, after_step=after_step)
-        values = torch.cat(seen).double().numpy()
+        loop.run(loop.start(), torch.from_numpy(policy.initial()).to(phi), loop.steps, after_step=after_step)
+        values = torch.cat(seen).double().cpu().numpy()
         known = np.isfinite(values)
         values = np.where(known, values, 0.0)
         arrays = {"count": known.sum(0).astype(float), "sum": values.sum(0), "square": (values**2).sum(0)}
@@ -208,7 +230,7 @@ class Runner:
             stop = min(loop.steps, (settings["window"] + 1) * config.estimator.window)
             if settings["window"] > 0:
                 assert carried is not None, f"{unit}: a window after the first needs the carried inner state"
-                state = InnerState.from_arrays(_part(carried, "state/"))
+                state = InnerState.from_arrays(_part(carried, "state/"), self.device)
                 memory = _part(carried, "estimator/")
         estimator = make_estimator(config.estimator, config.outer_loss)
         fault_point("in_unit", unit)
@@ -239,7 +261,7 @@ class Runner:
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
         specs = evaluation_specs(self.config, self.datasets)[unit.group]
-        group = build_group(self.config, self.datasets, specs, prepared["reference"])
+        group = self._build(specs, prepared["reference"])
         method = METHODS[settings["method"]]
         policy: Policy = learned_policy(self.config, prepared) if method.uses_policy else baseline_policy(method)
         result = self._train(group, policy, phi, early_stopping=method.early_stopping)
@@ -263,13 +285,16 @@ class Runner:
 
     def _group(self, keys: tuple[int | str, ...], prepared: Mapping[str, Any]) -> TaskGroup:
         specs = sample_specs(self.config, self.datasets, keys)
-        return build_group(self.config, self.datasets, specs, prepared["reference"])
+        return self._build(specs, prepared["reference"])
+
+    def _build(self, specs: Sequence[TaskSpec], reference: Mapping[str, Mapping[str, float]]) -> TaskGroup:
+        return move_group(build_group(self.config, self.datasets, specs, reference), device=self.device)
 
     def _train(self, group: TaskGroup, policy: Policy, phi: Tensor, *, early_stopping: bool = False) -> Tensor:
         """Clean test accuracy [G] after a whole inner run under ``policy``."""
         loop = InnerLoop(group, policy, self.config.inner)
         state = loop.start()
-        best = torch.full((group.size,), -1.0)
+        best = torch.full_like(state.theta[:, 0], -1.0)
         kept = state.theta
 
         def after_step(now: InnerState, result: StepResult) -> None:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
-from palf_dist.config import Architecture, ConvConfig, MLPConfig, TransformerConfig
-from palf_dist.inner_loop import to_dtype
+from palf_dist.config import Architecture, ConvConfig, MLPConfig, ModuleConfig, TransformerConfig
+from palf_dist.inner_loop import move_group
 from palf_dist.inner_models import build_model
 from palf_dist.inner_models.shapes import InputShape
 from palf_dist.types import Inputs, Rows, TaskGroup, TaskSpec, random_generator
+
+
+class Network(nn.Module):
+    """A user's own module, which goes through torch.func."""
+
+    def __init__(self, shape: InputShape, classes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(shape.numeric, 6), nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = torch.tanh(self.first(x))
+        return self.last(features), features
+
 
 ARCHITECTURES: dict[str, tuple[Architecture, InputShape]] = {
     "mlp": (MLPConfig(hidden=(6,)), InputShape(numeric=5)),
@@ -18,6 +32,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, InputShape]] = {
         TransformerConfig(width=8, heads=2, feedforward=8, layers=1, vocabulary=12, length=5),
         InputShape(tokens=5, vocabulary=12),
     ),
+    "module": (ModuleConfig(factory="tests.groups:Network"), InputShape(numeric=5)),
 }
 
 
@@ -77,4 +92,4 @@ def make_group(
         learning_rate=torch.full((size, 1), learning_rate),
         weight_decay=torch.full((size, 1), 0.03),
     )
-    return to_dtype(group, dtype)
+    return move_group(group, dtype=dtype)

@@ -7,7 +7,6 @@ import io
 import warnings
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -15,33 +14,15 @@ from torch import nn
 from torch.nn import functional
 
 from palf_dist.adaptive_loss import AdaptiveLoss
-from palf_dist.config import InnerConfig, PolicyConfig
+from palf_dist.config import InnerConfig
 from palf_dist.inner_loop import InnerLoop
-from palf_dist.policies import LearnedPolicy, policy_spec
-from palf_dist.policies.policy_file import PolicyArtefact, save_policy
+from palf_dist.policies.policy_file import save_policy
 from palf_dist.training_state import PAPER_FEATURES, hutchinson_probes
 from palf_dist.types import CONTROL_INDEX, ConfigError, random_generator
+from tests.adaptive_cases import artefact, batch, untrained
 from tests.groups import make_group
 
-
-def artefact(**settings) -> PolicyArtefact:
-    """A policy that does follow its state: random parameters instead of the zero output layer."""
-    policy = untrained(refresh=3, **settings)
-    phi = random_generator("adaptive loss test").normal(size=len(policy.phi)) * 0.2
-    return replace(policy, phi=phi.astype("float32"))
-
-
-def untrained(**settings) -> PolicyArtefact:
-    """The policy before meta-training: its static starting point."""
-    spec = policy_spec(PolicyConfig(**settings))
-    mean, std = np.zeros(len(spec.features), np.float32), np.ones(len(spec.features), np.float32)
-    return PolicyArtefact(spec, LearnedPolicy(spec, mean, std).initial(), mean, std)
-
-
-def batch(seed: int, n: int = 8, classes: int = 4):
-    draw = random_generator("batch", seed)
-    logits = torch.from_numpy(draw.normal(size=(n, classes))).float().requires_grad_()
-    return logits, torch.from_numpy(draw.integers(0, classes, n)), torch.from_numpy(draw.permutation(50)[:n])
+pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no optimizer")  # most tests need none
 
 
 def test_it_sees_what_the_policy_saw_in_meta_training():
@@ -155,26 +136,15 @@ def test_it_leaves_the_global_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_it_warns_once_without_index():
-    criterion = AdaptiveLoss(artefact(), total_steps=5)
-    logits, y, _ = batch(0)
-    with pytest.warns(UserWarning, match="pass index=row numbers"):
-        criterion(logits, y)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        criterion(logits, y)
-
-
-def test_it_needs_no_index_where_the_policy_remembers_nothing():
-    criterion = AdaptiveLoss(artefact(features=("time", "loss"), basis=("ce", "focal")), total_steps=5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        criterion(*batch(0)[:2])
-
-
-def test_it_warns_of_features_that_a_loss_cannot_see():
-    with pytest.warns(UserWarning, match="reads loss_gap, which a loss cannot see"):
-        AdaptiveLoss(artefact(features=("time", "loss_gap")), total_steps=5)
+def test_a_policy_without_features_sets_learned_constants():
+    criterion = AdaptiveLoss(artefact(features=()), total_steps=20)
+    learned = []
+    for step in range(4):
+        logits, y, index = batch(step)
+        assert criterion(logits, y, index=index).isfinite()
+        learned.append(criterion.controls)
+        criterion.step(nn.Identity())
+    assert learned[0] is not learned[3] and torch.equal(learned[0], learned[3])
 
 
 def test_eval_mode_is_plain_cross_entropy_and_changes_nothing():
@@ -333,46 +303,6 @@ def test_the_target_prior_shifts_the_loss_and_train_does_not(prior):
     torch.testing.assert_close(other.log_prior_ratio.float(), (smoothed / target).log())
     assert train.log_prior_ratio is None
     assert train(logits, y, index=index) != other(logits, y, index=index)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(total_steps=0), "total_steps: 0"),
-        (dict(total_steps=-3), "total_steps: -3"),
-        (dict(total_steps=2.5), "total_steps: 2.5"),
-        (dict(total_steps=True), "total_steps: True"),
-        (dict(target_prior="uniform"), "class_counts: needed"),
-        (dict(target_prior="balanced"), "target_prior: 'balanced' is unknown"),
-        (dict(class_counts=[1, 2], target_prior=[0.5, 0.5, 0.0]), "target_prior: .* for each of 2 classes"),
-        (dict(class_counts=[1, 2], target_prior=[1.0, 0.0]), "target_prior: .* frequency > 0"),
-        (dict(class_counts=[1, -2]), "class_counts"),
-        (dict(class_counts=[0, 0]), "class_counts"),
-        (dict(class_counts=[3]), "class_counts"),
-        (dict(class_counts=[1.0, float("nan")]), "class_counts"),
-    ],
-    ids=str,
-)
-def test_arguments_out_of_range(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        AdaptiveLoss(artefact(), **{"total_steps": 5, **settings})
-
-
-def test_batches_that_do_not_fit():
-    logits, y, index = batch(0)
-    criterion = AdaptiveLoss(artefact(basis=("ce", "info_nce")), total_steps=5, class_counts=[1, 1, 1, 1])
-    with pytest.raises(ConfigError, match="pass the penultimate features"):
-        criterion(logits, y, index=index)
-    with pytest.raises(ConfigError, match="but logits have 3"):
-        criterion(logits[:, :3], y, logits)
-    with pytest.raises(ConfigError, match="whole labels"):
-        criterion(logits, y[:3])
-    with pytest.raises(ConfigError, match="whole labels"):
-        criterion(logits, y.float())
-    with pytest.raises(ConfigError, match="one whole row number"):
-        criterion(logits, y, logits, index[:2])
-    with pytest.raises(ConfigError, match="row -1 is negative"):
-        criterion(logits, y, logits, index - index.min() - 1)
 
 
 @pytest.mark.parametrize(("total_steps", "interval"), [(150, 3), (1500, 30), (20, 1)])

@@ -14,6 +14,7 @@ SOURCES = sorted([*MODULES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "
 
 ORDER = (
     "types",
+    "usage",
     "faults",
     "atomic",
     "config",
@@ -26,6 +27,7 @@ ORDER = (
     "config_loading",
     "run_directory",
     "policies",
+    "prediction_averages",
     "adaptive_loss",
     "inner_models",
     "inner_optimisers",

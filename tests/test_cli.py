@@ -100,6 +100,10 @@ def test_unknown_dataset_names_the_nearest(cli: Command, command: str) -> None:
         (("--config", SMOKE, "--set", "data.train=[mars]"), "unknown dataset mars"),
         (("--config", SMOKE, "--set", "evaluation.methods=[policy, tuned]"), "tuned"),
         (("--config", SMOKE, "--set", "tasks.train_size=[900, 900]"), "lower tasks.train_size"),
+        (
+            ("--config", SMOKE, "--set", "tasks.train_size=[70, 2000]"),
+            "iris: a training size of 70 is larger than the data",
+        ),
         (("--config", SMOKE, "--run-dir", "/proc/none/run"), "run directory: /proc/none/run cannot be used"),
         (("--resume", "runs/none"), "holds no run (config.yaml is missing); name the folder of an earlier run"),
         (("--resume", "a", "--run-dir", "b"), "--run-dir b: a resumed run goes on in its own folder"),

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
 
 from palf_dist.run_directory import CONFIG
+from palf_dist.usage import usage
 from tests.command import SMOKE, Command
 
 pytestmark = pytest.mark.slow
@@ -91,7 +93,7 @@ def test_interrupt_then_resume_gives_the_same_policy(
     assert "Traceback" not in ended.err
     ended = cli("meta-train", "--resume", "cut", "--workers", "0")
     assert ended.code == 0, ended.err
-    assert "AdaptiveLoss.load(" in ended.out and "meta-learned policy" in ended.out
+    assert indent(usage("cut/best/policy.safetensors"), "    ") in ended.out and "meta-learned policy" in ended.out
     assert (cli.folder / "cut" / "best" / "policy.safetensors").read_bytes() == Path(result["policy"]).read_bytes()
 
 

@@ -84,6 +84,26 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
             "estimator: {window: 50}\ndistributed: {mode: async}",
             "distributed.mode: must be sync where estimator.window is given: inner states are carried over",
         ),
+        ("evaluation: {imbalance: 1}", "evaluation.imbalance: must be greater than 1, not 1"),
+        (
+            "evaluation: {noise_rates: [0.1, 0.3, 0.30000001]}",
+            "evaluation.noise_rates: 0.3 is named more than once; name it once",
+        ),
+        (
+            "evaluation: {conditions: [balanced, balanced]}",
+            "evaluation.conditions: balanced is named more than once; name it once",
+        ),
+        ("policy: {features: [time, time]}", "policy.features: time is named more than once; name it once"),
+        ("policy: {basis: [ce, focal, ce]}", "policy.basis: ce is named more than once; name it once"),
+        ("policy: {hyperparameters: [wd, wd]}", "policy.hyperparameters: wd is named more than once; name it once"),
+        (
+            "inner: {grids: {adam: {learning_rate: [], weight_decay: [0.0]}}}",
+            "inner.grids.adam.learning_rate: list should have at least 1 item after validation, not 0, not []",
+        ),
+        (
+            "inner: {grids: {adam: {learning_rate: [0.1], weight_decay: []}}}",
+            "inner.grids.adam.weight_decay: list should have at least 1 item after validation, not 0, not []",
+        ),
         ("policy: {features: [tiem]}", "policy.features.0: unknown feature 'tiem'; did you mean time?"),
     ],
 )
@@ -194,6 +214,7 @@ def test_wrong_overrides_are_named(override: str, message: str) -> None:
 NAMES = st.text("abnoy.-_0123456789eEx", min_size=1, max_size=6)
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff\ufffe\uffff"))
 NUMBERS = st.floats(1e-9, 1e9)
+LISTS = st.lists(NUMBERS, min_size=1, max_size=3).map(tuple)
 COUNTS = st.integers(1, 10**6)
 SIZES = st.lists(st.integers(1, 512), min_size=1, max_size=3)
 
@@ -228,7 +249,9 @@ def configs(draw: st.DrawFn) -> RunConfig:
             sections(
                 schema.InnerConfig,
                 learning_rate=NUMBERS | st.just("tuned"),
-                learning_rate_grid=st.lists(NUMBERS, max_size=3),
+                grids=st.builds(
+                    schema.GridsConfig, sgd=st.builds(schema.GridConfig, learning_rate=LISTS, weight_decay=LISTS)
+                ),
             )
         ),
         distributed=draw(sections(schema.DistributedConfig, address=TEXTS, unit_timeout=NUMBERS)),

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from palf_dist.config import InnerConfig, PolicyConfig
+from palf_dist.config import InnerConfig, OuterLossConfig, PolicyConfig
 from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.inner_loop import InnerLoop, InnerState, task_facts
 from palf_dist.inner_optimisers import cosine_rate
+from palf_dist.losses import LossContext, reference_mixture
+from palf_dist.outer_loss import accuracy, outer_loss
 from palf_dist.policies import LearnedPolicy, policy_spec
+from palf_dist.training_state import HUTCHINSON_ROWS, hessian_trace, hutchinson_probes
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 from tests.groups import make_group
+
+CPU = torch.device("cpu")
 
 
 def full_policy(refresh: int = 3) -> tuple[LearnedPolicy, torch.Tensor]:
@@ -27,7 +32,7 @@ def full_policy(refresh: int = 3) -> tuple[LearnedPolicy, torch.Tensor]:
     return policy, phi + 0.2 * torch.randn_like(phi)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer", "module"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
 def test_closed_form_step_equals_the_autograd_step(name: str, optimiser: str) -> None:
     policy, phi = full_policy()
@@ -97,7 +102,7 @@ def test_carried_state_continues_exactly() -> None:
     for stop in (2, 3, 7):
         parts.run(state, phi, stop)
         arrays = {name: np.array(value) for name, value in state.to_arrays().items()}
-        state = InnerState.from_arrays(arrays)
+        state = InnerState.from_arrays(arrays, CPU)
     assert torch.equal(state.theta, straight.theta) and torch.equal(state.averaged, straight.averaged)
 
 
@@ -122,3 +127,47 @@ def test_tasks_do_not_interact() -> None:
     other_loop.run(other, phi, loop.steps)
     torch.testing.assert_close(state.theta[1:], other.theta[1:], rtol=1e-12, atol=1e-13)
     assert not torch.allclose(state.theta[0], other.theta[0])
+
+
+def test_the_loop_feeds_the_state_what_it_says() -> None:
+    """Features of the loop at its second refresh against the same ones read from quantities computed here."""
+    names = ("gradient_norm", "hessian_trace", "validation_accuracy", "validation_loss", "disagreement", "time")
+    spec = policy_spec(PolicyConfig(features=names, basis=BASIS_LOSSES[:5], refresh=4))
+    policy = LearnedPolicy(spec, torch.zeros(len(names)), torch.ones(len(names)))
+    group = make_group(steps=8)
+    loop = InnerLoop(group, policy, InnerConfig())
+    phi = torch.from_numpy(policy.initial()).double()
+    state = loop.start()
+    loop.run(state, phi, 3)
+    before, controls = state.theta, state.controls
+    loop.run(state, phi, 4)
+    theta, averaged, seen = state.theta, state.averaged.clone(), state.seen.clone()
+    loop.run(state, phi, 5)
+    assert state.features is not None and controls is not None
+    got = dict(zip(names, state.features.unbind(1), strict=True))
+
+    leaf = before.clone().requires_grad_(True)
+    inputs, labels = group.train.batch(group.batches[3])
+    logits, features = group.model.apply(leaf, inputs)
+    context = LossContext.create(group.class_mask, group.log_prior_ratio)
+    loss = reference_mixture(logits, labels, features, controls, context, policy.active_basis)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    torch.testing.assert_close(got["gradient_norm"], gradient.square().sum(1).log(), rtol=1e-6, atol=1e-8)
+
+    inputs, labels = group.train.batch(group.batches[4])
+    few = tuple(column[:, :HUTCHINSON_ROWS] for column in inputs)
+    probes = hutchinson_probes(theta.shape[1], theta.dtype)
+    trace = hessian_trace(group.model, theta, few, labels[:, :HUTCHINSON_ROWS], group.class_mask, probes)
+    torch.testing.assert_close(got["hessian_trace"], trace.sign() * trace.abs().log1p())
+    assert (trace != 0).all()
+
+    rows = group.validation
+    logits = group.model.apply(theta, rows.inputs)[0]
+    right = accuracy(logits, rows.labels, rows.mask, group.class_mask)
+    torch.testing.assert_close(got["validation_accuracy"], right)
+    ce = outer_loss(OuterLossConfig(kind="cross_entropy"), logits, rows.labels, rows.mask, group.class_mask)
+    torch.testing.assert_close(got["validation_loss"], (ce / group.num_classes.log()).log1p())
+
+    wrong = (averaged.argmax(-1) != group.train.labels) & seen
+    torch.testing.assert_close(got["disagreement"], wrong.sum(1).double() / seen.sum(1))
+    assert got["time"].tolist() == [0.5] * 3

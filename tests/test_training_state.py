@@ -45,6 +45,11 @@ def observe(**changes: object) -> tuple[StateReader, Observation]:
     return StateReader(FEATURES, facts), Observation(**(values | changes))  # type: ignore[arg-type]
 
 
+def test_a_reader_of_nothing_reads_nothing() -> None:
+    reader, seen = observe()
+    assert StateReader((), reader.facts).read(seen).shape == (3, 0)
+
+
 def test_batch_features_are_their_formulas() -> None:
     reader, seen = observe()
     state = dict(zip(FEATURES, reader.read(seen).unbind(1), strict=True))

@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from palf_dist import units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
+from palf_dist.evaluation.methods import METHODS, baseline_policy
+from palf_dist.inner_loop import InnerLoop
+from palf_dist.outer_loss import accuracy
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.types import Contribution, Unit
@@ -51,15 +55,21 @@ def same(first: Contribution, second: Contribution) -> bool:
 def test_tuning_picks_the_best_grid_point(data: tuple[RunConfig, dict[str, EncodedDataset]]) -> None:
     config, _ = data
     work = units.tune_units(config)
-    inner = config.inner
-    assert len(work) == len(inner.learning_rate_grid) * len(inner.weight_decay_grid) * units.TUNING_GROUPS
-    target = {"learning_rate": inner.learning_rate_grid[-1], "weight_decay": inner.weight_decay_grid[0]}
+    grid = config.inner.grids.adam
+    assert len(work) == len(grid.learning_rate) * len(grid.weight_decay) * units.TUNING_GROUPS
+    target = {"learning_rate": grid.learning_rate[-1], "weight_decay": grid.weight_decay[0]}
     made = []
     for unit in work:
         settings = json.loads(unit.settings)
         hit = all(settings[name] == value for name, value in target.items())
         made.append(Contribution(unit, 0, metrics={"accuracy": 0.9 if hit else 0.5}))
-    assert units.reduce_tune(config, made[::-1]) == {"reference": {"0/adam": target}}
+    tuned = units.reduce_tune(config, made[::-1])
+    assert tuned == {"reference": {"0/adam": target}}
+    (sentence,) = units.edges(config, tuned)
+    assert "0/adam: the tuned learning rate 0.05 is at an edge" in sentence
+    wider = grid.model_copy(update={"learning_rate": (0.01, 0.05, 0.2)})
+    inner = config.inner.model_copy(update={"grids": config.inner.grids.model_copy(update={"adam": wider})})
+    assert units.edges(config.model_copy(update={"inner": inner}), tuned) == []
 
 
 def test_given_values_are_not_tuned(data: tuple[RunConfig, dict[str, EncodedDataset]]) -> None:
@@ -149,15 +159,28 @@ def test_windowed_adjoint_sums_to_what_windowed_unroll_gives(
     assert error < 1e-3, "float32"
 
 
-def test_early_stopping_keeps_the_best_validated_parameters(
+def test_early_stopping_keeps_the_parameters_of_the_best_validation_accuracy(
     data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:
+    """Against a plain loop over the looks; the latest of equally good ones is kept."""
     config, datasets = data
-    evaluation = config.evaluation.model_copy(update={"methods": ("ce", "ce_early_stopping")})
-    inner = config.inner.model_copy(update={"steps": 60})
-    config = config.model_copy(update={"evaluation": evaluation, "inner": inner})
-    work, phi = units.Runner(config, datasets), units.initial_policy(config)
-    rows = units.rows_of(work.run(unit, phi, 0, prepared) for unit in units.evaluate_units(config, datasets))
-    by_method = {m: [r["accuracy"] for r in rows if r["method"] == m] for m in ("ce", "ce_early_stopping")}
-    assert len(by_method["ce"]) == len(by_method["ce_early_stopping"]) > 0
-    assert by_method["ce"] != by_method["ce_early_stopping"]
+    config = config.model_copy(update={"inner": config.inner.model_copy(update={"steps": 60})})
+    work, ce = units.Runner(config, datasets), baseline_policy(METHODS["ce"])
+    group = work._group(("early stopping", 0), prepared)
+    phi = torch.zeros(0)
+    got = work._train(group, ce, phi, early_stopping=True)
+    looks = []
+    loop = InnerLoop(group, ce, config.inner)
+    state = loop.start()
+    for stop in range(units.EARLY_STOPPING_EVERY, loop.steps + 1, units.EARLY_STOPPING_EVERY):
+        loop.run(state, phi, stop)
+        looks.append(
+            [
+                accuracy(loop.evaluate(state.theta, rows), rows.labels, rows.mask, group.class_mask).tolist()
+                for rows in (group.validation, group.test)
+            ]
+        )
+    for task in range(group.size):
+        _, best = max((validation[task], look) for look, (validation, _) in enumerate(looks))
+        assert got[task].item() == pytest.approx(looks[best][1][task])
+    assert any(got[task].item() != looks[-1][1][task] for task in range(group.size)), "the case shows a difference"

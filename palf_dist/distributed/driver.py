@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palf_dist import units
-from palf_dist.checkpoint import latest_checkpoint
+from palf_dist.checkpoint import Checkpoint, latest_checkpoint
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config
 from palf_dist.distributed import phases
-from palf_dist.distributed.meta_training import MetaTraining
+from palf_dist.distributed.meta_training import MetaTraining, fingerprints
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
 from palf_dist.policies import policy_spec
@@ -34,9 +35,10 @@ from palf_dist.run_directory import (
 )
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
+from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import check_tasks
 from palf_dist.tracking import Tracker, open_tracker
-from palf_dist.types import PolicyFileError
+from palf_dist.types import DataError, PolicyFileError
 
 if TYPE_CHECKING:
     from palf_dist.evaluation.report import ReportPaths
@@ -78,6 +80,9 @@ def meta_train(
         shown = stack.enter_context(progress or Progress())
         shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
         datasets = load_all(config.data)
+        checkpoint = latest_checkpoint(result.run_dir)
+        if checkpoint:
+            _check_unchanged(checkpoint, datasets)
         check_tasks(config, datasets)
         session = stack.enter_context(open_session(config, datasets, shown, stop or threading.Event(), make_runner))
         if not resume:
@@ -85,7 +90,7 @@ def meta_train(
         tracker = open_tracker(result.run_dir, config)
         status = "FAILED"
         try:
-            _train_and_report(session, tracker, result)
+            _train_and_report(session, tracker, checkpoint, result)
             status = "KILLED" if result.interrupted else "FINISHED"
         finally:
             tracker.close(status)
@@ -100,7 +105,8 @@ def evaluate_policy(
     progress: Progress | None = None,
     make_runner: RunnerFactory = units.Runner,
 ) -> list[dict[str, Any]]:
-    """Rows of the held-out comparison of ``config`` for a policy file. Raises PolicyFileError where the two do not fit.
+    """Rows of the held-out comparison of ``config`` for a policy file. Raises PolicyFileError where the two do not fit,
+    DataError where the policy was trained on rows of a held-out dataset.
 
     A Ctrl-C raises KeyboardInterrupt.
     """
@@ -112,6 +118,7 @@ def evaluate_policy(
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress or Progress())
         datasets = load_all(config.data)
+        _check_held_out([datasets[source.name] for source in config.data.held_out], artefact.card)
         check_tasks(config, datasets)
         session = stack.enter_context(open_session(config, datasets, shown, threading.Event(), make_runner))
         normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
@@ -122,10 +129,30 @@ def evaluate_policy(
             raise KeyboardInterrupt from None
 
 
-def _train_and_report(session: Session, tracker: Tracker, result: RunResult) -> None:
+def _check_unchanged(checkpoint: Checkpoint, datasets: Mapping[str, EncodedDataset]) -> None:
+    """Raises DataError for a dataset that is not as it was when the checkpoint was written."""
+    before = checkpoint.state["datasets"]
+    for name, now in fingerprints(datasets).items():
+        if now != before[name]:
+            raise DataError(
+                f"{name}: the dataset has changed since the run began (then {before[name]}, now {now}); restore its "
+                "file, or start a new run with another --run-dir"
+            )
+
+
+def _check_held_out(held_out: Sequence[EncodedDataset], card: Mapping[str, Any]) -> None:
+    """Raises DataError for a held-out dataset that the policy of this card was trained on."""
+    for dataset in held_out:
+        if dataset.name in card["trained_on"] or not dataset.origins.isdisjoint(card["origins"]):
+            raise DataError(
+                f"data.held_out: the policy was trained on rows of {dataset.name} (origin {dataset.origin}; it was "
+                f"trained on {', '.join(card['trained_on'])}); name a dataset that it has never seen"
+            )
+
+
+def _train_and_report(session: Session, tracker: Tracker, checkpoint: Checkpoint | None, result: RunResult) -> None:
     """Fill ``result``, also when the user stops the run half-way."""
     run_dir = result.run_dir
-    checkpoint = latest_checkpoint(run_dir)
     for message in checkpoint.skipped if checkpoint else ():
         session.progress.event(message)
     training: MetaTraining | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,15 @@ from palf_dist.metrics_log import MetricsLog
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
 from palf_dist.run_directory import BEST
+from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tracking import Tracker
 from palf_dist.trajectory import write_trajectory
 from palf_dist.types import Contribution, Unit
+
+
+def fingerprints(datasets: Mapping[str, EncodedDataset]) -> dict[str, str]:
+    """What each dataset holds, in short: another table under the same name has another fingerprint."""
+    return {name: f"{dataset.rows} rows of {dataset.origin}" for name, dataset in datasets.items()}
 
 
 @dataclass(frozen=True)
@@ -177,13 +184,14 @@ class MetaTraining:
 
     def _artefact(self) -> PolicyArtefact:
         """The best policy. Its card holds nothing that depends on where or how the run was done."""
-        config, best = self._config, self.best
+        config, best, datasets = self._config, self.best, self._session.datasets
         card = {
             "run": config.name,
             "seed": config.seed,
             "outer_step": best.version,
             "selection_score": best.score,
             "trained_on": [source.name for source in config.data.train],
+            "origins": sorted({origin for source in config.data.train for origin in datasets[source.name].origins}),
             "held_out": [source.name for source in config.data.held_out],
             "inner_steps": config.inner.steps,
             "ema": config.inner.ema,
@@ -195,6 +203,7 @@ class MetaTraining:
         """All that a resumed run needs. Taken after whole outer steps only, with their selection and their log."""
         best = self._best
         state = {
+            "datasets": fingerprints(self._session.datasets),
             "prepared": self.prepared,
             "best": None if best is None else {"version": best.version, "score": best.score},
             "reissued": self._session.reissued,

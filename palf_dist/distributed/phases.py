@@ -17,7 +17,10 @@ def tune(session: Session) -> dict[str, Any]:
     """Learning rate and L2 strength for every method, where the configuration leaves them to be tuned."""
     config = session.config
     broadcast = Broadcast(units.initial_policy(config), 0)
-    return units.reduce_tune(config, _phase(session, "tuning", units.tune_units(config), broadcast))
+    tuned = units.reduce_tune(config, _phase(session, "tuning", units.tune_units(config), broadcast))
+    for sentence in units.edges(config, tuned):
+        session.progress.event(sentence)
+    return tuned
 
 
 def prepare(session: Session) -> dict[str, Any]:

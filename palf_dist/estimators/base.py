@@ -149,4 +149,4 @@ def policy_gradient(loop: InnerLoop, phi: Tensor, states: list[Tensor], cotangen
         if not controls.requires_grad:
             return np.zeros(phi.shape[-1])
         (gradient,) = torch.autograd.grad((controls * torch.cat(cotangents)).sum(), leaf)
-    return (gradient / loop.group.size).double().numpy()
+    return (gradient / loop.group.size).double().cpu().numpy()

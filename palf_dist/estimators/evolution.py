@@ -38,11 +38,11 @@ class ES:
         for pair in range(self.config.pairs):
             xi = self._perturbation(loop, phi, (*keys, state.step, pair))
             up, down = (
-                self._run(loop, phi + sign * self.config.sigma * xi, InnerState.from_arrays(origin), stop)
+                self._run(loop, phi + sign * self.config.sigma * xi, InnerState.from_arrays(origin, phi.device), stop)
                 for sign in (1, -1)
             )
             samples.append((up - down)[:, None] / (2 * self.config.sigma) * xi)
-        gradient = torch.stack(samples).mean((0, 1)).double().numpy()
+        gradient = torch.stack(samples).mean((0, 1)).double().cpu().numpy()
         recorder = Recorder(loop, self.outer, state.step, stop)
         objective = self._run(loop, phi, state, stop, recorder)
         return Estimate(gradient, float(objective.mean()), recorder.arrays())
@@ -92,12 +92,12 @@ class PES(ES):
             for side, sign in (("up", 1), ("down", -1)):
                 prefix = f"{pair}/{side}/"
                 begin = {name[len(prefix) :]: value for name, value in carried.items() if name.startswith(prefix)}
-                perturbed = InnerState.from_arrays(begin or origin)
+                perturbed = InnerState.from_arrays(begin or origin, phi.device)
                 outer.append(self._run(loop, phi + sign * self.config.sigma * xi, perturbed, stop))
                 onward |= {prefix + name: value for name, value in perturbed.to_arrays().items()}
-            onward[f"{pair}/total"] = total.numpy()
+            onward[f"{pair}/total"] = total.cpu().numpy()
             samples.append((outer[0] - outer[1])[:, None] / (2 * self.config.sigma) * total)
-        gradient = torch.stack(samples).mean((0, 1)).double().numpy()
+        gradient = torch.stack(samples).mean((0, 1)).double().cpu().numpy()
         recorder = Recorder(loop, self.outer, state.step, stop)
         objective = self._run(loop, phi, state, stop, recorder)
         return Estimate(gradient, float(objective.mean()), recorder.arrays(), onward)

@@ -43,4 +43,4 @@ class Unroll:
         state.theta = state.theta.detach()
         state.slots = tuple(slot.detach() for slot in state.slots)
         state.controls = None
-        return Estimate(gradient.double().numpy(), float(objective.detach()), recorder.arrays())
+        return Estimate(gradient.double().cpu().numpy(), float(objective.detach()), recorder.arrays())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import platform
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +29,7 @@ from palf_dist.evaluation.table import is_policy, label_of, table_notes, to_cell
 from palf_dist.run_directory import BEST, CONFIG, METRICS, REPORT, RESULTS, TRAJECTORIES, open_run_directory
 from palf_dist.trajectory import read_trajectories
 from palf_dist.types import RunDirectoryError
+from palf_dist.usage import usage
 
 PAGE, TABLE_MARKDOWN, TABLE_JSON = "index.html", "table.md", "table.json"
 
@@ -148,7 +148,7 @@ def _page(
             for name, caption in CAPTIONS.items()
             if name in pictures
         ],
-        usage=_usage(policy_file) if policy_file.exists() else None,
+        usage=usage(policy_file) if policy_file.exists() else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
         configuration=dump_config(config),
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -225,15 +225,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # a source tree on sys.path
         return "not installed"
-
-
-def _usage(policy_file: Path) -> str:
-    return textwrap.dedent(
-        f"""\
-        from palf_dist.adaptive_loss import AdaptiveLoss
-
-        criterion = AdaptiveLoss.load({str(policy_file)!r}, total_steps=total_steps)  # before the loop
-        loss = criterion(model(x), y)  # in place of F.cross_entropy(model(x), y)
-        criterion.step(model)  # after loss.backward()
-        """
-    )

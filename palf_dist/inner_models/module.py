@@ -53,8 +53,8 @@ class FunctionalModel:
         self._sizes = [p.numel() for p in free.values()]
         self.num_parameters = sum(self._sizes)
         theta = self.init([random_generator("module probe")])
-        _, features = check_operations(self._module, lambda: self.forward(theta, probe)[:2])
-        self.feature_size = features.shape[-1]
+        logits, features = check_operations(self._module, lambda: self.forward(theta, probe)[:2])
+        self.num_classes, self.feature_size = logits.shape[-1], features.shape[-1]
         check_derivatives(self, type(self._module).__name__, theta, probe)
 
     def init(self, generators: list[np.random.Generator]) -> Tensor:
@@ -149,18 +149,25 @@ def _pull(
 
 
 def from_factory(architecture: ModuleConfig, shape: InputShape, num_classes: int) -> FunctionalModel:
-    """The FunctionalModel of ``architecture.factory``(shape, num_classes); ConfigError where there is no such thing."""
+    """The FunctionalModel of ``architecture.factory``(shape, num_classes); ConfigError where there is no such thing, it
+    raises, or its module has another number of classes."""
     path, _, name = architecture.factory.partition(":")
     try:
         factory = getattr(importlib.import_module(path), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a user's package may raise
         raise ConfigError(
-            f"architecture module: factory {architecture.factory} cannot be imported ({error}); give "
+            f"architecture module: factory {architecture.factory} cannot be imported ({_told(error)}); give "
             "package.module:function of an installed package, or add its folder to PYTHONPATH"
         ) from error
 
     def build() -> nn.Module:
-        made = factory(shape, num_classes)
+        try:
+            made = factory(shape, num_classes)
+        except Exception as error:  # whatever a user's factory may raise
+            raise ConfigError(
+                f"architecture module: factory {architecture.factory} raised {_told(error)} for {shape} and "
+                f"{num_classes} classes; mend it"
+            ) from error
         if not isinstance(made, nn.Module):
             raise ConfigError(
                 f"architecture module: factory {architecture.factory} must return a torch.nn.Module, "
@@ -168,7 +175,17 @@ def from_factory(architecture: ModuleConfig, shape: InputShape, num_classes: int
             )
         return made
 
-    return FunctionalModel(build, (_probe(architecture, shape),))
+    model = FunctionalModel(build, (_probe(architecture, shape),))
+    if model.num_classes != num_classes:
+        raise ConfigError(
+            f"architecture module: factory {architecture.factory} was asked for {num_classes} classes, and its module "
+            f"returns logits [rows, {model.num_classes}]; use its argument num_classes as the width of the last layer"
+        )
+    return model
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _probe(architecture: ModuleConfig, shape: InputShape) -> Tensor:

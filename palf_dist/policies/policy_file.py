@@ -1,4 +1,4 @@
-"""A policy as two files: tensors in safetensors, everything else in a JSON card that holds the tensors' digest.
+"""A policy as two files: tensors in safetensors, everything else in a JSON card that holds the digest of both.
 Nothing in here ever reads pickle.
 """
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from pydantic import ValidationError
 
 from palf_dist.atomic import write_atomic
+from palf_dist.config import PolicyConfig
 from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec
-from palf_dist.types import PolicyFileError
+from palf_dist.types import ConfigError, PolicyFileError
 
 FORMAT_VERSION = 1
 TENSORS = "policy.safetensors"
@@ -46,19 +49,24 @@ def policy_bytes(artefact: PolicyArtefact) -> tuple[bytes, bytes]:
     card = {
         "format": "palf_dist policy",
         "format_version": FORMAT_VERSION,
-        "sha256": hashlib.sha256(tensors).hexdigest(),
         "policy": asdict(artefact.spec),
         "card": artefact.card,
     }
+    card["sha256"] = digest(tensors, card)
     return tensors, (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
+
+
+def digest(tensors: bytes, card: dict[str, Any]) -> str:
+    """SHA-256 of the tensors' file and of all that the card says but the digest itself."""
+    content = {name: value for name, value in card.items() if name != "sha256"}
+    return hashlib.sha256(tensors + json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_policy(path: str | Path) -> PolicyArtefact:
     """Read a policy from its folder or from its policy.safetensors, beside which policy.json must stand.
 
     Raises:
-        PolicyFileError: a file is missing, not a policy, of a newer format, or its tensors are not those that were
-            saved.
+        PolicyFileError: a file is missing, not a policy, of a newer format, or not what was saved.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -79,20 +87,42 @@ def load_policy(path: str | Path) -> PolicyArtefact:
             "reads; upgrade palf_dist"
         )
     data = tensors_file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != card.get("sha256"):
-        raise PolicyFileError(f"{tensors_file}: the tensors are not those that {CARD} was written for; restore both")
+    if digest(data, card) != card.get("sha256"):
+        raise PolicyFileError(f"{folder}: {TENSORS} and {CARD} are not as they were saved together; restore both")
     try:
-        arrays = safetensors.numpy.load(data)
-        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in card["policy"].items()}
-        artefact = PolicyArtefact(
-            PolicySpec(**fields), arrays["phi"], arrays["feature_mean"], arrays["feature_std"], card.get("card", {})
-        )
-        expected = artefact.policy().num_parameters
-    except (safetensors.SafetensorError, KeyError, TypeError, AssertionError) as error:
-        raise PolicyFileError(f"{folder}: the policy card and its tensors do not fit together; restore both") from error
-    if artefact.phi.shape != (expected,) or not np.isfinite(artefact.phi).all():
-        raise PolicyFileError(f"{tensors_file}: phi must be {expected} finite numbers; restore the file")
+        return _artefact(data, card)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, ConfigError) as error:
+        raise PolicyFileError(
+            f"{folder}: not a policy that works ({error}); restore both files or train anew"
+        ) from error
+
+
+def _artefact(tensors: bytes, card: dict[str, Any]) -> PolicyArtefact:
+    """The policy that an undamaged card describes; raises what ``load_policy`` catches where it describes none."""
+    fields, about = card["policy"], card["card"]
+    if not isinstance(fields, dict) or not isinstance(about, dict):
+        raise ValueError("policy and card must be JSON objects")
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    weights = np.array(settings["initial_weights"], np.float64)
+    if weights.shape != (len(settings["basis"]),) or not (weights >= 0).all() or not math.isclose(weights.sum(), 1):
+        raise ValueError(f"initial_weights {fields['initial_weights']} must be one share per basis loss with sum 1")
+    try:  # what a configuration may say of a policy, a policy file may
+        PolicyConfig.model_validate({name: value for name, value in settings.items() if name != "initial_weights"})
+    except ValidationError as error:
+        raise ValueError(", ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())) from error
+    spec, arrays = PolicySpec(**settings), safetensors.numpy.load(tensors)
+    for name in ("feature_mean", "feature_std"):
+        _check_array(name, arrays[name], len(spec.features))
+    artefact = PolicyArtefact(spec, arrays["phi"], arrays["feature_mean"], arrays["feature_std"], about)
+    _check_array("phi", artefact.phi, artefact.policy().num_parameters)
     return artefact
+
+
+def _check_array(name: str, array: np.ndarray, size: int) -> None:
+    if array.shape != (size,) or array.dtype != np.float32 or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be {size} finite float32 numbers")
 
 
 def save_policy(folder: str | Path, artefact: PolicyArtefact) -> Path:

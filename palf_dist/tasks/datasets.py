@@ -42,15 +42,17 @@ def load_dataset(source: DatasetSource, data: DataConfig) -> EncodedDataset:
 def load_all(data: DataConfig) -> dict[str, EncodedDataset]:
     """Every dataset of ``data.train`` and ``data.held_out`` by name.
 
-    Raises DataError, naming both, when a held-out dataset holds rows of one that is trained on.
+    Raises DataError, naming both, when a held-out dataset holds rows of one that is trained on, or of another held-out
+    one: they would count as independent of each other.
     """
     datasets = {source.name: load_dataset(source, data) for source in data.train + data.held_out}
-    for held_out in data.held_out:
-        for train in data.train:
-            if datasets[held_out.name].shares_rows_with(datasets[train.name]):
+    for index, held_out in enumerate(data.held_out):
+        for other in data.train + data.held_out[:index]:
+            if datasets[held_out.name].shares_rows_with(datasets[other.name]):
+                kind = "training" if other in data.train else "held-out"
                 raise DataError(
-                    f"held-out dataset {held_out.name} and training dataset {train.name} hold the same rows "
-                    f"(origin {datasets[train.name].origin}); leave one of them out"
+                    f"held-out dataset {held_out.name} and {kind} dataset {other.name} hold the same rows "
+                    f"(origin {datasets[other.name].origin}); leave one of them out"
                 )
     return datasets
 

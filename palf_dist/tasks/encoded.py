@@ -37,9 +37,13 @@ class EncodedDataset:
     def rows(self) -> int:
         return len(self.labels)
 
+    @property
+    def origins(self) -> frozenset[str]:
+        return frozenset(self.origin.split())
+
     def shares_rows_with(self, other: EncodedDataset) -> bool:
         """True when the two have a source in common."""
-        return not set(self.origin.split()).isdisjoint(other.origin.split())
+        return not self.origins.isdisjoint(other.origins)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The arrays, and the metadata as JSON in a uint8 array: ready for an object store, without copies."""

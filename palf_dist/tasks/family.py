@@ -15,7 +15,7 @@ from palf_dist.tasks.corruptions import add_label_noise
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_inputs
 from palf_dist.tasks.splits import SPLITS, TaskRows, draw_rows, num_task_classes, train_capacity
-from palf_dist.types import DataError, Rows, TaskGroup, TaskSpec, random_generator
+from palf_dist.types import ConfigError, DataError, PalfError, Rows, TaskGroup, TaskSpec, random_generator
 
 Datasets = Mapping[str, EncodedDataset]
 
@@ -23,7 +23,7 @@ Datasets = Mapping[str, EncodedDataset]
 def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, ...]) -> tuple[TaskSpec, ...]:
     """One meta-training group: ``group_size`` tasks of one architecture and one optimiser, drawn from ``keys``.
 
-    Raises DataError when no training dataset fits any architecture, or a fixed training size does not fit a dataset.
+    Raises DataError when no training dataset fits any architecture, or one has no two classes with enough rows.
     """
     tasks = config.tasks
     training = [datasets[source.name] for source in config.data.train]
@@ -102,15 +102,8 @@ def evaluation_specs(config: RunConfig, datasets: Datasets) -> list[tuple[TaskSp
 
 def check_tasks(config: RunConfig, datasets: Datasets) -> None:
     """Refuse, before any work starts, what a unit would refuse later: raises DataError for an architecture that no
-    training dataset fits, a held-out dataset that no architecture fits, or a dataset too small for the tasks."""
-    training = [datasets[source.name] for source in config.data.train]
-    for index, architecture in enumerate(config.tasks.architectures):
-        if not any(fits(architecture, dataset) for dataset in training):
-            names = ", ".join(f"{dataset.name} ({dataset.family})" for dataset in training)
-            raise DataError(
-                f"tasks.architectures.{index}: {architecture.kind} can read none of the training datasets: {names}; "
-                "add a dataset it reads, or leave it out"
-            )
+    training dataset fits, a held-out dataset that no architecture fits, or a dataset too small for the tasks, and
+    ConfigError for an architecture that cannot be built."""
     evaluation_specs(config, datasets)
     imbalance = max(config.tasks.imbalance.high, config.evaluation.imbalance)
     for dataset in datasets.values():
@@ -118,6 +111,20 @@ def check_tasks(config: RunConfig, datasets: Datasets) -> None:
         for ratio, target_prior in ((1.0, "train"), (imbalance, "train"), (imbalance, "uniform")):
             spec = TaskSpec(("check",), dataset.name, size, "uniform", 0.0, ratio, target_prior, 0, "adam")
             draw_rows(dataset, spec, config.tasks)
+    training = [datasets[source.name] for source in config.data.train]
+    for index, architecture in enumerate(config.tasks.architectures):
+        readable = [dataset for dataset in training if fits(architecture, dataset)]
+        if not readable:
+            names = ", ".join(f"{dataset.name} ({dataset.family})" for dataset in training)
+            raise DataError(
+                f"tasks.architectures.{index}: {architecture.kind} can read none of the training datasets: {names}; "
+                "add a dataset it reads, or leave it out"
+            )
+        try:
+            build_model(architecture, group_shape(architecture, readable), max(map(num_task_classes, readable)))
+        except PalfError as error:
+            field = ".factory" if architecture.kind == "module" else ""
+            raise ConfigError(f"tasks.architectures.{index}{field}: {error}") from error
 
 
 def build_group(
@@ -206,13 +213,10 @@ def _epochs(count: int, steps: int, batch_size: int, generator: np.random.Genera
 
 
 def _train_size(config: RunConfig, dataset: EncodedDataset, generator: np.random.Generator) -> int:
-    """Log-uniform between the two sizes of ``tasks.train_size``, no larger than the dataset allows; a fixed size is
-    not changed (``draw_rows`` refuses it when it is too large)."""
+    """Log-uniform between the two sizes of ``tasks.train_size``, the larger being lowered to what the dataset allows;
+    the smaller one is not (``draw_rows`` refuses it when it is too large)."""
     low, high = config.tasks.train_size
-    if low == high:
-        return low
-    capacity = train_capacity(dataset, config.tasks)
-    return round(_log_uniform(min(low, capacity), min(high, capacity), generator))
+    return round(_log_uniform(low, max(low, min(high, train_capacity(dataset, config.tasks))), generator))
 
 
 def _log_uniform(low: float, high: float, generator: np.random.Generator) -> float:

@@ -33,7 +33,13 @@ class TaskRows:
 
 
 def train_capacity(dataset: EncodedDataset, tasks: TasksConfig) -> int:
-    """The most training rows that a task of this dataset can have."""
+    """The most training rows that a task of this dataset can have. DataError where not even two classes have enough."""
+    classes = num_task_classes(dataset)
+    if classes < 2:
+        raise DataError(
+            f"{dataset.name}: {classes} of its {len(dataset.class_names)} classes have {MIN_CLASS_ROWS} rows or more, "
+            "and a task needs two; use a larger dataset, or join rare classes"
+        )
     counts = np.bincount(dataset.labels)
     bounds = _bounds(counts[counts >= MIN_CLASS_ROWS], tasks)
     return int((bounds[:, 4] - bounds[:, 3]).sum())
@@ -58,7 +64,7 @@ def draw_rows(dataset: EncodedDataset, spec: TaskSpec, tasks: TasksConfig) -> Ta
         raise DataError(
             f"{dataset.name}: a training size of {spec.train_size} is larger than the data allows: of its "
             f"{dataset.rows} rows {capacity} can be training rows (the rest is for test, meta-validation and "
-            "validation); lower tasks.train_size"
+            "validation); lower tasks.train_size, or leave the dataset out"
         )
     generator = random_generator(*spec.keys, "rows")
     counts = np.bincount(dataset.labels)

@@ -27,7 +27,11 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
             "architectures": [{"kind": "mlp", "hidden": [8]}],
             "group_size": 2,
         },
-        "inner": {"steps": 12, "batch_size": 8, "learning_rate_grid": [0.01, 0.05], "weight_decay_grid": [0.0]},
+        "inner": {
+            "steps": 12,
+            "batch_size": 8,
+            "grids": {"adam": {"learning_rate": [0.01, 0.05], "weight_decay": [0.0]}},
+        },
         "policy": {"refresh": 4},
         "outer_loss": {"every": 6},
         "meta_learner": {"outer_steps": 4},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -17,9 +19,9 @@ from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
 from palf_dist.distributed.cluster import Share
 from palf_dist.distributed.driver import RunResult, evaluate_policy, meta_train
-from palf_dist.policies.policy_file import load_policy
+from palf_dist.policies.policy_file import load_policy, save_policy
 from palf_dist.progress import Progress
-from palf_dist.types import Contribution, PolicyFileError, RunDirectoryError, Unit
+from palf_dist.types import Contribution, DataError, PolicyFileError, RunDirectoryError, Unit
 from palf_dist.units import Runner
 from tests.distributed.fingerprint import fingerprint
 from tests.distributed.small import fault, small_config
@@ -76,7 +78,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     assert sum(row["applied"] for row in metrics) == 8
     assert [row["selection_score"] is None for row in metrics] == [True, False, True, False]
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [f"step-{i:06d}" for i in (2, 3, 4)]
-    for phase in ("tuning 4/4", "calibrating 2/2", "meta-training 4/4 · outer loss", "evaluating 2/2"):
+    for phase in ("tuning 8/8", "calibrating 2/2", "meta-training 4/4 · outer loss", "evaluating 2/2"):
         assert phase in screen
 
 
@@ -167,6 +169,44 @@ def test_evaluate_policy_gives_the_rows_of_the_run(undisturbed: Path) -> None:
     assert rows == pq.read_table(undisturbed / "results.parquet").to_pylist()
     with pytest.raises(PolicyFileError, match="policy section"):
         evaluate_policy(small_config(policy={"hidden": 3}), undisturbed / "best")
+
+
+def test_evaluate_policy_refuses_what_the_policy_was_trained_on(undisturbed: Path, tmp_path: Path) -> None:
+    def named(held_out: list[Any]) -> RunConfig:
+        return small_config(data={"train": ["digits"], "held_out": held_out})
+
+    card = load_policy(undisturbed / "best").card
+    assert card["origins"] == ["breast_cancer", "wine"]
+    for held_out in ("wine", {"name": "wine", "path": table(tmp_path / "own.parquet")}):
+        with pytest.raises(DataError, match=r"trained on rows of wine .*trained on breast_cancer, wine\); name a"):
+            evaluate_policy(named(["iris", held_out]), undisturbed / "best")
+    folder = tmp_path / "policy"
+    save_policy(folder, dataclasses.replace(load_policy(undisturbed / "best"), card=card | {"origins": ["iris"]}))
+    with pytest.raises(DataError, match="trained on rows of iris"):
+        evaluate_policy(named(["iris"]), folder)
+
+
+def table(path: Path, start: int = 0) -> str:
+    pq.write_table(pa.table({"x": np.arange(start, start + 120), "label": np.arange(120) % 2}), path)
+    return str(path)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dataset_that_changed_is_noticed_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "own.parquet"
+    own = {"name": "own", "path": table(path)}
+    config = small_config(data={"train": ["breast_cancer", own], "held_out": ["iris"]})
+    train(config, tmp_path / "run", **stop_after(("meta_gradient", 1, 0)))
+    before = contents(tmp_path / "run")
+    table(path, start=1)
+    with pytest.raises(DataError, match=r"^own: the dataset has changed since the run began .* restore its file, or"):
+        train(config, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+    table(path)
+    assert not train(config, tmp_path / "run", resume=True)[0].interrupted
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from tests.test_inner_loop import full_policy
 
 OUTER = OuterLossConfig(every=3)
 
+CPU = torch.device("cpu")
+
 
 def estimate(
     kind: str, loop: InnerLoop, phi: torch.Tensor, outer: OuterLossConfig = OUTER, state: InnerState | None = None
@@ -29,7 +31,7 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer", "module"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
 def test_adjoint_equals_unroll(name: str, optimiser: str) -> None:
     policy, phi = full_policy()
@@ -97,7 +99,9 @@ def test_windows_chain_the_inner_state_and_use_the_present_policy() -> None:
     loop.run(first, phi, 4)
     arrays = {name: np.array(value) for name, value in first.to_arrays().items()}
     moved = phi + 0.1
-    got, want = (estimate(kind, loop, moved, state=InnerState.from_arrays(arrays)) for kind in ("adjoint", "unroll"))
+    got, want = (
+        estimate(kind, loop, moved, state=InnerState.from_arrays(arrays, CPU)) for kind in ("adjoint", "unroll")
+    )
     assert relative(got.gradient, want.gradient) <= 1e-10
 
 

@@ -31,6 +31,7 @@ GAINS = {
     "info_nce": -58.0,
     "s5": 3.2,
     "uniform": 0.5,
+    "curriculum": 0.6,
     "ce_rce": 0.9,
     "ce_early_stopping": -0.1,
 }

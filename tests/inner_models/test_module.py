@@ -107,6 +107,14 @@ def wrong_factory(shape: InputShape, classes: int) -> None:
     """A factory that forgets to return."""
 
 
+def raising_factory(shape: InputShape, classes: int) -> nn.Module:
+    return nn.Linear(shape.numeric // 0, classes)
+
+
+def three_classes_factory(shape: InputShape, classes: int) -> nn.Module:
+    return nn.Linear(shape.numeric, 3)
+
+
 class Texts(nn.Module):
     def __init__(self, shape: InputShape, classes: int) -> None:
         super().__init__()
@@ -290,6 +298,8 @@ def test_refusals_name_module_reason_and_remedy(name: str) -> None:
         ("no_such_package:make", "numeric", "cannot be imported"),
         (f"{__name__}:no_such_function", "numeric", "cannot be imported"),
         (f"{__name__}:wrong_factory", "numeric", "returned NoneType"),
+        (f"{__name__}:raising_factory", "numeric", "raised ZeroDivisionError: .* for InputShape.* and 2 classes"),
+        (f"{__name__}:three_classes_factory", "numeric", r"asked for 2 classes, .* logits \[rows, 3\]"),
         (f"{__name__}:numeric_factory", "image", "reads image"),
         (f"{__name__}:numeric_factory", "tokens", "reads tokens"),
     ],

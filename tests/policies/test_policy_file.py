@@ -8,7 +8,7 @@ import pytest
 
 from palf_dist.config import PolicyConfig
 from palf_dist.policies import policy_spec
-from palf_dist.policies.policy_file import CARD, TENSORS, PolicyArtefact, load_policy, policy_bytes, save_policy
+from palf_dist.policies.policy_file import CARD, TENSORS, PolicyArtefact, digest, load_policy, policy_bytes, save_policy
 from palf_dist.types import PolicyFileError
 
 
@@ -42,7 +42,7 @@ def test_tampered_tensors_are_refused(artefact: PolicyArtefact, tmp_path: Path) 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(PolicyFileError, match="tensors are not those"):
+    with pytest.raises(PolicyFileError, match="not as they were saved together; restore both"):
         load_policy(path)
 
 
@@ -51,7 +51,9 @@ def test_tampered_tensors_are_refused(artefact: PolicyArtefact, tmp_path: Path) 
     [
         ({"format_version": 99}, "newer than 1.*upgrade palf_dist"),
         ({"format": "other"}, "not a palf_dist policy card"),
-        ({"policy": {}}, "do not fit together"),
+        ({"policy": {"refresh": 1}}, "not as they were saved together"),
+        ({"card": {"ema": 0.1}}, "not as they were saved together"),
+        ({"sha256": 1}, "not as they were saved together"),
     ],
 )
 def test_other_cards_are_refused(
@@ -61,6 +63,50 @@ def test_other_cards_are_refused(
     card = json.loads((tmp_path / CARD).read_text())
     (tmp_path / CARD).write_text(json.dumps(card | change))
     with pytest.raises(PolicyFileError, match=message):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy": []}, "JSON objects"),
+        ({"card": []}, "JSON objects"),
+        ({"policy": {}}, "initial_weights"),
+        ({"basis": ["ce", "nonsense"]}, "basis: Input should be 'ce'"),
+        ({"basis": None}, "not a policy that works"),
+        ({"features": ["nonsense"]}, "unknown nonsense"),
+        ({"features": None}, "not a policy that works"),
+        ({"hyperparameters": ["wd", "nonsense"]}, "hyperparameters: Input should be 'e'"),
+        ({"hyperparameters": None}, "not a policy that works"),
+        ({"refresh": 0}, "refresh: .*greater than or equal to 1"),
+        ({"refresh": 2.5}, "refresh: .*valid integer"),
+        ({"hidden": -1}, "hidden: .*greater than or equal to 1"),
+        ({"hidden": 17}, "phi must be .* finite"),
+        ({"unheard_of": 1}, "unheard_of: Extra inputs"),
+        ({"initial_weights": [0.5, 0.4]}, "one share per basis loss with sum 1"),
+        ({"initial_weights": [1.5, -0.5]}, "one share per basis loss with sum 1"),
+        ({"initial_weights": [1.0]}, "one share per basis loss with sum 1"),
+        ({"initial_weights": [float("nan"), 1.0]}, "one share per basis loss with sum 1"),
+        ({"initial_weights": ["much", 1.0]}, "not a policy that works"),
+    ],
+    ids=str,
+)
+def test_a_card_that_describes_no_policy_is_refused(
+    change: dict[str, object], message: str, artefact: PolicyArtefact, tmp_path: Path
+) -> None:
+    """Also where its digest is right."""
+    tensors = save_policy(tmp_path, artefact).read_bytes()
+    card = json.loads((tmp_path / CARD).read_text())
+    card |= change if change.keys() <= card.keys() else {"policy": card["policy"] | change}
+    (tmp_path / CARD).write_text(json.dumps(card | {"sha256": digest(tensors, card)}))
+    with pytest.raises(PolicyFileError, match=f"{message}.*restore both files or train anew"):
+        load_policy(tmp_path)
+
+
+def test_statistics_that_are_not_finite_are_refused(artefact: PolicyArtefact, tmp_path: Path) -> None:
+    artefact.std[0] = np.nan
+    save_policy(tmp_path, artefact)
+    with pytest.raises(PolicyFileError, match=r"feature_std must be .* finite"):
         load_policy(tmp_path)
 
 

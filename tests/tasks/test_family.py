@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from palf_dist.config import RunConfig
+from palf_dist.inner_models import InputShape
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, check_tasks, evaluation_specs, sample_specs
 from palf_dist.tasks.splits import SPLITS, draw_rows
-from palf_dist.types import DataError, TaskGroup, TaskSpec, random_generator
+from palf_dist.types import ConfigError, DataError, TaskGroup, TaskSpec, random_generator
 from tests.tasks.cases import REFERENCE, image_dataset, run_config, task_spec, text_dataset, toy_dataset
 
 SMALL, LARGE = toy_dataset("small", rows=160, classes=2), toy_dataset("large", rows=3000, classes=5, seed=3)
@@ -209,7 +211,58 @@ def test_what_a_unit_would_refuse_is_refused_before_any_work() -> None:
     datasets = {name: LARGE if name == LARGE.name else toy_dataset(name) for name in names}
     run = run_config((LARGE,), tasks={"architectures": KINDS[:1]})
     check_tasks(run, datasets)
-    with pytest.raises(DataError, match="a training size of 5000 is larger than the data allows"):
-        check_tasks(run_config((LARGE,), tasks={"architectures": KINDS[:1], "train_size": [5000, 5000]}), datasets)
+    for sizes in ([5000, 5000], [2000, 5000]):
+        with pytest.raises(
+            DataError, match=f"^large: a training size of {sizes[0]} is larger .* its 3000 rows 13.* lower"
+        ):
+            check_tasks(run_config((LARGE,), tasks={"architectures": KINDS[:1], "train_size": sizes}), datasets)
+    rare = toy_dataset("large", rows=35, classes=5)
+    with pytest.raises(DataError, match=r"^large: 0 of its 5 classes have 8 rows or more"):
+        # told of the data, not of a module that cannot be built for no class at all
+        module = {"kind": "module", "factory": f"{__name__}:two_classes_module"}
+        check_tasks(run_config((rare,), tasks={"architectures": [*KINDS[:1], module]}), datasets | {"large": rare})
     with pytest.raises(DataError, match=r"tasks\.architectures\.1: conv can read none of the training datasets: large"):
         check_tasks(run_config((LARGE,), tasks={"architectures": KINDS[:2]}), datasets)
+
+
+def small_module(shape: InputShape, num_classes: int) -> nn.Module:
+    return nn.Linear(shape.numeric, num_classes)
+
+
+def two_classes_module(shape: InputShape, num_classes: int) -> nn.Module:
+    return nn.Linear(shape.numeric, 2)
+
+
+def raising_module(shape: InputShape, num_classes: int) -> nn.Module:
+    raise KeyError("width")
+
+
+def batch_norm_module(shape: InputShape, num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(shape.numeric), nn.Linear(shape.numeric, num_classes))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (f"{__name__}:two_classes_module", r"was asked for 5 classes, and its module returns logits \[rows, 2\]"),
+        (f"{__name__}:raising_module", r"raised KeyError: 'width' for InputShape\(numeric=12,"),
+        (f"{__name__}:batch_norm_module", "BatchNorm's running statistics"),
+        (f"{__name__}:no_module", "cannot be imported"),
+    ],
+)
+def test_a_module_that_cannot_be_built_is_refused_before_any_work(factory: str, message: str) -> None:
+    def run(factory: str) -> RunConfig:
+        architectures = [*KINDS[:1], {"kind": "module", "factory": factory}]
+        return run_config((SMALL, LARGE), (PICTURES,), tasks={"architectures": architectures})
+
+    datasets = {dataset.name: dataset for dataset in (SMALL, LARGE, PICTURES)}
+    check_tasks(run(f"{__name__}:small_module"), datasets)
+    with pytest.raises(ConfigError, match=rf"^tasks\.architectures\.1\.factory: .*{message}"):
+        check_tasks(run(factory), datasets)
+
+
+def test_a_built_in_architecture_that_cannot_be_built_is_refused_before_any_work() -> None:
+    conv = {"kind": "conv", "channels": [4, 4, 4, 4], "image_size": 4}
+    run = run_config((PICTURES,), (COLOURS,), tasks={"architectures": [conv]})
+    with pytest.raises(ConfigError, match=r"^tasks\.architectures\.0: architecture conv: after 2 entries"):
+        check_tasks(run, {dataset.name: dataset for dataset in (PICTURES, COLOURS)})

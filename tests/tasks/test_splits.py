@@ -121,6 +121,17 @@ def test_training_size_larger_than_the_data() -> None:
         draw_rows(toy_dataset(rows=400, classes=2), task_spec(train_size=5000), TASKS)
 
 
+@pytest.mark.parametrize(("rows", "found"), [((7, 7, 7), 0), ((100, 7, 7), 1)])
+def test_a_dataset_without_two_classes_that_have_enough_rows(rows: tuple[int, ...], found: int) -> None:
+    labels = np.repeat(np.arange(3), rows)
+    dataset = toy_dataset(rows=len(labels), classes=3, labels=labels)
+    for call in (lambda: train_capacity(dataset, TASKS), lambda: draw_rows(dataset, task_spec(train_size=5), TASKS)):
+        with pytest.raises(
+            DataError, match=f"^toy: {found} of its 3 classes have 8 rows or more, and a task needs two;"
+        ):
+            call()
+
+
 def test_a_dataset_too_small_for_two_classes_in_each_split() -> None:
     with pytest.raises(DataError, match=r"^toy: its 400 rows give a task 1 test rows, not enough for two classes"):
         draw_rows(toy_dataset(rows=400), task_spec(), TasksConfig(test_size=1))

@@ -1,0 +1,126 @@
+"""What the drop-in loss is given: arguments and batches that it refuses, what it warns of, and other devices."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from palf_dist.adaptive_loss import AdaptiveLoss
+from palf_dist.types import ConfigError
+from tests.adaptive_cases import artefact, batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(total_steps=0), "total_steps: 0"),
+        (dict(total_steps=-3), "total_steps: -3"),
+        (dict(total_steps=2.5), "total_steps: 2.5"),
+        (dict(total_steps=True), "total_steps: True"),
+        (dict(target_prior="uniform"), "class_counts: needed"),
+        (dict(target_prior="balanced"), "target_prior: 'balanced' is unknown"),
+        (dict(class_counts=[1, 2], target_prior=[0.5, 0.5, 0.0]), "target_prior: .* for each of 2 classes"),
+        (dict(class_counts=[1, 2], target_prior=[1.0, 0.0]), "target_prior: .* frequency > 0"),
+        (dict(class_counts=[1, -2]), "class_counts"),
+        (dict(class_counts=[0, 0]), "class_counts"),
+        (dict(class_counts=[3]), "class_counts"),
+        (dict(class_counts=[1.0, float("nan")]), "class_counts"),
+        (dict(class_counts=[0.9, 0.1]), "class_counts: .* whole numbers .*not frequencies"),
+        (dict(class_counts=[10, 2.5]), "class_counts: .* whole numbers"),
+        (dict(class_counts=[1.0, 0.0]), "class_counts: .* sum of at least the number of classes"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaptiveLoss(artefact(), **{"total_steps": 5, **settings})
+
+
+def test_batches_that_do_not_fit():
+    logits, y, index = batch(0)
+    criterion = AdaptiveLoss(artefact(basis=("ce", "info_nce")), total_steps=5, class_counts=[1, 1, 1, 1])
+    with pytest.raises(ConfigError, match="pass the penultimate features"):
+        criterion(logits, y, index=index)
+    with pytest.raises(ConfigError, match="but logits have 3"):
+        criterion(logits[:, :3], y, logits)
+    with pytest.raises(ConfigError, match="whole labels"):
+        criterion(logits, y[:3])
+    with pytest.raises(ConfigError, match="whole labels"):
+        criterion(logits, y.float())
+    for wrong in (-100, 4):
+        with pytest.raises(ConfigError, match=f"y: labels .*{wrong}.* logits have 4 classes; needs labels from 0"):
+            criterion(logits, y.index_fill(0, torch.tensor(2), wrong), logits)
+    with pytest.raises(ConfigError, match="the batch is empty"):
+        criterion(logits[:0], y[:0], logits[:0])
+    with pytest.raises(ConfigError, match="one whole row number"):
+        criterion(logits, y, logits, index[:2])
+    with pytest.raises(ConfigError, match="row -1 is negative"):
+        criterion(logits, y, logits, index - index.min() - 1)
+
+
+def test_it_warns_once_without_index():
+    criterion = AdaptiveLoss(artefact(), total_steps=5)
+    logits, y, _ = batch(0)
+    with pytest.warns(UserWarning, match="pass index=row numbers"):
+        criterion(logits, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(logits, y)
+
+
+def test_it_warns_once_where_the_weight_decay_goes_nowhere():
+    criterion = AdaptiveLoss(artefact(hyperparameters=("wd",)), total_steps=5)
+    layer = nn.Linear(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.step(layer, torch.optim.SGD(layer.parameters()))
+    with pytest.warns(UserWarning, match="weight decay is left out; pass it as step"):
+        criterion.step(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.step(layer)
+        AdaptiveLoss(artefact(hyperparameters=("e",)), total_steps=5).step(layer)
+
+
+def test_it_needs_no_index_where_the_policy_remembers_nothing():
+    criterion = AdaptiveLoss(artefact(features=("time", "loss"), basis=("ce", "focal")), total_steps=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(*batch(0)[:2])
+
+
+def test_it_warns_of_features_that_a_loss_cannot_see():
+    with pytest.warns(UserWarning, match="reads loss_gap, which a loss cannot see"):
+        AdaptiveLoss(artefact(features=("time", "loss_gap")), total_steps=5)
+
+
+@pytest.mark.filterwarnings("ignore:AdaptiveLoss. no index")
+def test_it_follows_the_logits_to_another_device(monkeypatch):
+    """Fake tensors compute nothing but refuse operations between devices. They have no values, so those are made up;
+    "lazy" stands for a GPU, since a build of torch without CUDA cannot index even fake CUDA tensors."""
+    for name, value in (("__bool__", True), ("__int__", 0), ("__float__", 1.0)):
+        monkeypatch.setattr(FakeTensor, name, lambda _, value=value: value)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows real devices only
+    policy, other = artefact(hyperparameters=("e",)), artefact(hyperparameters=("e",), basis=("ce", "info_nce"))
+    criteria = [
+        AdaptiveLoss(policy, total_steps=20, class_counts=[10, 20, 5, 15], target_prior="uniform"),
+        AdaptiveLoss(other, total_steps=20),
+    ]
+    logits, y, index = (part.detach() for part in batch(0))
+    features = torch.ones(8, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        logits, features, index = (mode.from_tensor(part) for part in (logits, features, index))
+        for device in ("lazy:0", "cpu", "lazy:0"):
+            for criterion in criteria:
+                for _ in range(4):  # past a refresh
+                    with_index = None if criterion.class_counts is None else index
+                    assert criterion(logits.to(device), y, features.to(device), with_index).device == torch.device(
+                        device
+                    )
+                    criterion.step(nn.Identity())
+                    assert {buffer.device for buffer in criterion.buffers()} == {torch.device(device)}
