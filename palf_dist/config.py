@@ -193,7 +193,7 @@ class GridsConfig(Section):
 
     sgd: GridConfig = GridConfig(learning_rate=(0.03, 0.1, 0.3, 1.0), weight_decay=(0.0, 0.003, 0.01, 0.03, 0.1))
     momentum: GridConfig = GridConfig(learning_rate=(0.003, 0.01, 0.03, 0.1), weight_decay=(0.0, 0.03, 0.1, 0.3, 1.0))
-    adam: GridConfig = GridConfig(learning_rate=(0.003, 0.005, 0.01, 0.02), weight_decay=(0.0, 0.3, 1.0, 3.0, 10.0))
+    adam: GridConfig = GridConfig(learning_rate=(0.001, 0.003, 0.006, 0.012), weight_decay=(0.0, 0.3, 1.0, 3.0, 10.0))
 
 
 class InnerConfig(Section):
