@@ -210,7 +210,10 @@ def fetch(names: Annotated[list[str], typer.Argument(metavar="NAME...")], as_jso
         from palf_dist.tasks.datasets import fetch as fetch_datasets
 
         paths = {name: str(path) for name, path in fetch_datasets(names).items()}
-        emit({"paths": paths}, _facts(paths))
+        table = Table("dataset", "file")
+        for name, path in paths.items():
+            table.add_row(escape(name), escape(path))
+        emit({"paths": paths}, table)
 
 
 def _report_record(made: ReportPaths) -> dict[str, Any]:
