@@ -204,11 +204,6 @@ class HeadTape:
         """The adaptive loss [G]: (1/n) sum_i sum_k alpha_k l_k."""
         return sum((self.weights[name] * value).sum(1) for name, value in self.evaluation.values())  # type: ignore[return-value]
 
-    @property
-    def probabilities(self) -> Tensor:
-        """Softmax [G, n, C] of the logits, without prior adjustment; zero on padded classes."""
-        return self.evaluation.plain.p
-
     def _controls(self, per_example: dict[str, Tensor]) -> Tensor:
         """Sums over the examples as [G, U], zero where nothing is named."""
         zero = torch.zeros_like(self.dlogits[..., 0])
@@ -221,10 +216,6 @@ class LossHead:
     def __init__(self, active: tuple[str, ...]) -> None:
         assert active and set(active) <= set(BASIS_LOSSES), active
         self.active = active
-
-    @property
-    def reads_features(self) -> bool:
-        return "info_nce" in self.active
 
     @torch.no_grad()
     def forward(self, z: Tensor, y: Tensor, h: Tensor | None, controls: Tensor, context: LossContext) -> HeadTape:

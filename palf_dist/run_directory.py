@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from palf_dist.atomic import exclusive
-from palf_dist.atomic import write_atomic as write_atomic  # part of this module's interface
 from palf_dist.types import RunDirectoryError
 
 CONFIG = "config.yaml"

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palf_dist import units
+from palf_dist.atomic import write_atomic
 from palf_dist.checkpoint import Checkpoint, latest_checkpoint
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config
@@ -31,7 +32,6 @@ from palf_dist.run_directory import (
     discard_unused,
     locked,
     open_run_directory,
-    write_atomic,
 )
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
