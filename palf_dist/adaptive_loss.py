@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from palf_dist.config import InnerConfig
+from palf_dist.errors import ConfigError
 from palf_dist.losses import LossContext
 from palf_dist.mixture_loss import mixture_loss
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
@@ -32,7 +33,7 @@ from palf_dist.training_state import (
     TaskFacts,
     hutchinson_probes,
 )
-from palf_dist.types import CONTROL_INDEX, CONTROLS, ConfigError
+from palf_dist.types import CONTROL_INDEX, CONTROLS
 
 PerClass = Sequence[float] | Tensor  # one number for each class
 

@@ -18,8 +18,8 @@ import numpy as np
 import safetensors.numpy
 
 from palf_dist.atomic import replacing_folder
+from palf_dist.errors import CheckpointError
 from palf_dist.run_directory import CHECKPOINTS
-from palf_dist.types import CheckpointError
 
 FORMAT_VERSION = 1
 POLICY = "policy.safetensors"

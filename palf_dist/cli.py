@@ -50,7 +50,7 @@ def main() -> None:
     try:
         app(prog_name="palf-dist")
     except Exception as error:
-        from palf_dist.types import PalfError
+        from palf_dist.errors import PalfError
 
         if not isinstance(error, PalfError):
             raise
@@ -259,8 +259,8 @@ def _resumed(
 ) -> RunConfig:
     """The configuration to go on with: the run's own, but for fields that touch no result."""
     from palf_dist.config_loading import config_differences, load_config
+    from palf_dist.errors import ConfigError
     from palf_dist.run_directory import CONFIG, open_run_directory
-    from palf_dist.types import ConfigError
 
     if run_dir is not None:
         raise ConfigError(f"--run-dir {run_dir}: a resumed run goes on in its own folder; leave --run-dir out")
@@ -277,8 +277,8 @@ def _resumed(
 
 def _load(config: Path | None, overrides: list[str] | None, workers: int | None, address: str | None) -> RunConfig:
     from palf_dist.config_loading import load_config
+    from palf_dist.errors import ConfigError
     from palf_dist.evaluation.methods import select_methods
-    from palf_dist.types import ConfigError
 
     if config is None:
         raise ConfigError("--config: name the YAML file of the run, for instance --config configs/quick.yaml")

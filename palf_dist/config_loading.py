@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from palf_dist.config import RunConfig, Section
+from palf_dist.errors import ConfigError
 from palf_dist.training_state import FEATURES
-from palf_dist.types import ConfigError
 
 Path_ = tuple[str | int, ...]
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from palf_dist.types import ConfigError
+from palf_dist.errors import ConfigError
 
 Slots = tuple[Tensor, ...]
 

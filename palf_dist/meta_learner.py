@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from palf_dist.config import RunConfig
-from palf_dist.types import CheckpointError, Contribution, Unit
+from palf_dist.errors import CheckpointError
+from palf_dist.types import Contribution, Unit
 
 REFUSAL_CAUSES = ("non_finite", "outlier", "duplicate", "stale")
 """non_finite: a gradient, its norm or the outer loss is NaN or inf. outlier: the norm exceeds outlier_factor x the

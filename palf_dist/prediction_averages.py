@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palf_dist.types import ConfigError
+from palf_dist.errors import ConfigError
 
 
 class LateBuffers(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from palf_dist.atomic import exclusive
-from palf_dist.types import RunDirectoryError
+from palf_dist.errors import RunDirectoryError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.parquet"

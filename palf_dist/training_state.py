@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palf_dist.types import ConfigError, InnerModel, Rows, random_generator
+from palf_dist.errors import ConfigError
+from palf_dist.randomness import random_generator
+from palf_dist.types import InnerModel, Rows
 
 PAPER_FEATURES = ("gradient_norm", "hessian_trace", "entropy", "loss", "loss_variance", "time")
 """Equation (6): ||grad L||^2 and tr(H) on a signed log scale, H[p(y|x)] / log k, E[l] / log k, Var[l], t / T."""

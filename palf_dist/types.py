@@ -1,4 +1,4 @@
-"""Frozen records, the random-number rule and the error classes that every other module shares.
+"""Frozen records that the other modules share.
 
 Shape legend, used in all docstrings:
 G tasks of a group | N rows of a split | B minibatch rows | C classes (padded to the widest task) | D features
@@ -8,7 +8,6 @@ task | T inner steps.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,47 +42,6 @@ DEFAULT_HYPERPARAMETERS = {
     "tau": 0.2,
 }
 """Values of the paper's basis losses, and of S5 (METHODS part 6) for e, la, ew."""
-
-
-class PalfError(Exception):
-    """A mistake the user can mend: one clear message that names field and remedy (exit code 2, no traceback)."""
-
-
-class ConfigError(PalfError):
-    """The configuration is wrong."""
-
-
-class DataError(PalfError):
-    """A dataset is missing, unreadable or unfit for classification."""
-
-
-class RunDirectoryError(PalfError):
-    """The run directory cannot be used."""
-
-
-class CheckpointError(PalfError):
-    """No valid checkpoint can be read."""
-
-
-class PolicyFileError(PalfError):
-    """A policy file is missing, newer than this version, or tampered with."""
-
-
-class ClusterError(PalfError):
-    """The Ray cluster cannot be reached or can never give what is asked."""
-
-
-class UnsupportedModuleError(PalfError):
-    """A user's nn.Module whose second derivatives are known to be wrong or missing."""
-
-
-def random_generator(*keys: int | str) -> np.random.Generator:
-    """The one source of randomness: a generator that depends on the keys alone, never on process state.
-
-    Strings are hashed with CRC-32, so that the draws are the same in every process and on every machine.
-    """
-    words = [zlib.crc32(key.encode()) if isinstance(key, str) else int(key) for key in keys]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
 Inputs = tuple[Tensor, ...]

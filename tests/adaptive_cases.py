@@ -10,7 +10,7 @@ import torch
 from palf_dist.config import PolicyConfig
 from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact
-from palf_dist.types import random_generator
+from palf_dist.randomness import random_generator
 
 
 def artefact(**settings) -> PolicyArtefact:

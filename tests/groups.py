@@ -9,7 +9,8 @@ from palf_dist.config import Architecture, ConvConfig, MLPConfig, ModuleConfig, 
 from palf_dist.inner_loop import move_group
 from palf_dist.inner_models import build_model
 from palf_dist.inner_models.shapes import InputShape
-from palf_dist.types import Inputs, Rows, TaskGroup, TaskSpec, random_generator
+from palf_dist.randomness import random_generator
+from palf_dist.types import Inputs, Rows, TaskGroup, TaskSpec
 
 
 class Network(nn.Module):

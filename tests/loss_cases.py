@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from palf_dist.losses import LossContext
-from palf_dist.types import BASIS_LOSSES, CONTROLS, random_generator
+from palf_dist.randomness import random_generator
+from palf_dist.types import BASIS_LOSSES, CONTROLS
 
 LOGIT_BASIS = tuple(name for name in BASIS_LOSSES if name != "info_nce")
 

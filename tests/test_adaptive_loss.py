@@ -15,10 +15,12 @@ from torch.nn import functional
 
 from palf_dist.adaptive_loss import AdaptiveLoss
 from palf_dist.config import InnerConfig
+from palf_dist.errors import ConfigError
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.policies.policy_file import save_policy
+from palf_dist.randomness import random_generator
 from palf_dist.training_state import PAPER_FEATURES, hutchinson_probes
-from palf_dist.types import CONTROL_INDEX, ConfigError, random_generator
+from palf_dist.types import CONTROL_INDEX
 from tests.adaptive_cases import artefact, batch, untrained
 from tests.groups import make_group
 

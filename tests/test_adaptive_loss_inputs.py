@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from palf_dist.adaptive_loss import AdaptiveLoss
-from palf_dist.types import ConfigError
+from palf_dist.errors import ConfigError
 from tests.adaptive_cases import artefact, batch
 
 

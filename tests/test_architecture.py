@@ -13,6 +13,8 @@ MODULES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.p
 SOURCES = sorted([*MODULES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 
 ORDER = (
+    "errors",
+    "randomness",
     "types",
     "usage",
     "faults",

@@ -17,8 +17,9 @@ import pytest
 from palf_dist import checkpoint as module
 from palf_dist.atomic import superseded
 from palf_dist.checkpoint import latest_checkpoint, prune, save_checkpoint
+from palf_dist.errors import CheckpointError
+from palf_dist.randomness import random_generator
 from palf_dist.run_directory import CHECKPOINTS
-from palf_dist.types import CheckpointError, random_generator
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])

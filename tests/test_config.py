@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from palf_dist import config as schema
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import config_differences, dump_config, load_config, parse_config
-from palf_dist.types import ConfigError
+from palf_dist.errors import ConfigError
 
 DATA = "data: {train: [breast_cancer, wine], held_out: [iris]}\n"
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palf_dist.errors import ConfigError
 from palf_dist.inner_optimisers import ADAM_EPSILON, cosine_rate, inner_optimiser
-from palf_dist.types import ConfigError
 
 NAMES = ("sgd", "momentum", "adam")
 

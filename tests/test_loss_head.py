@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from palf_dist.loss_head import LossHead
 from palf_dist.losses import reference_losses, reference_mixture
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, random_generator
+from palf_dist.randomness import random_generator
+from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX
 from tests.loss_cases import LOGIT_BASIS, LossCase, make_case
 
 SUBSETS = [(name,) for name in BASIS_LOSSES] + [LOGIT_BASIS, BASIS_LOSSES, ("label_smoothing", "robust_ce")]

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from palf_dist.config import DataConfig, DistributedConfig, MetaLearnerConfig, RunConfig
+from palf_dist.errors import CheckpointError
 from palf_dist.meta_learner import NORM_WARM_UP, REFUSAL_CAUSES, MetaLearner
-from palf_dist.types import CheckpointError, Contribution, Unit, random_generator
+from palf_dist.randomness import random_generator
+from palf_dist.types import Contribution, Unit
 
 SIZE = 7
 

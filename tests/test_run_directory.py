@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from palf_dist.errors import RunDirectoryError
 from palf_dist.run_directory import CONFIG, LOCK, create_run_directory, locked, open_run_directory
-from palf_dist.types import RunDirectoryError
 
 
 @contextlib.contextmanager

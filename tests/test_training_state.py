@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palf_dist.errors import ConfigError
 from palf_dist.inner_loop import task_facts
 from palf_dist.training_state import (
     FEATURES,
@@ -21,7 +22,6 @@ from palf_dist.training_state import (
     neighbour_agreement,
     normalise,
 )
-from palf_dist.types import ConfigError
 from tests.groups import make_group
 
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
+from palf_dist.randomness import random_generator
 from palf_dist.trajectory import SCHEMA, build_table, read_trajectories, schema, write_trajectory
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, HYPERPARAMETERS, TaskSpec, Unit, random_generator
+from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, HYPERPARAMETERS, TaskSpec, Unit
 
 FEATURES = ("entropy", "gradient_norm", "time_left")
 

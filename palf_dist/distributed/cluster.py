@@ -27,7 +27,7 @@ from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 
 from palf_dist.config import DistributedConfig
-from palf_dist.types import ClusterError
+from palf_dist.errors import ClusterError
 
 PROBE_SECONDS = 5.0
 WORKERS_PER_CORE = 4

@@ -22,6 +22,7 @@ from palf_dist.distributed import phases
 from palf_dist.distributed.meta_training import MetaTraining, fingerprints
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
+from palf_dist.errors import DataError, PolicyFileError
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import load_policy
 from palf_dist.progress import Progress
@@ -38,7 +39,6 @@ from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import check_tasks
 from palf_dist.tracking import Tracker, open_tracker
-from palf_dist.types import DataError, PolicyFileError
 
 if TYPE_CHECKING:
     from palf_dist.evaluation.report import ReportPaths

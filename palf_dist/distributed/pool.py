@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from palf_dist.config import RunConfig
+from palf_dist.errors import PalfError
 from palf_dist.tasks.encoded import EncodedDataset
-from palf_dist.types import Contribution, PalfError, Unit, UnitRunner
+from palf_dist.types import Contribution, Unit, UnitRunner
 
 RunnerFactory = Callable[[RunConfig, Mapping[str, EncodedDataset]], UnitRunner]
 """Makes what runs the units; importable by the workers under its own name."""

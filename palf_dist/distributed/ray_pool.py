@@ -23,8 +23,9 @@ from palf_dist.config import RunConfig
 from palf_dist.distributed.cluster import Share
 from palf_dist.distributed.pool import Broadcast, OnEvent, RunnerFactory, UnitBug, UnitError, describe
 from palf_dist.distributed.worker import Worker
+from palf_dist.errors import ClusterError, PalfError
 from palf_dist.tasks.encoded import EncodedDataset
-from palf_dist.types import ClusterError, Contribution, PalfError, Unit
+from palf_dist.types import Contribution, Unit
 
 STARTING_SECONDS = 300.0
 """How long the pool may be without a single worker that is ready."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
-from palf_dist.types import random_generator
+from palf_dist.randomness import random_generator
 
 
 class ES:

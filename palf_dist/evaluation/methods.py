@@ -10,9 +10,10 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from palf_dist.errors import ConfigError
 from palf_dist.policies import CurriculumPolicy, Policy, StaticPolicy
 from palf_dist.policies.static import control_vector
-from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS, ConfigError
+from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
 
 PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
 """The five basis losses of the paper, equation (4); robust_ce is ours (METHODS part 6)."""

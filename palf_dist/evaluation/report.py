@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 from palf_dist.atomic import replacing_folder
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config, load_config
+from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import plots
 from palf_dist.evaluation.methods import REFERENCE
 from palf_dist.evaluation.statistics import Comparison, compare
 from palf_dist.evaluation.table import is_policy, label_of, table_notes, to_cells, to_markdown, to_records
 from palf_dist.run_directory import BEST, CONFIG, METRICS, REPORT, RESULTS, TRAJECTORIES, open_run_directory
 from palf_dist.trajectory import read_trajectories
-from palf_dist.types import RunDirectoryError
 from palf_dist.usage import usage
 
 PAGE, TABLE_MARKDOWN, TABLE_JSON = "index.html", "table.md", "table.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from palf_dist.config import ConvConfig, MLPConfig, TransformerConfig
+from palf_dist.errors import ConfigError
 from palf_dist.inner_models.attention import SelfAttention
 from palf_dist.inner_models.layered import LayeredModel
 from palf_dist.inner_models.layers import Layer, Linear, ReLU, Residual, Sequential
@@ -12,7 +13,6 @@ from palf_dist.inner_models.normalisation import Normalise, Scale
 from palf_dist.inner_models.shapes import InputShape
 from palf_dist.inner_models.spatial import MeanPool, Patches
 from palf_dist.inner_models.stems import Columns, Data, Stem, Tokens
-from palf_dist.types import ConfigError
 
 RELU_GAIN = 2.0  # He initialisation: half of the units are off
 

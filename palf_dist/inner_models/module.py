@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from palf_dist.config import ModuleConfig
+from palf_dist.errors import ConfigError, UnsupportedModuleError
 from palf_dist.inner_models.module_checks import check_derivatives, check_operations, check_parameters
 from palf_dist.inner_models.shapes import InputShape
-from palf_dist.types import ConfigError, Inputs, UnsupportedModuleError, random_generator
+from palf_dist.randomness import random_generator
+from palf_dist.types import Inputs
 
 PROBE_ROWS = 4
 

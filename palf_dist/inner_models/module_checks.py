@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from palf_dist.types import InnerModel, Inputs, UnsupportedModuleError, random_generator
+from palf_dist.errors import UnsupportedModuleError
+from palf_dist.randomness import random_generator
+from palf_dist.types import InnerModel, Inputs
 
 STEP = 1e-5  # of central differences along a unit direction, in float64
 TOLERANCE = 1e-5

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from palf_dist.config import PolicyConfig
+from palf_dist.randomness import random_generator
 from palf_dist.training_state import (
     NOISE_FEATURES,
     PAPER_FEATURES,
@@ -20,14 +21,7 @@ from palf_dist.training_state import (
     check_features,
     normalise,
 )
-from palf_dist.types import (
-    BASIS_LOSSES,
-    CONTROL_INDEX,
-    CONTROLS,
-    DEFAULT_HYPERPARAMETERS,
-    HYPERPARAMETERS,
-    random_generator,
-)
+from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, HYPERPARAMETERS
 
 OUTPUT_SCALE = 2.0  # multiplies the output layer: a unit of phi moves a control by a useful amount
 

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from palf_dist.atomic import write_atomic
 from palf_dist.config import PolicyConfig
+from palf_dist.errors import ConfigError, PolicyFileError
 from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec
-from palf_dist.types import ConfigError, PolicyFileError
 
 FORMAT_VERSION = 1
 TENSORS = "policy.safetensors"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from palf_dist.atomic import sync
-from palf_dist.types import DataError
+from palf_dist.errors import DataError
 
 
 def cache_folder(cache: str | None) -> Path:

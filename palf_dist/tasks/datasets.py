@@ -17,13 +17,13 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
 from palf_dist.config import DataConfig, DatasetSource
+from palf_dist.errors import DataError
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.fetch import ensure_table, is_cached
 from palf_dist.tasks.files import fingerprint, parquet_files
 from palf_dist.tasks.registry import REGISTRY, find_entry
 from palf_dist.tasks.schema import encode
-from palf_dist.types import DataError
 
 _ENCODING = 1  # count up when the encoding changes
 

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from palf_dist.config import DatasetSource, RunConfig
+from palf_dist.errors import ConfigError, DataError, PalfError
 from palf_dist.inner_models import build_model
+from palf_dist.randomness import random_generator
 from palf_dist.tasks.corruptions import add_label_noise
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_inputs
 from palf_dist.tasks.splits import SPLITS, TaskRows, draw_rows, num_task_classes, train_capacity
-from palf_dist.types import ConfigError, DataError, PalfError, Rows, TaskGroup, TaskSpec, random_generator
+from palf_dist.types import Rows, TaskGroup, TaskSpec
 
 Datasets = Mapping[str, EncodedDataset]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from palf_dist.errors import DataError
 from palf_dist.tasks.cache import atomic_write
 from palf_dist.tasks.converters import convert
 from palf_dist.tasks.registry import REGISTRY, Entry, Package
-from palf_dist.types import DataError
 
 _TABLES = "tables-1"  # count up when a converter changes
 _TIMEOUT = 900.0  # seconds a package client may take

@@ -10,7 +10,7 @@ import re
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from palf_dist.types import DataError
+from palf_dist.errors import DataError
 
 _SAMPLE = 1 << 16  # bytes read at either end of a file to recognise its contents
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 from PIL import Image, UnidentifiedImageError
 
-from palf_dist.types import DataError
+from palf_dist.errors import DataError
 
 MAX_SIDE = 64
 """Images with a longer side, or of differing sizes, are resized to MAX_SIDE x MAX_SIDE."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from palf_dist.types import DataError
+from palf_dist.errors import DataError
 
 
 @dataclass(frozen=True)

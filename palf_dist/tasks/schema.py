@@ -15,9 +15,10 @@ import pyarrow.dataset as ds
 import pyarrow.types as pt
 
 from palf_dist.config import Columns
+from palf_dist.errors import DataError
+from palf_dist.randomness import random_generator
 from palf_dist.tasks.encoded import WORDS, EncodedDataset
 from palf_dist.tasks.images import decode_images, is_image_type
-from palf_dist.types import DataError, random_generator
 
 LABEL_NAMES = ("label", "fine_label")
 TEXT_NAMES = ("text", "sentence")

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from palf_dist.config import TasksConfig
+from palf_dist.errors import DataError
+from palf_dist.randomness import random_generator
 from palf_dist.tasks.corruptions import imbalance_profile
 from palf_dist.tasks.encoded import EncodedDataset
-from palf_dist.types import DataError, TaskSpec, random_generator
+from palf_dist.types import TaskSpec
 
 TEST_SHARE = 0.3
 META_VALIDATION_SHARE = 0.15

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from palf_dist.config import RunConfig
+from palf_dist.errors import DataError
 from palf_dist.faults import fault_point
 from palf_dist.tasks.encoded import EncodedDataset
-from palf_dist.types import Contribution, DataError, Unit
+from palf_dist.types import Contribution, Unit
 
 
 def small_config(**sections: dict[str, Any]) -> RunConfig:

@@ -14,7 +14,7 @@ import pytest
 import palf_dist
 from palf_dist.config import DistributedConfig
 from palf_dist.distributed import cluster
-from palf_dist.types import ClusterError
+from palf_dist.errors import ClusterError
 
 ROOT = Path(palf_dist.__file__).parent.parent
 
@@ -155,7 +155,7 @@ def test_a_cluster_that_is_there_is_used_and_left_running() -> None:
 import subprocess, sys
 from palf_dist.config import DistributedConfig
 from palf_dist.distributed.cluster import connect
-from palf_dist.types import ClusterError
+from palf_dist.errors import ClusterError
 import ray
 from ray.cluster_utils import Cluster
 

@@ -19,9 +19,10 @@ from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
 from palf_dist.distributed.cluster import Share
 from palf_dist.distributed.driver import RunResult, evaluate_policy, meta_train
+from palf_dist.errors import DataError, PolicyFileError, RunDirectoryError
 from palf_dist.policies.policy_file import load_policy, save_policy
 from palf_dist.progress import Progress
-from palf_dist.types import Contribution, DataError, PolicyFileError, RunDirectoryError, Unit
+from palf_dist.types import Contribution, Unit
 from palf_dist.units import Runner
 from tests.distributed.fingerprint import fingerprint
 from tests.distributed.small import fault, small_config

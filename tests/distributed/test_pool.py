@@ -16,8 +16,9 @@ from palf_dist.config import RunConfig
 from palf_dist.distributed.cluster import Share
 from palf_dist.distributed.pool import Broadcast, InProcessPool, UnitBug, UnitError, WorkerPool, describe
 from palf_dist.distributed.ray_pool import RayPool
+from palf_dist.errors import ClusterError, DataError
 from palf_dist.tasks.datasets import load_all
-from palf_dist.types import ClusterError, Contribution, DataError, Unit
+from palf_dist.types import Contribution, Unit
 from tests.distributed.small import BrokenRunner, ToyRunner, fault, small_config
 
 UNITS = [Unit("meta_gradient", 3, group) for group in range(7)]

@@ -18,9 +18,10 @@ from palf_dist.evaluation.report import RESULTS
 from palf_dist.metrics_log import MetricsLog
 from palf_dist.policies.meta_learned import LearnedPolicy, policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
+from palf_dist.randomness import random_generator
 from palf_dist.run_directory import BEST, CONFIG
 from palf_dist.trajectory import build_table, write_trajectory
-from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, TaskSpec, Unit, random_generator
+from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, TaskSpec, Unit
 
 GAINS = {
     "policy": 4.3,

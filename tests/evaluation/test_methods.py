@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from palf_dist.errors import ConfigError
 from palf_dist.evaluation.methods import METHODS, baseline_policy, select_methods
-from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS, ConfigError
+from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS
 
 STATIC = [method for method in METHODS.values() if method.alpha]
 

@@ -9,10 +9,10 @@ import re
 import pytest
 from markupsafe import escape
 
+from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.report import RESULTS, make_report
 from palf_dist.run_directory import METRICS
-from palf_dist.types import RunDirectoryError
 from palf_dist.usage import usage
 from tests.evaluation.synthetic import few_rows, result_rows, write_run
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from palf_dist.evaluation.statistics import clustered_mean, compare
-from palf_dist.types import random_generator
+from palf_dist.randomness import random_generator
 
 finite = st.floats(-100, 100, allow_nan=False)
 clustered = st.lists(st.tuples(finite, st.sampled_from("abcdefg")), min_size=1, max_size=40)

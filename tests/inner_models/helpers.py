@@ -10,7 +10,8 @@ from torch import Tensor
 from palf_dist.config import Architecture
 from palf_dist.inner_models import InputShape, build_model
 from palf_dist.inner_models.layered import LayeredModel
-from palf_dist.types import InnerModel, Inputs, random_generator
+from palf_dist.randomness import random_generator
+from palf_dist.types import InnerModel, Inputs
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palf_dist.config import ConvConfig, MLPConfig, TransformerConfig
+from palf_dist.errors import ConfigError
 from palf_dist.inner_models import InputShape, build_model
-from palf_dist.types import ConfigError, random_generator
+from palf_dist.randomness import random_generator
 from tests.inner_models.helpers import (
     Case,
     arguments,

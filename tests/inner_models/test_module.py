@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from palf_dist.config import MLPConfig, ModuleConfig
+from palf_dist.errors import ConfigError, UnsupportedModuleError
 from palf_dist.inner_models import InputShape, build_model
 from palf_dist.inner_models.module import FunctionalModel
-from palf_dist.types import ConfigError, UnsupportedModuleError, random_generator
+from palf_dist.randomness import random_generator
 from tests.inner_models.helpers import (
     Case,
     arguments,

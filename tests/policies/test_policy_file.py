@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from palf_dist.config import PolicyConfig
+from palf_dist.errors import PolicyFileError
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import CARD, TENSORS, PolicyArtefact, digest, load_policy, policy_bytes, save_policy
-from palf_dist.types import PolicyFileError
 
 
 @pytest.fixture

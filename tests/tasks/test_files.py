@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
+from palf_dist.errors import DataError
 from palf_dist.tasks.files import fingerprint, parquet_files
-from palf_dist.types import DataError
 from tests.tasks.cases import write_parquet
 
 

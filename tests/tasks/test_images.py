@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from palf_dist.config import Columns
+from palf_dist.errors import DataError
 from palf_dist.tasks.images import MAX_SIDE
-from palf_dist.types import DataError
 from tests.tasks.cases import encode_table, png
 
 

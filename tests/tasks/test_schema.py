@@ -10,9 +10,9 @@ import pyarrow.dataset as ds
 import pytest
 
 from palf_dist.config import Columns
+from palf_dist.errors import DataError
 from palf_dist.tasks.encoded import WORDS
 from palf_dist.tasks.schema import MAX_CATEGORIES, encode, find_roles
-from palf_dist.types import DataError
 from tests.tasks.cases import encode_table, png, write_parquet
 
 LABELS = [0, 1, 0, 1]

@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from palf_dist.config import TasksConfig
+from palf_dist.errors import DataError
 from palf_dist.tasks.splits import MIN_CLASS_ROWS, SPLITS, draw_rows, num_task_classes, train_capacity
-from palf_dist.types import DataError
 from tests.tasks.cases import task_spec, toy_dataset
 
 TASKS = TasksConfig()

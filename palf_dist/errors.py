@@ -1,0 +1,35 @@
+"""The error classes: what a user can mend. Needs nothing but the standard library."""
+
+from __future__ import annotations
+
+
+class PalfError(Exception):
+    """A mistake the user can mend: one clear message that names field and remedy (exit code 2, no traceback)."""
+
+
+class ConfigError(PalfError):
+    """The configuration is wrong."""
+
+
+class DataError(PalfError):
+    """A dataset is missing, unreadable or unfit for classification."""
+
+
+class RunDirectoryError(PalfError):
+    """The run directory cannot be used."""
+
+
+class CheckpointError(PalfError):
+    """No valid checkpoint can be read."""
+
+
+class PolicyFileError(PalfError):
+    """A policy file is missing, newer than this version, or tampered with."""
+
+
+class ClusterError(PalfError):
+    """The Ray cluster cannot be reached or can never give what is asked."""
+
+
+class UnsupportedModuleError(PalfError):
+    """A user's nn.Module whose second derivatives are known to be wrong or missing."""
