@@ -207,6 +207,24 @@ class InnerConfig(Section):
     ema: Share = Field(default=0.7, description="decay of each example's averaged prediction")
 
 
+class PolicyStart(Section):
+    """Loss hyper-parameters at the untrained policy; those that the policy does not set stay there. Left out:
+    ``types.DEFAULT_HYPERPARAMETERS``. The ends of the ranges are excluded, so that a policy can move both ways."""
+
+    e: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=0.95)] | None = None
+    la: Positive | None = None
+    ew: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=1)] | None = None
+    wd: Positive | None = None
+    gamma: Positive | None = None
+    eps: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=0.5)] | None = None
+    a: Positive | None = None
+    b: Positive | None = None
+    tau: Positive | None = None
+
+
+assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
+
+
 class PolicyConfig(Section):
     """Who sets the controls. ``robust`` and ``palf`` are presets: fields left out take the preset's values."""
 
@@ -214,6 +232,7 @@ class PolicyConfig(Section):
     features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
     basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
     hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")
+    start: PolicyStart = PolicyStart()
     hidden: Count = 16
     refresh: Count = Field(default=10, description="inner steps between two evaluations of the policy")
     seed: Annotated[int, Field(strict=True)] = 0
@@ -234,6 +253,13 @@ class OuterLossConfig(Section):
     every: Count = Field(default=25, description="inner steps between the checkpoints where it is read")
     running_sum: NonNegative = Field(
         default=0.0, description="weight of equation (8)'s running sum of the adaptive loss"
+    )
+    information: NonNegative = Field(
+        default=0.0, description="weight of equation (3)'s objective I(Yhat; Y) - beta E[l] - gamma Var[grad l]"
+    )
+    beta: NonNegative = Field(default=1.0, description="of equation (3): weight of the mean cross-entropy")
+    gamma: NonNegative = Field(
+        default=0.0, description="of equation (3): weight of the variance of the last layer's gradients"
     )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class StepReport:
     learning_rate: float
     applied: int
     refused: dict[str, int]  # cause -> contributions refused in this step; every cause is a key
+    terms: dict[str, float] = field(default_factory=dict)  # outer_<term>, means as outer_loss, where it has several
 
 
 class MetaLearner:
@@ -151,8 +152,10 @@ class MetaLearner:
     def _take_step(self, accepted: list[Contribution], refused: dict[str, int]) -> StepReport:
         outer_loss = gradient_norm = np.nan
         learning_rate = self._learning_rate()
+        terms: dict[str, float] = {}
         if accepted:
-            outer_loss = float(np.mean([contribution.metrics["outer_loss"] for contribution in accepted]))
+            terms = {name: float(np.mean([c.metrics[name] for c in accepted])) for name in accepted[0].metrics}
+            outer_loss = terms.pop("outer_loss")
             total = np.zeros(self.policy.shape)
             for contribution in accepted:  # one by one, in key order: the rounding is part of the result
                 assert contribution.gradient is not None
@@ -161,7 +164,7 @@ class MetaLearner:
             gradient_norm = _norm(gradient)
             gradient *= min(1.0, self._settings.clip / max(gradient_norm, np.finfo(np.float64).tiny))
             self._adam(gradient, learning_rate)
-        report = StepReport(self.version, outer_loss, gradient_norm, learning_rate, len(accepted), refused)
+        report = StepReport(self.version, outer_loss, gradient_norm, learning_rate, len(accepted), refused, terms)
         self.version += 1
         self.applied += len(accepted)
         for cause, count in refused.items():

@@ -104,6 +104,11 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
             "inner: {grids: {adam: {learning_rate: [0.1], weight_decay: []}}}",
             "inner.grids.adam.weight_decay: list should have at least 1 item after validation, not 0, not []",
         ),
+        ("policy: {start: {gama: 1.0}}", "policy.start.gama: unknown key; did you mean policy.start.gamma?"),
+        ("policy: {start: {e: 0.95}}", "policy.start.e: must be less than 0.95, not 0.95"),
+        ("policy: {start: {eps: 0.5}}", "policy.start.eps: must be less than 0.5, not 0.5"),
+        ("policy: {start: {tau: 0}}", "policy.start.tau: must be greater than 0, not 0"),
+        ("outer_loss: {beta: -1}", "outer_loss.beta: must be greater than or equal to 0, not -1"),
         ("policy: {features: [tiem]}", "policy.features.0: unknown feature 'tiem'; did you mean time?"),
     ],
 )
@@ -176,6 +181,8 @@ def test_set_writes_any_field() -> None:
             "tasks.train_size.0=80",
             "name=a",
             "tracking.uri=sqlite:///x=y.db",
+            "policy.start.gamma=3",
+            "outer_loss.information=0.5",
         ],
     )
     assert config.inner.learning_rate == 0.001
@@ -185,6 +192,7 @@ def test_set_writes_any_field() -> None:
     assert config.tasks.train_size == (80, 400)
     assert config.name == "a"
     assert config.tracking.uri == "sqlite:///x=y.db"
+    assert config.policy.start == schema.PolicyStart(gamma=3.0) and config.outer_loss.information == 0.5
 
 
 @pytest.mark.parametrize(
@@ -254,6 +262,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
                 ),
             )
         ),
+        policy=schema.PolicyConfig(start=draw(sections(schema.PolicyStart, e=st.floats(0.01, 0.9), tau=NUMBERS))),
         distributed=draw(sections(schema.DistributedConfig, address=TEXTS, unit_timeout=NUMBERS)),
         tracking=draw(sections(schema.TrackingConfig, uri=TEXTS, experiment=TEXTS, enabled=st.booleans())),
     )

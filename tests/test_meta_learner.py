@@ -64,6 +64,16 @@ def test_equals_torch_adam_with_linear_decay_and_clipping() -> None:
     np.testing.assert_allclose(learner.policy, phi.detach().numpy(), rtol=2e-6)
 
 
+def test_terms_of_the_outer_loss_are_averaged_over_what_was_accepted() -> None:
+    learner = MetaLearner(config(), initial())
+    group = [contribution(0, index) for index in range(3)]
+    for index, item in enumerate(group):
+        item.metrics["outer_information"] = float(index)
+    group[2].metrics["outer_loss"] = float("nan")
+    assert learner.apply(group).terms == {"outer_information": 0.5}
+    assert learner.apply([contribution(1)]).terms == {}
+
+
 def test_small_gradients_are_not_scaled_up() -> None:
     """Adam hides a constant scale, so look at its first moment."""
     learner = MetaLearner(config(clip=10.0, beta1=0.0), initial())

@@ -1,10 +1,26 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from palf_dist.config import OuterLossConfig
-from palf_dist.outer_loss import accuracy, checkpoints, outer_loss
+from palf_dist.outer_loss import (
+    accuracy,
+    checkpoints,
+    last_layer_variance,
+    outer_loss,
+    outer_terms,
+    soft_information,
+    validation_loss,
+)
+
+ALL_TERMS = OuterLossConfig(kind="cross_entropy", information=0.7, beta=0.4, gamma=0.3)
 
 
 @pytest.fixture
@@ -35,7 +51,7 @@ def by_hand(kind: str, logits: torch.Tensor, label: torch.Tensor, sharpness: flo
 def test_formula_on_real_rows_and_classes_only(kind: str, case: tuple[torch.Tensor, ...]) -> None:
     logits, labels, mask, class_mask = case
     config = OuterLossConfig(kind=kind, sharpness=3.0)
-    got = outer_loss(config, logits, labels, mask, class_mask)
+    got = validation_loss(config, logits, labels, mask, class_mask)
     want = torch.stack([by_hand(kind, logits[0], labels[0], 3.0), by_hand(kind, logits[1, :4, :3], labels[1, :4], 3.0)])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
@@ -44,8 +60,8 @@ def test_soft_error_is_blind_to_confidence(case: tuple[torch.Tensor, ...]) -> No
     logits, labels, mask, class_mask = case
     config = OuterLossConfig()
     torch.testing.assert_close(
-        outer_loss(config, logits, labels, mask, class_mask),
-        outer_loss(config, 50 * logits, labels, mask, class_mask),
+        validation_loss(config, logits, labels, mask, class_mask),
+        validation_loss(config, 50 * logits, labels, mask, class_mask),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -54,9 +70,118 @@ def test_soft_error_is_blind_to_confidence(case: tuple[torch.Tensor, ...]) -> No
 def test_constant_logits_have_finite_gradients() -> None:
     logits = torch.zeros(1, 3, 2, requires_grad=True)
     labels, mask = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3)
-    value = outer_loss(OuterLossConfig(), logits, labels, mask, torch.ones(1, 2, dtype=torch.bool))
+    value = validation_loss(OuterLossConfig(), logits, labels, mask, torch.ones(1, 2, dtype=torch.bool))
     value.sum().backward()
     assert value.item() == pytest.approx(0.5) and logits.grad is not None and logits.grad.isfinite().all()
+
+
+def random_task(rows: int, classes: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, C], features [n, D] and labels [n] of one task without padding."""
+    draw = np.random.default_rng(seed)
+    numbers = (torch.from_numpy(draw.normal(size=(rows, size))) for size in (classes, width))
+    return *numbers, torch.from_numpy(draw.integers(0, classes, rows))
+
+
+def padded(task: tuple[Tensor, Tensor, Tensor], rows: int, classes: int, junk: float) -> list[Tensor]:
+    """One task as a group of one, with padding that holds ``junk``: logits, features, labels, mask, class_mask."""
+    logits, features, labels = task
+    n, k = logits.shape
+    wide = torch.full((1, n + rows, k + classes), junk).double()
+    wide[0, :n, :k] = logits
+    tall = torch.full((1, n + rows, features.shape[1]), junk).double()
+    tall[0, :n] = features
+    mask = (torch.arange(n + rows) < n).double()[None]
+    return [wide, tall, nn.functional.pad(labels, (0, rows))[None], mask, (torch.arange(k + classes) < k)[None]]
+
+
+def by_loops(logits: Tensor, features: Tensor, labels: Tensor) -> dict[str, float]:
+    """The three parts of equation (3), example by example; gradients by autograd through a last layer."""
+    n, k = logits.shape
+    p = torch.softmax(logits, 1)
+    joint = [[sum(float(p[i, a]) for i in range(n) if labels[i] == y) / n for y in range(k)] for a in range(k)]
+    information = 0.0
+    for a in range(k):
+        for y in range(k):
+            if joint[a][y] > 0:
+                both = sum(joint[a]) * sum(row[y] for row in joint)
+                information += joint[a][y] * math.log(joint[a][y] / both)
+    layer = nn.Linear(features.shape[1], k).double()
+    gradients = []
+    for row, feature, label in zip(logits, features, labels, strict=True):
+        offset = row - layer(feature).detach()  # the layer's own logits are made these ones
+        loss = nn.functional.cross_entropy(layer(feature) + offset, label)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, layer.parameters())]))
+    losses = [float(-p[i, labels[i]].log()) for i in range(n)]
+    variance = float(torch.stack(gradients).var(0, correction=0).sum())
+    return {"information": information, "cross_entropy": sum(losses) / n, "gradient_variance": variance}
+
+
+@given(
+    rows=st.integers(1, 9),
+    classes=st.integers(2, 5),
+    width=st.integers(1, 4),
+    more_rows=st.integers(0, 4),
+    more_classes=st.integers(0, 3),
+    junk=st.sampled_from([0.0, 7.0, -50.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_terms_of_equation_3_equal_loops_whatever_the_padding(
+    rows: int, classes: int, width: int, more_rows: int, more_classes: int, junk: float, seed: int
+) -> None:
+    task = random_task(rows, classes, width, seed)
+    inputs = padded(task, more_rows, more_classes, junk)
+    for tensor in inputs[:2]:
+        tensor.requires_grad_(True)
+    terms = outer_terms(ALL_TERMS, *inputs)
+    got = {name: term.item() for name, term in terms.items()}
+    want = by_loops(*task)
+    assert got == pytest.approx(want | {"validation": want["cross_entropy"]}, rel=1e-9, abs=1e-10)
+    value = outer_loss(ALL_TERMS, terms)
+    objective = want["information"] - 0.4 * want["cross_entropy"] - 0.3 * want["gradient_variance"]
+    assert value.item() == pytest.approx(want["cross_entropy"] - 0.7 * objective, rel=1e-9, abs=1e-10)
+    of_logits, of_features = torch.autograd.grad(value.sum(), inputs[:2])
+    assert of_logits.isfinite().all() and of_features.isfinite().all()
+    assert not of_logits[:, rows:].any() and not of_logits[..., classes:].any() and not of_features[:, rows:].any()
+
+
+def test_information_is_the_label_entropy_for_sure_predictions_and_0_for_none() -> None:
+    truth = torch.eye(3)[torch.tensor([0, 0, 1, 2])][None]
+    weight = torch.full((1, 4), 0.25)
+    entropy = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
+    assert soft_information(truth, truth, weight).item() == pytest.approx(entropy, rel=1e-6)
+    swapped = truth[..., [1, 2, 0]]
+    assert soft_information(swapped, truth, weight).item() == pytest.approx(entropy, rel=1e-6), "names do not matter"
+    nothing = torch.full((1, 4, 3), 1 / 3)
+    assert soft_information(nothing, truth, weight).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_gradients_are_finite_where_probabilities_underflow() -> None:
+    logits = torch.tensor([[[500.0, 0.0, -500.0], [500.0, 0.0, -500.0]]], requires_grad=True)
+    features, labels = torch.ones(1, 2, 2), torch.tensor([[0, 2]])
+    class_mask = torch.ones(1, 3, dtype=torch.bool)
+    value = outer_loss(ALL_TERMS, outer_terms(ALL_TERMS, logits, features, labels, torch.ones(1, 2), class_mask))
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert value.isfinite().all() and gradient.isfinite().all()
+
+
+def test_equal_examples_have_no_gradient_variance() -> None:
+    residual = torch.tensor([[[0.3, -0.3]]], dtype=torch.float64).repeat(1, 5, 1)
+    features = torch.tensor([[[2.0, -1.0, 0.5]]], dtype=torch.float64).repeat(1, 5, 1)
+    weight = torch.full((1, 5), 0.2, dtype=torch.float64)
+    assert last_layer_variance(residual, features, weight).item() == pytest.approx(0, abs=1e-14)
+
+
+def test_terms_without_weight_are_not_computed(case: tuple[torch.Tensor, ...]) -> None:
+    logits, labels, mask, class_mask = case
+    features = torch.full((2, 6, 3), float("nan"), dtype=torch.float64)
+    inputs = (logits, features, labels, mask, class_mask)
+    plain = OuterLossConfig(beta=3.0, gamma=5.0)
+    assert list(outer_terms(plain, *inputs)) == ["validation"]
+    assert torch.equal(outer_loss(plain, outer_terms(plain, *inputs)), validation_loss(plain, *inputs[:1], *inputs[2:]))
+    pure = OuterLossConfig(information=1.0, beta=0.0)
+    terms = outer_terms(pure, *inputs)
+    assert list(terms) == ["validation", "information"]
+    torch.testing.assert_close(outer_loss(pure, terms), terms["validation"] - terms["information"])
 
 
 def test_accuracy_ignores_padding() -> None:

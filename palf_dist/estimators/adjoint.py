@@ -73,6 +73,7 @@ class Adjoint:
             gradient=policy_gradient(loop, phi, trace.states, cotangents),
             outer_loss=float(recorder.objective().mean()),
             records=recorder.arrays(),
+            terms=recorder.terms(),
         )
 
     def _forward(self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder) -> ForwardTrace:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
-from palf_dist.outer_loss import accuracy, checkpoints, outer_loss
+from palf_dist.outer_loss import accuracy, checkpoints, outer_loss, outer_terms
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Estimate:
     outer_loss: float  # J above, at the unperturbed phi where the estimator evaluates it there
     records: dict[str, np.ndarray]  # see Recorder
     carried: dict[str, np.ndarray] = field(default_factory=dict)  # estimator's own carried arrays (pes)
+    terms: dict[str, float] = field(default_factory=dict)  # of J before their weights; none where J has but one
 
 
 class Estimator(Protocol):
@@ -67,6 +68,7 @@ class Recorder:
         self.outer_losses: list[Tensor] = []  # [G] each
         self.running: Tensor | float = 0.0  # sum over steps of the adaptive loss [G]
         self.count = stop - start
+        self._terms: list[dict[str, Tensor]] = []  # of each checkpoint, [G] each
 
     def step(self, state: InnerState, result: StepResult) -> None:
         """Call after each step."""
@@ -94,11 +96,13 @@ class Recorder:
         self._last = {name: value.detach().clone() if torch.is_tensor(value) else value for name, value in row.items()}
         self._rows.append(self._last)
 
-    def checkpoint(self, step: int, logits: Tensor) -> Tensor:
-        """Read the outer loss [G] from meta-validation logits after ``step`` steps; keeps logits' graph."""
+    def checkpoint(self, step: int, logits: Tensor, features: Tensor) -> Tensor:
+        """Read the outer loss [G] from meta-validation logits and features after ``step`` steps; keeps their graph."""
         group = self.loop.group
         rows = group.meta_validation
-        value = outer_loss(self.outer, logits, rows.labels, rows.mask, group.class_mask)
+        terms = outer_terms(self.outer, logits, features, rows.labels, rows.mask, group.class_mask)
+        value = outer_loss(self.outer, terms)
+        self._terms.append({name: term.detach() for name, term in terms.items()})
         right = accuracy(logits.detach(), rows.labels, rows.mask, group.class_mask)
         seen: dict[str, Tensor | float] = {
             "inner_step": float(step),
@@ -113,6 +117,14 @@ class Recorder:
         """J [G], with whatever graph its parts carry."""
         value = torch.stack(self.outer_losses).mean(0)
         return value + self.outer.running_sum * self.running / self.count
+
+    def terms(self) -> dict[str, float]:
+        """Means over tasks and checkpoints of the terms of J (``outer_loss.outer_terms``, and running_sum: the mean
+        adaptive loss); empty where the validation loss is all there is."""
+        means = {name: float(torch.stack([terms[name] for terms in self._terms]).mean()) for name in self._terms[0]}
+        if self.outer.running_sum:
+            means["running_sum"] = float(torch.as_tensor(self.running).detach().mean()) / self.count
+        return means if len(means) > 1 else {}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """inner_step [R]; state [R, G, S]; controls [R, G, U]; the rest [R, G], NaN where not read."""
@@ -132,13 +144,14 @@ def outer_gradient(loop: InnerLoop, recorder: Recorder, theta: Tensor, step: int
     """Read the outer loss at theta and return its gradient [G, P], summed over tasks."""
     group = loop.group
     with torch.no_grad():
-        logits, _, tape = group.model.forward(theta, group.meta_validation.inputs)
+        *outputs, tape = group.model.forward(theta, group.meta_validation.inputs)
     with torch.enable_grad():
-        logits = logits.requires_grad_(True)
-        (dlogits,) = torch.autograd.grad(recorder.checkpoint(step, logits).sum(), logits)
+        logits, features = (output.detach().requires_grad_(True) for output in outputs)
+        value = recorder.checkpoint(step, logits, features)
+        dlogits, dfeatures = torch.autograd.grad(value.sum(), (logits, features), allow_unused=True)
     recorder.outer_losses[-1] = recorder.outer_losses[-1].detach()
     with torch.no_grad():
-        return group.model.backward(theta, tape, dlogits, None)
+        return group.model.backward(theta, tape, dlogits, dfeatures)
 
 
 def policy_gradient(loop: InnerLoop, phi: Tensor, states: list[Tensor], cotangents: list[Tensor]) -> np.ndarray:

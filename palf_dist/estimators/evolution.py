@@ -45,7 +45,7 @@ class ES:
         gradient = torch.stack(samples).mean((0, 1)).double().cpu().numpy()
         recorder = Recorder(loop, self.outer, state.step, stop)
         objective = self._run(loop, phi, state, stop, recorder)
-        return Estimate(gradient, float(objective.mean()), recorder.arrays())
+        return Estimate(gradient, float(objective.mean()), recorder.arrays(), terms=recorder.terms())
 
     def _perturbation(self, loop: InnerLoop, phi: Tensor, keys: tuple[int | str, ...]) -> Tensor:
         draws = random_generator("perturbation", *keys).standard_normal((loop.group.size, phi.shape[-1]))
@@ -62,7 +62,8 @@ class ES:
         def after_step(now: InnerState, result: StepResult) -> None:
             recorder.step(now, result)
             if now.step in recorder.checkpoints:
-                recorder.checkpoint(now.step, loop.evaluate(now.theta, loop.group.meta_validation))
+                logits, features, _ = loop.group.model.forward(now.theta, loop.group.meta_validation.inputs)
+                recorder.checkpoint(now.step, logits, features)
 
         loop.run(state, phi, stop, after_step=after_step)
         return recorder.objective()
@@ -100,4 +101,4 @@ class PES(ES):
         gradient = torch.stack(samples).mean((0, 1)).double().cpu().numpy()
         recorder = Recorder(loop, self.outer, state.step, stop)
         objective = self._run(loop, phi, state, stop, recorder)
-        return Estimate(gradient, float(objective.mean()), recorder.arrays(), onward)
+        return Estimate(gradient, float(objective.mean()), recorder.arrays(), onward, recorder.terms())

@@ -37,10 +37,15 @@ class Unroll:
                 result = loop.step(state, leaf, differentiable=True)
                 recorder.step(state, result)
                 if state.step in recorder.checkpoints:
-                    recorder.checkpoint(state.step, loop.group.model.apply(state.theta, rows.inputs)[0])
+                    recorder.checkpoint(state.step, *loop.group.model.apply(state.theta, rows.inputs))
             objective = recorder.objective().mean()
             (gradient,) = torch.autograd.grad(objective, leaf)
         state.theta = state.theta.detach()
         state.slots = tuple(slot.detach() for slot in state.slots)
         state.controls = None
-        return Estimate(gradient.double().cpu().numpy(), float(objective.detach()), recorder.arrays())
+        return Estimate(
+            gradient=gradient.double().cpu().numpy(),
+            outer_loss=float(objective.detach()),
+            records=recorder.arrays(),
+            terms=recorder.terms(),
+        )

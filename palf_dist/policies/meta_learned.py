@@ -5,14 +5,14 @@ hyper-parameters. Its output layer starts at zero, so that an untrained policy i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from palf_dist.config import PolicyConfig
+from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.randomness import random_generator
 from palf_dist.training_state import (
     NOISE_FEATURES,
@@ -29,7 +29,7 @@ _UPPER = {"e": 0.95, "ew": 1.0, "eps": 0.5}
 """Hyper-parameters in (0, upper): upper * sigmoid."""
 _LOG_RANGE = {"la": (-4.0, 1.0), "wd": (-2.0, 1.5), "gamma": (-2.0, 1.0), "a": (-4.0, 2.0), "b": (-4.0, 2.0)}
 _LOG_RANGE["tau"] = (-1.5, 1.5)
-"""Positive hyper-parameters: default * exp, the exponent clamped to this range."""
+"""Positive hyper-parameters: start * exp, the exponent clamped to this range."""
 
 _PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "palf": {"features": PAPER_FEATURES, "basis": BASIS_LOSSES[:5], "hyperparameters": ()},
@@ -54,10 +54,18 @@ class PolicySpec:
     refresh: int
     seed: int
     initial_weights: tuple[float, ...]  # mixture weights of ``basis`` at phi's zero output layer
+    start: Mapping[str, float] = field(default_factory=dict)  # see ``start_values``
 
     def __post_init__(self) -> None:
         check_features(self.features)
         assert len(self.initial_weights) == len(self.basis)
+
+
+def start_values(start: PolicyStart) -> dict[str, float]:
+    """The hyper-parameters that start elsewhere than at ``types.DEFAULT_HYPERPARAMETERS``: equal policies have equal
+    specs, however their configurations say so."""
+    given = start.model_dump(exclude_none=True)
+    return {name: value for name, value in given.items() if value != DEFAULT_HYPERPARAMETERS[name]}
 
 
 def policy_spec(config: PolicyConfig) -> PolicySpec:
@@ -78,12 +86,13 @@ def policy_spec(config: PolicyConfig) -> PolicySpec:
         refresh=config.refresh,
         seed=config.seed,
         initial_weights=weights,
+        start=start_values(config.start),
     )
 
 
 class LearnedPolicy:
     """alpha, hyper-parameters = pi_phi(s_t), equation (5); ``mean`` and ``std`` [S] normalise the state and are frozen
-    into the policy file. Hyper-parameters that the policy does not set keep their static defaults."""
+    into the policy file. Hyper-parameters that the policy does not set keep their starting values."""
 
     def __init__(self, spec: PolicySpec, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
         self.spec = spec
@@ -94,6 +103,7 @@ class LearnedPolicy:
         self.std = torch.as_tensor(std, dtype=torch.float32)
         inputs, outputs = len(spec.features), len(spec.basis) + len(spec.hyperparameters)
         assert self.mean.shape == self.std.shape == (inputs,)
+        self._start = DEFAULT_HYPERPARAMETERS | dict(spec.start)
         self._shapes = ((inputs, spec.hidden), (spec.hidden,), (spec.hidden, outputs), (outputs,))
         self.num_parameters = sum(math.prod(shape) for shape in self._shapes)
 
@@ -112,7 +122,7 @@ class LearnedPolicy:
         for column, name in zip(alpha.unbind(1), self.spec.basis, strict=True):
             columns[CONTROL_INDEX[name]] = column
         outputs = dict(zip(self.spec.hyperparameters, raw[:, len(self.spec.basis) :].unbind(1), strict=True))
-        columns += [_bounded(name, outputs.get(name), raw[:, 0]) for name in HYPERPARAMETERS]
+        columns += [_bounded(name, self._start[name], outputs.get(name), raw[:, 0]) for name in HYPERPARAMETERS]
         assert len(columns) == len(CONTROLS)
         return torch.stack(columns, 1)
 
@@ -128,11 +138,10 @@ class LearnedPolicy:
         return torch.einsum("gh,gho->go", hidden, w2) + b2
 
 
-def _bounded(name: str, raw: Tensor | None, like: Tensor) -> Tensor:
-    default = DEFAULT_HYPERPARAMETERS[name]
+def _bounded(name: str, start: float, raw: Tensor | None, like: Tensor) -> Tensor:
     if raw is None:
-        return torch.full_like(like, default)
+        return torch.full_like(like, start)
     if name in _UPPER:
-        share = default / _UPPER[name]
+        share = start / _UPPER[name]
         return _UPPER[name] * torch.sigmoid(raw + math.log(share / (1 - share)))
-    return default * raw.clamp(*_LOG_RANGE[name]).exp()
+    return start * raw.clamp(*_LOG_RANGE[name]).exp()

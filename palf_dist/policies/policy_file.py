@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from palf_dist.atomic import write_atomic
 from palf_dist.config import PolicyConfig
 from palf_dist.errors import ConfigError, PolicyFileError
-from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec
+from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, start_values
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 added policy.start
 TENSORS = "policy.safetensors"
 CARD = "policy.json"
 
@@ -46,12 +46,11 @@ def policy_bytes(artefact: PolicyArtefact) -> tuple[bytes, bytes]:
     """The contents of policy.safetensors and policy.json; equal policies give equal bytes."""
     arrays = {"phi": artefact.phi, "feature_mean": artefact.mean, "feature_std": artefact.std}
     tensors = safetensors.numpy.save({name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()})
-    card = {
-        "format": "palf_dist policy",
-        "format_version": FORMAT_VERSION,
-        "policy": asdict(artefact.spec),
-        "card": artefact.card,
-    }
+    policy, version = asdict(artefact.spec), FORMAT_VERSION
+    if not policy["start"]:  # says nothing that version 1 does not: written so that older releases read it too
+        policy.pop("start")
+        version = 1
+    card = {"format": "palf_dist policy", "format_version": version, "policy": policy, "card": artefact.card}
     card["sha256"] = digest(tensors, card)
     return tensors, (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
 
@@ -109,9 +108,11 @@ def _artefact(tensors: bytes, card: dict[str, Any]) -> PolicyArtefact:
     if weights.shape != (len(settings["basis"]),) or not (weights >= 0).all() or not math.isclose(weights.sum(), 1):
         raise ValueError(f"initial_weights {fields['initial_weights']} must be one share per basis loss with sum 1")
     try:  # what a configuration may say of a policy, a policy file may
-        PolicyConfig.model_validate({name: value for name, value in settings.items() if name != "initial_weights"})
+        config = PolicyConfig.model_validate({n: value for n, value in settings.items() if n != "initial_weights"})
     except ValidationError as error:
-        raise ValueError(", ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())) from error
+        problems = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ValueError(", ".join(problems)) from error
+    settings["start"] = start_values(config.start)
     spec, arrays = PolicySpec(**settings), safetensors.numpy.load(tensors)
     for name in ("feature_mean", "feature_std"):
         _check_array(name, arrays[name], len(spec.features))

@@ -37,7 +37,7 @@ def test_no_tensor_of_the_hot_path_stays_on_the_cpu(name: str) -> None:
         setattr(loop, part, elsewhere(getattr(loop, part)))
     state = loop.start()
     phi = elsewhere(phi.float())
-    outer = OuterLossConfig(every=3, running_sum=0.5)
+    outer = OuterLossConfig(every=3, running_sum=0.5, information=0.5, gamma=0.1)
     adjoint = Adjoint(EstimatorConfig(), outer)
     recorder = Recorder(loop, outer, 0, loop.steps)
     trace = adjoint._forward(loop, phi, state, loop.steps, recorder)

@@ -53,6 +53,31 @@ def test_adjoint_equals_unroll_for_every_outer_loss_and_the_running_sum(kind: st
     assert adjoint.outer_loss == pytest.approx(unroll.outer_loss, rel=1e-12)
 
 
+INFORMATION = OuterLossConfig(every=2, information=0.6, beta=0.5, gamma=0.2, running_sum=0.3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer", "module"])
+def test_adjoint_equals_unroll_for_the_information_objective(name: str) -> None:
+    policy, phi = full_policy()
+    loop = InnerLoop(make_group(name), policy, InnerConfig())
+    adjoint, unroll = estimate("adjoint", loop, phi, INFORMATION), estimate("unroll", loop, phi, INFORMATION)
+    assert relative(adjoint.gradient, unroll.gradient) <= 1e-10
+    assert adjoint.outer_loss == pytest.approx(unroll.outer_loss, rel=1e-12)
+    assert adjoint.terms == pytest.approx(unroll.terms, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["adjoint", "unroll", "one_step", "es", "pes"])
+def test_terms_add_up_to_the_outer_loss(kind: str) -> None:
+    policy, phi = full_policy()
+    loop = InnerLoop(make_group(), policy, InnerConfig())
+    got = estimate(kind, loop, phi, INFORMATION)
+    terms = got.terms
+    objective = terms["information"] - 0.5 * terms["cross_entropy"] - 0.2 * terms["gradient_variance"]
+    total = terms["validation"] - 0.6 * objective + 0.3 * terms["running_sum"]
+    assert got.outer_loss == pytest.approx(total, rel=1e-12)
+    assert estimate(kind, loop, phi).terms == {}, "there is nothing to tell apart"
+
+
 def stopped_policy(basis: tuple[str, ...], hyperparameters: tuple[str, ...]) -> tuple[LearnedPolicy, torch.Tensor]:
     """A policy that sees the clock alone, so that nothing is stopped between phi and the outer loss but the averaged
     predictions, which only the posterior weights (ew) read."""
@@ -65,19 +90,20 @@ def stopped_policy(basis: tuple[str, ...], hyperparameters: tuple[str, ...]) -> 
     return policy, phi + 0.2 * torch.randn_like(phi)
 
 
+@pytest.mark.parametrize("outer", [OUTER, INFORMATION], ids=["validation", "information"])
 @pytest.mark.parametrize("name", ["mlp", "conv", "transformer"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
-def test_both_equal_finite_differences(name: str, optimiser: str) -> None:
+def test_both_equal_finite_differences(name: str, optimiser: str, outer: OuterLossConfig) -> None:
     """Without robust_ce nothing is stopped, and the gradient is that of the outer loss itself."""
     hyper = tuple(h for h in HYPERPARAMETERS if h not in ("e", "la", "ew"))
     policy, phi = stopped_policy(BASIS_LOSSES[:5], hyper)
     loop = InnerLoop(make_group(name, optimiser, steps=5), policy, InnerConfig())
     torch.manual_seed(2)
-    adjoint, unroll = estimate("adjoint", loop, phi).gradient, estimate("unroll", loop, phi).gradient
+    adjoint, unroll = (estimate(kind, loop, phi, outer).gradient for kind in ("adjoint", "unroll"))
     for _ in range(3):
         direction = torch.randn_like(phi)
         h = 1e-7  # larger steps cross kinks of ReLU and Adam's near-zero second moments
-        up, down = (estimate("adjoint", loop, phi + sign * h * direction).outer_loss for sign in (1, -1))
+        up, down = (estimate("adjoint", loop, phi + sign * h * direction, outer).outer_loss for sign in (1, -1))
         slope = (up - down) / (2 * h)
         assert adjoint @ direction.numpy() == pytest.approx(slope, rel=1e-5, abs=1e-8)
         assert unroll @ direction.numpy() == pytest.approx(slope, rel=1e-5, abs=1e-8)
@@ -105,12 +131,13 @@ def test_windows_chain_the_inner_state_and_use_the_present_policy() -> None:
     assert relative(got.gradient, want.gradient) <= 1e-10
 
 
-def test_one_step_is_the_mean_of_single_step_gradients() -> None:
+@pytest.mark.parametrize("outer", [OUTER, INFORMATION], ids=["validation", "information"])
+def test_one_step_is_the_mean_of_single_step_gradients(outer: OuterLossConfig) -> None:
     policy, phi = full_policy(refresh=1)
     loop = InnerLoop(make_group(), policy, InnerConfig())
-    got = estimate("one_step", loop, phi)
+    got = estimate("one_step", loop, phi, outer)
     state, parts = loop.start(), []
-    unroll = make_estimator(EstimatorConfig(kind="unroll"), OUTER)
+    unroll = make_estimator(EstimatorConfig(kind="unroll"), outer)
     for step in range(loop.steps):
         parts.append(unroll.estimate(loop, phi, state, step + 1, (0,)).gradient)
     assert relative(got.gradient, np.mean(parts, 0)) <= 1e-10

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palf_dist.config import PolicyConfig
+from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.policies import CurriculumPolicy, LearnedPolicy, Policy, policy_spec
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, HYPERPARAMETERS, NUM_BASIS
 
 ALL = PolicyConfig(basis=BASIS_LOSSES, hyperparameters=HYPERPARAMETERS)
+START = {"e": 0.94, "la": 0.3, "ew": 0.01, "wd": 5.0, "gamma": 4.0, "eps": 0.49, "a": 0.1, "b": 3.0, "tau": 0.07}
 
 
 def learned(config: PolicyConfig) -> LearnedPolicy:
@@ -22,6 +23,7 @@ POLICIES: dict[str, Policy] = {
     "robust": learned(PolicyConfig()),
     "palf": learned(PolicyConfig(kind="palf")),
     "all": learned(ALL),
+    "elsewhere": learned(ALL.model_copy(update={"start": PolicyStart(**START)})),
     "static": baseline_policy(METHODS["s5"]),
     "uniform": baseline_policy(METHODS["uniform"]),
     "curriculum": CurriculumPolicy(),
@@ -66,6 +68,24 @@ def test_palf_preset_starts_uniform_over_the_papers_five_and_sets_alpha_only() -
     torch.testing.assert_close(policy.controls(phi, torch.randn(2, 6))[:, :5], torch.full((2, 5), 0.2))
     moved = policy.controls(torch.randn(policy.num_parameters), torch.randn(2, 6))
     assert moved[0, NUM_BASIS:].tolist() == pytest.approx([DEFAULT_HYPERPARAMETERS[h] for h in HYPERPARAMETERS])
+
+
+@pytest.mark.parametrize("hyperparameters", [(), ("gamma", "e"), HYPERPARAMETERS])
+def test_an_untrained_policy_is_at_its_start_and_stays_where_it_sets_nothing(
+    hyperparameters: tuple[str, ...],
+) -> None:
+    policy = learned(PolicyConfig(hyperparameters=hyperparameters, start=PolicyStart(**START)))
+    state = torch.randn(2, len(policy.features))
+    untrained = policy.controls(torch.from_numpy(policy.initial()), state)
+    assert untrained[0, NUM_BASIS:].tolist() == pytest.approx([START[h] for h in HYPERPARAMETERS], rel=1e-5)
+    moved = policy.controls(torch.randn(policy.num_parameters), state)[0, NUM_BASIS:].tolist()
+    stays = {h for h, value in zip(HYPERPARAMETERS, moved, strict=True) if value == pytest.approx(START[h], rel=1e-6)}
+    assert stays == {*HYPERPARAMETERS} - {*hyperparameters}
+
+
+def test_the_usual_start_is_no_start() -> None:
+    assert policy_spec(PolicyConfig(start=PolicyStart(**DEFAULT_HYPERPARAMETERS))) == policy_spec(PolicyConfig())
+    assert policy_spec(PolicyConfig(start=PolicyStart(tau=0.3))).start == {"tau": 0.3}
 
 
 def test_a_policy_per_task_equals_each_alone() -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from palf_dist.config import PolicyConfig
+from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.errors import PolicyFileError
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import CARD, TENSORS, PolicyArtefact, digest, load_policy, policy_bytes, save_policy
@@ -32,6 +33,21 @@ def test_round_trip_is_exact(artefact: PolicyArtefact, tmp_path: Path) -> None:
     assert policy_bytes(loaded) == policy_bytes(artefact) == (path.read_bytes(), path.with_name(CARD).read_bytes())
 
 
+def test_start_is_kept_and_asks_for_the_newer_format(artefact: PolicyArtefact, tmp_path: Path) -> None:
+    spec = policy_spec(PolicyConfig(start=PolicyStart(gamma=3, e=0.4)))
+    save_policy(tmp_path, replace(artefact, spec=spec))
+    card = json.loads((tmp_path / CARD).read_text())
+    assert card["format_version"] == 2 and card["policy"]["start"] == {"gamma": 3, "e": 0.4}
+    assert load_policy(tmp_path).spec == spec
+
+
+def test_without_a_start_the_file_is_as_it_was_in_format_1(artefact: PolicyArtefact, tmp_path: Path) -> None:
+    save_policy(tmp_path, artefact)
+    card = json.loads((tmp_path / CARD).read_text())
+    assert card["format_version"] == 1 and "start" not in card["policy"]
+    assert load_policy(tmp_path).spec.start == {}
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PolicyFileError, match=r"there is no policy.safetensors in .*; name a folder"):
         load_policy(tmp_path)
@@ -49,7 +65,7 @@ def test_tampered_tensors_are_refused(artefact: PolicyArtefact, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "newer than 1.*upgrade palf_dist"),
+        ({"format_version": 99}, "newer than 2.*upgrade palf_dist"),
         ({"format": "other"}, "not a palf_dist policy card"),
         ({"policy": {"refresh": 1}}, "not as they were saved together"),
         ({"card": {"ema": 0.1}}, "not as they were saved together"),
@@ -72,16 +88,19 @@ def test_other_cards_are_refused(
         ({"policy": []}, "JSON objects"),
         ({"card": []}, "JSON objects"),
         ({"policy": {}}, "initial_weights"),
-        ({"basis": ["ce", "nonsense"]}, "basis: Input should be 'ce'"),
+        ({"basis": ["ce", "nonsense"]}, "basis.1: Input should be 'ce'"),
         ({"basis": None}, "not a policy that works"),
         ({"features": ["nonsense"]}, "unknown nonsense"),
         ({"features": None}, "not a policy that works"),
-        ({"hyperparameters": ["wd", "nonsense"]}, "hyperparameters: Input should be 'e'"),
+        ({"hyperparameters": ["wd", "nonsense"]}, "hyperparameters.1: Input should be 'e'"),
         ({"hyperparameters": None}, "not a policy that works"),
         ({"refresh": 0}, "refresh: .*greater than or equal to 1"),
         ({"refresh": 2.5}, "refresh: .*valid integer"),
         ({"hidden": -1}, "hidden: .*greater than or equal to 1"),
         ({"hidden": 17}, "phi must be .* finite"),
+        ({"start": {"e": 0.99}}, "start.e: .*less than 0.95"),
+        ({"start": {"alpha": 1.0}}, "start.alpha: Extra inputs"),
+        ({"start": None}, "start: "),
         ({"unheard_of": 1}, "unheard_of: Extra inputs"),
         ({"initial_weights": [0.5, 0.4]}, "one share per basis loss with sum 1"),
         ({"initial_weights": [1.5, -0.5]}, "one share per basis loss with sum 1"),
