@@ -57,9 +57,38 @@ class Tracker(Protocol):
         ...
 
 
-class NullTracker:
-    """Tracks nothing."""
+class TrialTracker(Protocol):
+    """Where the trial of a search reports to: a run of its own below that of the search. Nothing here ever waits."""
 
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, or None as long as it has not been made there."""
+        ...
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log values of one step of the trial."""
+        ...
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the trial's run."""
+        ...
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the trial's run (FINISHED, FAILED or KILLED)."""
+        ...
+
+
+class SearchTracker(Tracker, Protocol):
+    """Where the driver of a search reports to: the run of the search, and one below it for every trial."""
+
+    def child(self, number: str, parameters: Mapping[str, Any]) -> TrialTracker:
+        """The run of trial ``number``, which becomes RUNNING: a new one with these parameters, or after a resume the
+        one it had, with the parameters that it began with.
+        """
+        ...
+
+
+class _NullRun:
     run_id: str | None = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -71,38 +100,65 @@ class NullTracker:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         pass
 
+
+class _NullTrial(_NullRun):
+    def close(self, status: str = "FINISHED") -> None:
+        pass
+
+
+class NullTracker(_NullRun):
+    """Tracks nothing."""
+
+    def child(self, number: str, parameters: Mapping[str, Any]) -> TrialTracker:
+        return _NullTrial()
+
     def close(self, status: str = "FINISHED", timeout: float = 30.0) -> int:
         return 0
 
 
-class MLflowTracker:
-    """One MLflow run for one run directory, however often it is resumed."""
+class _Log:
+    """The spool as the driver writes it, and what was already in it about each run: None, or a trial's number."""
 
-    def __init__(self, run_dir: Path, config: RunConfig) -> None:
-        """Start to track, or go on with the run that the directory belongs to. Returns at once, server or not."""
-        self._run_dir = run_dir
-        self._spool = Spool(run_dir)
-        before = self._spool.destination
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self.status: dict[str | None, str] = {}
         # A step that is done again after a resume keeps its time: MLflow takes equal (name, step, time, value) once.
-        self._times = {
-            record["step"]: record["time"] for record in self._spool.records() if record["kind"] == "metrics"
-        }
-        self._spool.open_for_append()
-        self._spool.destination = _destination(config, before)
-        self._append("status", status="RUNNING", time=_now())
-        if before is None:
-            self._append("params", values=_flatten(config.model_dump(mode="json")))
-            self.set_tags({"palf_dist.run_dir": str(run_dir)})
-        self._process = _DeliveryProcess(self._spool, run_dir, GRACE)
+        self.times: dict[tuple[str | None, int], int] = {}
+        for record in spool.records():
+            run = record.get("run")
+            if record["kind"] == "metrics":
+                self.times[run, record["step"]] = record["time"]
+            elif record["kind"] == "status":
+                self.status[run] = record["status"]
+        spool.open_for_append()
+
+    def append(self, run: str | None, kind: str, **values: Any) -> None:
+        self.spool.append({"kind": kind, **({} if run is None else {"run": run}), **values})
+
+    def set_status(self, run: str | None, status: str) -> None:
+        self.status[run] = status
+        self.append(run, "status", status=status, time=_now())
+
+
+class _Run:
+    """One MLflow run: everything is appended to the spool under the run's name there."""
+
+    def __init__(self, log: _Log, run: str | None, params: Mapping[str, Any]) -> None:
+        """Start the run, with its parameters, or go on with it."""
+        self._log, self._run = log, run
+        new = run not in log.status
+        log.set_status(run, "RUNNING")
+        if new:  # a parameter never changes in MLflow
+            self._append("params", values=_flatten(params))
 
     @property
     def run_id(self) -> str | None:
-        run = self._spool.run
-        return run["run_id"] if run else None
+        return self._log.spool.run_ids.get(self._run)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        self._append("metrics", step=step, time=self._times.setdefault(step, _now()), values=values)
+        time_of_step = self._log.times.setdefault((self._run, step), _now())
+        self._append("metrics", step=step, time=time_of_step, values=values)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         self._append("artifact", path=str(path.absolute()), folder=folder)
@@ -110,18 +166,59 @@ class MLflowTracker:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._append("tags", values=dict(tags))
 
-    def close(self, status: str = "FINISHED", timeout: float = 30.0) -> int:
-        self._append("status", status=status, time=_now())
-        self._spool.close()
-        return self._process.finish(timeout)
-
     def _append(self, kind: str, **values: Any) -> None:
-        self._spool.append({"kind": kind, **values})
+        self._log.append(self._run, kind, **values)
+
+
+class _MLflowTrial(_Run):
+    def close(self, status: str = "FINISHED") -> None:
+        self._log.set_status(self._run, status)
+
+
+class MLflowTracker(_Run):
+    """One MLflow run for one run directory, however often it is resumed, and one below it for each trial of a search.
+
+    All go through one spool and one delivery process.
+    """
+
+    def __init__(self, run_dir: Path, tracking: TrackingConfig, name: str, params: Mapping[str, Any]) -> None:
+        """Start to track, or go on with the run that the directory belongs to. Returns at once, server or not.
+
+        ``name`` and ``params`` (which may be nested) are those of a new run.
+        """
+        spool = Spool(run_dir)
+        before = spool.destination
+        log = _Log(spool)
+        spool.destination = _destination(tracking, name, before)
+        super().__init__(log, None, params)
+        if before is None:
+            self.set_tags({"palf_dist.run_dir": str(run_dir)})
+        self._process = _DeliveryProcess(spool, run_dir, GRACE)
+
+    def child(self, number: str, parameters: Mapping[str, Any]) -> TrialTracker:
+        return _MLflowTrial(self._log, number, parameters)
+
+    def close(self, status: str = "FINISHED", timeout: float = 30.0) -> int:
+        """End the run, and with it the trials that are still running."""
+        for run in [run for run, last in self._log.status.items() if last == "RUNNING" and run is not None]:
+            self._log.set_status(run, status)
+        self._log.set_status(None, status)
+        self._log.spool.close()
+        return self._process.finish(timeout)
 
 
 def open_tracker(run_dir: Path, config: RunConfig) -> Tracker:
-    """The tracker that the configuration asks for."""
-    return MLflowTracker(run_dir, config) if config.tracking.enabled else NullTracker()
+    """The tracker that the configuration of a meta-training asks for."""
+    return open_search_tracker(
+        run_dir, name=config.name, tracking=config.tracking, params=config.model_dump(mode="json")
+    )
+
+
+def open_search_tracker(
+    run_dir: Path, *, name: str, tracking: TrackingConfig, params: Mapping[str, Any]
+) -> SearchTracker:
+    """The tracker of a search. A resumed search goes on with its own run and with those of its trials."""
+    return MLflowTracker(run_dir, tracking, name, params) if tracking.enabled else NullTracker()
 
 
 def deliver_spool(run_dir: Path, timeout: float = 60.0) -> int:
@@ -189,9 +286,8 @@ class _DeliveryProcess:
             logger.log(int(level), "%s", message)
 
 
-def _destination(config: RunConfig, before: dict[str, Any] | None) -> dict[str, Any]:
+def _destination(tracking: TrackingConfig, name: str, before: dict[str, Any] | None) -> dict[str, Any]:
     """Where the run is tracked. A resumed run stays where it was unless another address is named now."""
-    tracking: TrackingConfig = config.tracking
     given = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
     if before is not None and given in (None, before["given"]):
         return before
@@ -204,7 +300,7 @@ def _destination(config: RunConfig, before: dict[str, Any] | None) -> dict[str, 
         "given": given,
         "uri": uri,
         "experiment": tracking.experiment,
-        "name": config.name,
+        "name": name,
         "key": uuid.uuid4().hex,
         "started": _now(),
     }
@@ -212,13 +308,13 @@ def _destination(config: RunConfig, before: dict[str, Any] | None) -> dict[str, 
 
 def _flatten(value: Any, path: str = "") -> dict[str, str]:
     """Configuration paths, as in --set, and their values as text; lists as JSON."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {
             name: text
             for key, item in value.items()
             for name, text in _flatten(item, f"{path}.{key}" if path else key).items()
         }
-    return {path: value if isinstance(value, str) else json.dumps(value)}
+    return {path: value if isinstance(value, str) else json.dumps(value, default=str)}
 
 
 def _now() -> int:

@@ -26,6 +26,7 @@ METRICS_PER_BATCH = 1000  # MLflow's limits
 PARAMS_PER_BATCH = 100
 LONGEST_PARAM = 500  # of the older servers; the whole configuration is an artifact as well
 KEY_TAG = "palf_dist.key"
+PARENT_TAG = "mlflow.parentRunId"
 
 CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -48,53 +49,73 @@ class Delivery:
         self._spool = spool
         self._report = report
         self._client: Any = None
-        self._run_id = ""
+        self._uri = ""
+        self._run_ids: dict[str | None, str] = {}
 
     def deliver(self) -> None:
         """Send what is pending and move the mark along. Raises what MLflow raises when it cannot be reached."""
         if next(self._spool.pending(), None) is None:
             return
-        if not self._run_id:
-            self._connect()
+        self._connect()
         for kind, records, offset in batches(self._spool.pending()):
-            try:
-                getattr(self, f"_send_{kind}")(records)
-            except Exception as error:
-                code = getattr(error, "error_code", None)
-                if code == "RESOURCE_DOES_NOT_EXIST":
-                    self._run_id, self._spool.run = "", None  # deleted, or another database: start over in a new run
-                if code not in PERMANENT:
-                    raise
-                self._report(logging.WARNING, f"MLflow refused {len(records)} {kind} record(s): {first_line(error)}")
+            for run, own in _by_run(records).items():
+                try:
+                    run_id = self._run_ids.get(run) or self._make_trial(run, own[0])
+                    getattr(self, f"_send_{kind}")(run_id, own)
+                except Exception as error:
+                    code = getattr(error, "error_code", None)
+                    if code == "RESOURCE_DOES_NOT_EXIST":
+                        # Deleted, or another database: start over, with a new run for what is gone.
+                        self._spool.run, self._spool.delivered = None, 0
+                    if code not in PERMANENT:
+                        raise
+                    self._report(logging.WARNING, f"MLflow refused {len(own)} {kind} record(s): {first_line(error)}")
             self._spool.delivered = offset
 
     def _connect(self) -> None:
-        """Find this run at its destination, or make it there."""
+        """Find this run at its destination, or make it there; learn what earlier processes have made."""
         destination = self._spool.destination
         assert destination is not None
         uri = destination["uri"]
-        if self._client is None:
-            self._client = _client(uri)
+        if self._uri != uri:
+            self._client, self._uri = _client(uri), uri
         known = self._spool.run
         if known is None or known["uri"] != uri:
             # A lost answer to an earlier attempt, or the same server under a new address: look before making another.
-            experiment_id = self._experiment(destination["experiment"])
-            found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{destination['key']}'")
-            if found:
-                run = found[0]
-            else:
-                tags = {KEY_TAG: destination["key"]}
-                run = self._client.create_run(experiment_id, destination["started"], tags, destination["name"])
+            key = destination["key"]
+            run_id = self._find(key)
+            if run_id is None:
                 self._spool.delivered = 0
-            known = {"uri": uri, "run_id": run.info.run_id}
-            self._spool.run = known
-        self._run_id = known["run_id"]
+                run_id = self._make(key, destination["name"], destination["started"], {})
+            self._spool.run = {"uri": uri, "run_id": run_id, "trials": {}}
+        self._run_ids = self._spool.run_ids
 
-    def _experiment(self, name: str) -> str:
+    def _make_trial(self, number: str | None, first: dict[str, Any]) -> str:
+        """The run of a trial, below that of the search: found at the destination as that one is, or made there."""
+        destination, known = self._spool.destination, self._spool.run
+        assert number is not None and destination is not None and known is not None
+        key = f"{destination['key']}/{number}"
+        run_id = self._find(key)
+        if run_id is None:
+            run_id = self._make(key, f"trial-{number}", first.get("time"), {PARENT_TAG: known["run_id"]})
+        self._spool.run = {**known, "trials": {**known.get("trials", {}), number: run_id}}
+        self._run_ids[number] = run_id
+        return run_id
+
+    def _find(self, key: str) -> str | None:
+        found = self._client.search_runs([self._experiment()], f"tags.`{KEY_TAG}` = '{key}'")
+        return found[0].info.run_id if found else None
+
+    def _make(self, key: str, name: str, started: int | None, tags: dict[str, str]) -> str:
+        return self._client.create_run(self._experiment(), started, {KEY_TAG: key, **tags}, name).info.run_id
+
+    def _experiment(self) -> str:
+        assert self._spool.destination is not None
+        name = self._spool.destination["experiment"]
         experiment = self._client.get_experiment_by_name(name)
         return experiment.experiment_id if experiment else self._client.create_experiment(name)
 
-    def _send_metrics(self, records: list[dict[str, Any]]) -> None:
+    def _send_metrics(self, run_id: str, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
         metrics = [
@@ -103,38 +124,46 @@ class Delivery:
             for name, value in record["values"].items()
         ]
         for start in range(0, len(metrics), METRICS_PER_BATCH):
-            self._client.log_batch(self._run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+            self._client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
 
-    def _send_params(self, records: list[dict[str, Any]]) -> None:
+    def _send_params(self, run_id: str, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Param
 
         params = [Param(name, value[:LONGEST_PARAM]) for name, value in records[0]["values"].items()]
         for start in range(0, len(params), PARAMS_PER_BATCH):
-            self._client.log_batch(self._run_id, params=params[start : start + PARAMS_PER_BATCH])
+            self._client.log_batch(run_id, params=params[start : start + PARAMS_PER_BATCH])
 
-    def _send_tags(self, records: list[dict[str, Any]]) -> None:
+    def _send_tags(self, run_id: str, records: list[dict[str, Any]]) -> None:
         for name, value in records[0]["values"].items():
-            self._client.set_tag(self._run_id, name, value)
+            self._client.set_tag(run_id, name, value)
 
-    def _send_artifact(self, records: list[dict[str, Any]]) -> None:
+    def _send_artifact(self, run_id: str, records: list[dict[str, Any]]) -> None:
         path = Path(records[0]["path"])
         if not path.exists():
             self._report(logging.WARNING, f"artifact {path} was gone before MLflow could take it")
         elif path.is_dir():
-            self._client.log_artifacts(self._run_id, str(path), records[0]["folder"] or path.name)
+            self._client.log_artifacts(run_id, str(path), records[0]["folder"] or path.name)
         else:
-            self._client.log_artifact(self._run_id, str(path), records[0]["folder"] or None)
+            self._client.log_artifact(run_id, str(path), records[0]["folder"] or None)
 
-    def _send_status(self, records: list[dict[str, Any]]) -> None:
+    def _send_status(self, run_id: str, records: list[dict[str, Any]]) -> None:
         status, moment = records[0]["status"], records[0]["time"]
         if status == "RUNNING":
-            self._client.update_run(self._run_id, status)
+            self._client.update_run(run_id, status)
         else:
-            self._client.set_terminated(self._run_id, status, moment)
+            self._client.set_terminated(run_id, status, moment)
+
+
+def _by_run(records: list[dict[str, Any]]) -> dict[str | None, list[dict[str, Any]]]:
+    """The records of each run: None, or the number of a trial."""
+    runs: dict[str | None, list[dict[str, Any]]] = {}
+    for record in records:
+        runs.setdefault(record.get("run"), []).append(record)
+    return runs
 
 
 def batches(pending: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
-    """Group consecutive metrics records up to MLflow's limit; every other record stands alone."""
+    """Group consecutive metrics records, of whatever run, up to MLflow's limit; every other record stands alone."""
     group: list[dict[str, Any]] = []
     size = end = 0
     for record, offset in pending:

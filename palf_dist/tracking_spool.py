@@ -18,7 +18,11 @@ FOLDER = "tracking"
 
 
 class Spool:
-    """Records of one run, in order. Files: spool.jsonl, delivered (byte offset), destination.json, run.json."""
+    """Records of one MLflow run, and of those below it, in order.
+
+    A record with the key "run" belongs to the trial of that number, one without to the run itself. Files: spool.jsonl,
+    delivered (byte offset), destination.json, run.json.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         """Look at the spool of a run; nothing is made or changed."""
@@ -89,12 +93,19 @@ class Spool:
 
     @property
     def run(self) -> dict[str, Any] | None:
-        """The MLflow run that was made: uri, run_id; None until then. Written by the delivery process."""
+        """The MLflow run that was made: uri, run_id, trials (number -> run id); None until then. Written by the
+        delivery process."""
         return _read(self._run)
 
     @run.setter
     def run(self, value: dict[str, Any] | None) -> None:
         write_atomic(self._run, json.dumps(value, indent=1).encode())
+
+    @property
+    def run_ids(self) -> dict[str | None, str]:
+        """MLflow's run ids: of the run itself under None, of the trials under their numbers; none until made."""
+        run = self.run
+        return {} if run is None else {None: run["run_id"], **run.get("trials", {})}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

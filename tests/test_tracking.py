@@ -17,7 +17,7 @@ import pytest
 
 import palf_dist
 from palf_dist.config import DataConfig, RunConfig, TrackingConfig
-from palf_dist.tracking import MLflowTracker, NullTracker, deliver_spool, open_tracker
+from palf_dist.tracking import NullTracker, deliver_spool, open_tracker
 from palf_dist.tracking_delivery import Delivery, batches, follow
 from palf_dist.tracking_spool import Spool
 
@@ -127,7 +127,7 @@ def test_sqlite_from_start_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_delivering_twice_changes_nothing(tmp_path: Path, empty_database: Path) -> None:
     """The mark may lag behind what was delivered: a kill between the two repeats the records."""
     uri = database(empty_database, tmp_path / "mlflow.db")
-    tracker = MLflowTracker(tmp_path, config(uri))
+    tracker = open_tracker(tmp_path, config(uri))
     for step in range(60):
         tracker.log_metrics({f"m{index}": step + index / 8 for index in range(5)}, step)
     assert tracker.close(timeout=120) == 0
@@ -144,7 +144,7 @@ def test_a_lost_run_record_finds_the_same_run_and_a_lost_database_gets_everythin
     tmp_path: Path, empty_database: Path
 ) -> None:
     uri = database(empty_database, tmp_path / "mlflow.db")
-    tracker = MLflowTracker(tmp_path, config(uri))
+    tracker = open_tracker(tmp_path, config(uri))
     tracker.log_metrics({"a": 1.5}, 0)
     assert tracker.close(timeout=120) == 0
     run_id = tracker.run_id
@@ -154,14 +154,14 @@ def test_a_lost_run_record_finds_the_same_run_and_a_lost_database_gets_everythin
     assert tracker.run_id == run_id, "found by its tag: the answer to a create call may be lost"
 
     other = database(empty_database, tmp_path / "other.db")
-    resumed = MLflowTracker(tmp_path, config(other))
+    resumed = open_tracker(tmp_path, config(other))
     resumed.log_metrics({"a": 2.5}, 1)
     assert resumed.close(timeout=120) == 0
     assert resumed.run_id != run_id
     assert history(other, resumed.run_id, "a") == {0: [1.5], 1: [2.5]}
 
     database(empty_database, tmp_path / "other.db")
-    again = MLflowTracker(tmp_path, config(other))
+    again = open_tracker(tmp_path, config(other))
     assert again.close(timeout=120) == 0
     assert history(other, again.run_id, "a") == {0: [1.5], 1: [2.5]}
 
@@ -169,7 +169,7 @@ def test_a_lost_run_record_finds_the_same_run_and_a_lost_database_gets_everythin
 @pytest.mark.slow
 def test_what_mlflow_refuses_is_reported_and_does_not_hold_up_the_rest(tmp_path: Path, empty_database: Path) -> None:
     uri = database(empty_database, tmp_path / "mlflow.db")
-    tracker = MLflowTracker(tmp_path, config(uri))
+    tracker = open_tracker(tmp_path, config(uri))
     tracker._append("params", values={"name": "another value than before"})
     tracker.log_artifact(tmp_path / "missing.png")
     tracker.log_metrics({"a": 1.0}, 0)
@@ -184,7 +184,7 @@ def test_what_mlflow_refuses_is_reported_and_does_not_hold_up_the_rest(tmp_path:
 def test_an_unreachable_server_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Said once, not an error; close keeps to its time; the records wait."""
     caplog.set_level(logging.WARNING, "palf_dist.tracking")
-    tracker = MLflowTracker(tmp_path, config(DEAD))
+    tracker = open_tracker(tmp_path, config(DEAD))
     for step in range(50):
         tracker.log_metrics({"a": float(step)}, step)
     deadline = time.monotonic() + 60
@@ -204,7 +204,7 @@ def test_logging_never_waits_for_a_server_that_hangs(tmp_path: Path) -> None:
     """A socket that accepts and never answers. Each call only appends to the spool, whatever delivery does: one that
     waited would take seconds, and 2000 of them the whole time limit of the test."""
     with socket.create_server(("127.0.0.1", 0)) as hole:
-        tracker = MLflowTracker(tmp_path, config(f"http://127.0.0.1:{hole.getsockname()[1]}"))
+        tracker = open_tracker(tmp_path, config(f"http://127.0.0.1:{hole.getsockname()[1]}"))
         hole.settimeout(60)
         connection, _ = hole.accept()
         for step in range(2000):
@@ -264,26 +264,29 @@ def test_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """config, then environment, then the default; a resume stays where the run was unless another address is named."""
     from palf_dist.tracking import _destination
 
+    def destination(uri: str | None, before: dict[str, Any] | None) -> dict[str, Any]:
+        return _destination(TrackingConfig(uri=uri), "trial", before)
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
-    assert _destination(config("http://a:1"), None)["uri"] == "http://a:1"
-    first = _destination(config(), None)
+    assert destination("http://a:1", None)["uri"] == "http://a:1"
+    first = destination(None, None)
     assert first["uri"] == DEAD
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert _destination(config(), first) == first
-    moved = _destination(config("http://b:1"), first)
+    assert destination(None, first) == first
+    moved = destination("http://b:1", first)
     assert moved == {**first, "given": "http://b:1", "uri": "http://b:1"}
-    default = _destination(config(), None)
+    default = destination(None, None)
     assert default["uri"] == f"sqlite:///{tmp_path}/mlflow.db"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert _destination(config(), default) == default
-    relative = _destination(config("sqlite:///x.db"), None)
+    assert destination(None, default) == default
+    relative = destination("sqlite:///x.db", None)
     assert relative["uri"] == f"sqlite:///{tmp_path}/elsewhere/x.db"
 
 
 def test_only_one_process_delivers(tmp_path: Path) -> None:
-    tracker = MLflowTracker(tmp_path, config(DEAD))
+    tracker = open_tracker(tmp_path, config(DEAD))
     tracker.close(timeout=0.1)
     spool = Spool(tmp_path)
     from palf_dist.atomic import exclusive

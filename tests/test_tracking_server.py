@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from palf_dist.tracking import MLflowTracker, deliver_spool
+from palf_dist.tracking import Tracker, deliver_spool, open_tracker
 from palf_dist.tracking_spool import Spool
 from tests.test_tracking import client, config, history
 
@@ -88,7 +88,7 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def log(tracker: MLflowTracker, steps: range) -> None:
+def log(tracker: Tracker, steps: range) -> None:
     """Log known values."""
     for step in steps:
         tracker.log_metrics({"outer_loss": step / 7, "gradient_norm": 1.0 / (step + 1)}, step)
@@ -105,7 +105,7 @@ def idle(run_dir: Path) -> bool:
 
 def test_killed_and_restarted_in_mid_run(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "palf_dist.tracking")
-    tracker = MLflowTracker(tmp_path, config(server.uri))
+    tracker = open_tracker(tmp_path, config(server.uri))
     log(tracker, range(100))
     wait_for(lambda: idle(tmp_path), 60)
     run_id = tracker.run_id
@@ -134,7 +134,7 @@ def test_killed_and_restarted_in_mid_run(server: Server, tmp_path: Path, caplog:
 
 
 def test_a_server_that_hangs(server: Server, tmp_path: Path) -> None:
-    tracker = MLflowTracker(tmp_path, config(server.uri))
+    tracker = open_tracker(tmp_path, config(server.uri))
     log(tracker, range(50))
     wait_for(lambda: idle(tmp_path), 60)
     server.signal(signal.SIGSTOP)
@@ -153,12 +153,12 @@ def test_a_server_that_hangs(server: Server, tmp_path: Path) -> None:
 
 def test_down_at_the_start_and_back_at_the_resume(server: Server, tmp_path: Path) -> None:
     server.kill()
-    tracker = MLflowTracker(tmp_path, config(server.uri))
+    tracker = open_tracker(tmp_path, config(server.uri))
     log(tracker, range(20))
     assert tracker.close("KILLED", timeout=0.5) == 20 + 4
     assert tracker.run_id is None
     server.start()
-    resumed = MLflowTracker(tmp_path, config(server.uri))
+    resumed = open_tracker(tmp_path, config(server.uri))
     log(resumed, range(15, 40))
     assert resumed.close(timeout=60) == 0
     assert_all_there(server.uri, resumed.run_id, 40)
@@ -167,7 +167,7 @@ def test_down_at_the_start_and_back_at_the_resume(server: Server, tmp_path: Path
 
 
 def _drive(run_dir: Path, uri: str, first: int, logged: Any) -> None:
-    tracker = MLflowTracker(run_dir, config(uri))
+    tracker = open_tracker(run_dir, config(uri))
     for step in range(first, first + 30):
         log(tracker, range(step, step + 1))
         logged.send(step)
@@ -187,7 +187,7 @@ def test_a_driver_killed_with_kill_9(server: Server, tmp_path: Path) -> None:
     wait_for(lambda: idle(tmp_path), 60)
     run_id = Spool(tmp_path).run["run_id"]  # type: ignore[index]
     assert client(server.uri).get_run(run_id).info.status == "RUNNING"
-    resumed = MLflowTracker(tmp_path, config(server.uri))
+    resumed = open_tracker(tmp_path, config(server.uri))
     log(resumed, range(25, 50))
     assert resumed.close(timeout=60) == 0
     assert resumed.run_id == run_id

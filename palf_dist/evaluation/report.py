@@ -5,16 +5,12 @@ Everything is read from the run directory, so a report can be made at any time, 
 
 from __future__ import annotations
 
-import base64
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,6 +21,7 @@ from palf_dist.config_loading import dump_config, load_config
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import plots
 from palf_dist.evaluation.methods import REFERENCE
+from palf_dist.evaluation.page import render_page
 from palf_dist.evaluation.statistics import Comparison, compare
 from palf_dist.evaluation.table import is_policy, label_of, table_notes, to_cells, to_markdown, to_records
 from palf_dist.run_directory import BEST, CONFIG, METRICS, REPORT, RESULTS, TRAJECTORIES, open_run_directory
@@ -35,8 +32,6 @@ PAGE, TABLE_MARKDOWN, TABLE_JSON = "index.html", "table.md", "table.json"
 
 LAST_STEPS = 10
 """Outer steps whose trajectories are shown: the last ones, where the policy hardly moves any more."""
-
-PACKAGES = ("palf-dist", "torch", "ray", "mlflow", "numpy", "pyarrow", "scipy")
 
 CAPTIONS = {
     "held_out": "What each loss is worth on datasets that meta-training never saw. Points right of the line beat "
@@ -66,8 +61,8 @@ def make_report(run_dir: str | Path) -> ReportPaths:
     """
     run_dir = open_run_directory(run_dir)
     config = load_config(run_dir / CONFIG)
-    metrics = _read_table(run_dir / METRICS)
-    results = _read_table(run_dir / RESULTS)
+    metrics = read_table(run_dir / METRICS)
+    results = read_table(run_dir / RESULTS)
     comparisons = compare(results) if results is not None and results.num_rows else []
     card = _policy_card(run_dir / BEST / "policy.json")
 
@@ -98,7 +93,7 @@ def make_report(run_dir: str | Path) -> ReportPaths:
     )
 
 
-def _read_table(path: Path) -> pa.Table | None:
+def read_table(path: Path) -> pa.Table | None:
     """The Parquet file, or None where the run has not written it yet."""
     if not path.exists():
         return None
@@ -126,14 +121,10 @@ def _page(
 ) -> str:
     policy_file = run_dir / BEST / "policy.safetensors"
     header, rows = to_cells(comparisons) if comparisons else ([], [])
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("palf_dist", "evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
+        pictures,
+        CAPTIONS,
         name=config.name,
         headline=_headline(comparisons),
         facts=_facts(config, metrics, card),
@@ -143,16 +134,9 @@ def _page(
             for item, cells in zip(comparisons, rows, strict=True)
         ],
         notes=table_notes(comparisons) if comparisons else [],
-        pictures=[
-            (name, caption, _display_width(pictures[name]), base64.b64encode(pictures[name]).decode())
-            for name, caption in CAPTIONS.items()
-            if name in pictures
-        ],
         usage=usage(policy_file) if policy_file.exists() else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
         configuration=dump_config(config),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        machine=platform.platform(),
     )
 
 
@@ -213,15 +197,3 @@ def _policy_card(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise RunDirectoryError(f"run directory: {path} is not JSON ({error}); restore or remove that file") from error
-
-
-def _display_width(png: bytes) -> int:
-    """Width in CSS pixels at which every picture's text has the same size: the PNG header's width at 100 dpi."""
-    return int.from_bytes(png[16:20]) * 100 // 150
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a source tree on sys.path
-        return "not installed"
