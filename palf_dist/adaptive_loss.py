@@ -20,7 +20,9 @@ from torch.nn import functional
 from palf_dist.config import InnerConfig
 from palf_dist.errors import ConfigError
 from palf_dist.losses import LossContext
-from palf_dist.mixture_loss import mixture_loss
+from palf_dist.mixture_loss import check_batch, mixture_loss
+from palf_dist.online_loss import OnlineLoss
+from palf_dist.policies.online_learnloss import PER_EXAMPLE
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
 from palf_dist.training_state import (
@@ -123,6 +125,12 @@ class AdaptiveLoss(LateBuffers):
         """
         return cls(load_policy(path), total_steps=total_steps, class_counts=class_counts, target_prior=target_prior)
 
+    @staticmethod
+    def online(basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0) -> OnlineLoss:
+        """A loss that learns its mixture weights during the very run that it trains, from the validation errors that
+        its ``observe`` is told: no policy file is needed. Arguments are those of ``OnlineLoss``."""
+        return OnlineLoss(basis, low=low, high=high)
+
     @property
     def weight_decay_multiplier(self) -> float:
         """The policy's factor on the L2 strength; 1 before the first batch and for policies that do not set it."""
@@ -197,18 +205,7 @@ class AdaptiveLoss(LateBuffers):
         self._weight_decay_multiplier = state["weight_decay_multiplier"]
 
     def _check(self, logits: Tensor, y: Tensor, features: Tensor | None, index: Tensor | None) -> None:
-        if logits.dim() != 2 or y.shape != logits.shape[:1] or y.is_floating_point():
-            raise ConfigError(
-                f"logits {list(logits.shape)} and y {list(y.shape)} {y.dtype}: needs logits [n, C] and whole labels [n]"
-            )
-        if not len(y):
-            raise ConfigError("y: the batch is empty; a mean loss needs at least one example")
-        # Not on a GPU: to look at the values would make every step wait for it, and its kernels check the range.
-        if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
-            raise ConfigError(
-                f"y: labels {int(y.min())} to {int(y.max())} given, but logits have {logits.shape[1]} classes; "
-                "needs labels from 0 to classes - 1"
-            )
+        check_batch(logits, y)
         if index is not None and (index.shape != y.shape or index.is_floating_point()):
             raise ConfigError(f"index: {list(index.shape)} {index.dtype} given; needs one whole row number per example")
         if self.class_counts is not None and len(self.class_counts) != logits.shape[1]:

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from palf_dist.config import InnerConfig
 from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
-from palf_dist.loss_head import HeadTape, LossHead
+from palf_dist.loss_head import Evaluation, HeadTape, LossHead
 from palf_dist.losses import LossContext, reference_mixture
 from palf_dist.policies.base import Policy
+from palf_dist.policies.static import control_vector
 from palf_dist.training_state import (
     HUTCHINSON_ROWS,
+    SNAPSHOTS,
     VALIDATION_FEATURES,
     Observation,
     StateReader,
@@ -45,7 +47,7 @@ class InnerState:
     averaged: Tensor  # [G, N, C] moving average of each training row's predicted probabilities
     seen: Tensor  # [G, N] bool: rows that have been in a minibatch
     statistics: Tensor | None = None  # [G, 4] of the StateReader
-    features: Tensor | None = None  # [G, S] raw features of the last refresh
+    features: Tensor | None = None  # [G, S] raw features of the last refresh; or the snapshots so far, [G, n, 1 + K]
     controls: Tensor | None = None  # [G, U] in force
     gradient_norm2: Tensor | None = None  # [G] of the last step
 
@@ -107,6 +109,7 @@ class InnerLoop:
         self._context = LossContext.create(group.class_mask, group.log_prior_ratio)
         self._padding = ~group.class_mask[:, None, :]
         self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
+        self._keeps_snapshots = SNAPSHOTS in policy.features
         self._needs_validation = bool(set(VALIDATION_FEATURES) & set(policy.features))
         self._probes = (
             hutchinson_probes(group.theta0.shape[1], group.theta0.dtype) if "hessian_trace" in policy.features else None
@@ -151,7 +154,7 @@ class InnerLoop:
             logits, features, tape = self.group.model.forward(state.theta, inputs)
         refreshed = t % self.policy.refresh == 0 or state.features is None
         if refreshed:
-            state.features = self._observe(state, logits.detach(), labels)
+            state.features = self._snapshots(state) if self._keeps_snapshots else self._observe(state, logits, labels)
         if refreshed or state.controls is None:
             assert state.features is not None
             state.controls = self.policy.controls(phi, state.features)
@@ -207,7 +210,7 @@ class InnerLoop:
                 validation = group.model.forward(state.theta.detach(), group.validation.inputs)[0]
         observation = Observation(
             time=state.step / self.steps,
-            logits=logits,
+            logits=logits.detach(),
             labels=labels,
             averaged=state.averaged,
             averaged_labels=group.train.labels,
@@ -221,6 +224,20 @@ class InnerLoop:
         features = reader.read(observation)
         state.statistics = reader.statistics
         return features
+
+    def _snapshots(self, state: InnerState) -> Tensor:
+        """The snapshots [G, n, 1 + K] of the run with the present one: cross-entropy on the (noisy) validation rows,
+        then the mean of each active basis loss over the training rows, at the default hyper-parameters."""
+        group, theta = self.group, state.theta.detach()
+        defaults = control_vector({}).to(theta).expand(group.size, -1)
+        means = []
+        for rows, active in ((group.validation, ("ce",)), (group.train, self.policy.active_basis)):
+            at = Evaluation(active, self.evaluate(theta, rows), rows.labels, None, defaults, self._context)
+            values = dict(at.values())
+            # 0 / 0, unknown, where there are no validation rows
+            means += [(values[name] * rows.mask).sum(1) / rows.mask.sum(1) for name in active]
+        now = torch.stack(means, 1)[:, None]
+        return now if state.features is None else torch.cat([state.features, now], 1)
 
     def run(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from palf_dist.errors import ConfigError
 from palf_dist.loss_head import Evaluation
 from palf_dist.losses import LossContext
 from palf_dist.types import CONTROL_INDEX
@@ -84,3 +85,19 @@ def mixture_loss(
     values = MixtureLoss.apply(z, h, evaluation)[:, 0]
     alpha = torch.stack([controls[CONTROL_INDEX[name]] for name in active])
     return alpha @ values, values
+
+
+def check_batch(logits: Tensor, y: Tensor) -> None:
+    """Refuse, with a ConfigError, what is no batch of logits [n, C] and labels [n] in 0 .. C - 1."""
+    if logits.dim() != 2 or y.shape != logits.shape[:1] or y.is_floating_point():
+        raise ConfigError(
+            f"logits {list(logits.shape)} and y {list(y.shape)} {y.dtype}: needs logits [n, C] and whole labels [n]"
+        )
+    if not len(y):
+        raise ConfigError("y: the batch is empty; a mean loss needs at least one example")
+    # Not on a GPU: to look at the values would make every step wait for it, and its kernels check the range.
+    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
+        raise ConfigError(
+            f"y: labels {int(y.min())} to {int(y.max())} given, but logits have {logits.shape[1]} classes; "
+            "needs labels from 0 to classes - 1"
+        )

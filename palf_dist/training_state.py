@@ -33,6 +33,10 @@ NEIGHBOUR_FEATURES = ("neighbour_agreement",)
 
 VALIDATION_FEATURES = ("validation_loss", "validation_accuracy", "loss_gap", "accuracy_gap", "validation_noise_rate")
 
+SNAPSHOTS = "snapshots"
+"""Not a feature of one moment: a policy whose ``features`` are this alone reads, in place of them, the snapshots of all
+refreshes of the run so far, [G, n, 1 + K]: the validation error, then the mean of each of its K active basis losses."""
+
 FEATURES = PAPER_FEATURES + TASK_FEATURES + NOISE_FEATURES + NEIGHBOUR_FEATURES + VALIDATION_FEATURES
 
 SMOOTHING = 0.4  # weight of the past in the moving averages of batch statistics

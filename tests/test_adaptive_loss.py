@@ -51,6 +51,16 @@ def test_it_sees_what_the_policy_saw_in_meta_training():
         criterion.step(nn.Identity())
 
 
+def test_it_starts_where_the_policy_file_says(tmp_path):
+    save_policy(tmp_path, untrained(start={"e": 0.4, "wd": 3.0, "gamma": 1.5}))
+    criterion = AdaptiveLoss.load(tmp_path, total_steps=10)
+    logits, y, index = batch(0)
+    criterion(logits, y, index=index)
+    got = {name: criterion.controls[CONTROL_INDEX[name]].item() for name in ("e", "wd", "gamma", "la")}
+    assert got == pytest.approx({"e": 0.4, "wd": 3.0, "gamma": 1.5, "la": 1.0})
+    assert criterion.weight_decay_multiplier == pytest.approx(3.0)
+
+
 def train_digits(criterion, epochs: int, noise: float = 0.3) -> float:
     """Clean test accuracy of a small MLP after training on digits with noisy labels, by the README's own loop."""
     x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))

@@ -11,7 +11,7 @@ from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.inner_loop import InnerLoop, InnerState, task_facts
 from palf_dist.inner_optimisers import cosine_rate
 from palf_dist.losses import LossContext, reference_mixture
-from palf_dist.outer_loss import accuracy, outer_loss
+from palf_dist.outer_loss import accuracy, validation_loss
 from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.training_state import HUTCHINSON_ROWS, hessian_trace, hutchinson_probes
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
@@ -165,7 +165,7 @@ def test_the_loop_feeds_the_state_what_it_says() -> None:
     logits = group.model.apply(theta, rows.inputs)[0]
     right = accuracy(logits, rows.labels, rows.mask, group.class_mask)
     torch.testing.assert_close(got["validation_accuracy"], right)
-    ce = outer_loss(OuterLossConfig(kind="cross_entropy"), logits, rows.labels, rows.mask, group.class_mask)
+    ce = validation_loss(OuterLossConfig(kind="cross_entropy"), logits, rows.labels, rows.mask, group.class_mask)
     torch.testing.assert_close(got["validation_loss"], (ce / group.num_classes.log()).log1p())
 
     wrong = (averaged.argmax(-1) != group.train.labels) & seen

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from palf_dist.errors import ConfigError
-from palf_dist.policies import CurriculumPolicy, Policy, StaticPolicy
+from palf_dist.policies import CurriculumPolicy, OnlineLearnLoss, Policy, StaticPolicy
 from palf_dist.policies.static import control_vector
 from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
 
@@ -31,7 +31,7 @@ class Method:
     alpha: Mapping[str, float] = field(default_factory=dict)  # weights of the basis losses, of a static method
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
     early_stopping: bool = False  # theta of the best accuracy on the noisy validation rows instead of the last
-    schedule: Callable[[], Policy] | None = None  # makes the policy of a method that follows the clock
+    schedule: Callable[[], Policy] | None = None  # makes the policy of a method that changes its weights on its own
     uses_policy: bool = False  # the meta-learned one
     note: str = ""
 
@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
             "S5 (robust CE)",
             {"robust_ce": 1.0},
             {"la": 1.0, "e": 0.2, "ew": 0.6},
-            note="static la = 1, e = 0.2, ew = 0.6, the constants that the policy starts from",
+            note="static la = 1, e = 0.2, ew = 0.6, the constants that a policy starts from by default",
         ),
         Method("uniform", "uniform mixture", dict.fromkeys(PAPER_BASIS, 0.2), note="of the paper's five basis losses"),
         Method(
@@ -69,6 +69,12 @@ METHODS: dict[str, Method] = {
             "curriculum",
             schedule=CurriculumPolicy,
             note="by the clock: label smoothing, then cross-entropy, then focal",
+        ),
+        Method(
+            "online_learnloss",
+            "online LearnLoss",
+            schedule=OnlineLearnLoss,
+            note="re-learns the weights of the per-example losses every 10 steps from the run's own validation loss",
         ),
         Method("ce_rce", "0.1 CE + RCE", {"symmetric_ce": 1.0}, {"a": 0.1, "b": 1.0}),
         Method(

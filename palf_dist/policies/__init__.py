@@ -1,13 +1,15 @@
-"""Who chooses the controls: one protocol, implemented by meta-learned, static and schedule policies."""
+"""Who chooses the controls: one protocol, implemented by meta-learned, static, schedule and online policies."""
 
 from palf_dist.policies.base import Policy
 from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, policy_spec
+from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.policies.schedule import CurriculumPolicy
 from palf_dist.policies.static import StaticPolicy
 
 __all__ = [
     "CurriculumPolicy",
     "LearnedPolicy",
+    "OnlineLearnLoss",
     "Policy",
     "PolicySpec",
     "StaticPolicy",

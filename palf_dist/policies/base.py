@@ -11,7 +11,7 @@ from torch import Tensor
 class Policy(Protocol):
     """Maps the training state to controls. Stateless: everything it learned is in phi."""
 
-    features: tuple[str, ...]  # names it reads, see training_state.FEATURES
+    features: tuple[str, ...]  # names it reads, see training_state.FEATURES; or training_state.SNAPSHOTS alone
     refresh: int  # inner steps between two evaluations
     active_basis: tuple[str, ...]  # basis losses whose mixture weight may be non-zero
     num_parameters: int
@@ -22,6 +22,6 @@ class Policy(Protocol):
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
         """Controls [G, U] (types.CONTROLS: mixture weights in the simplex, then bounded hyper-parameters) from raw
-        features state [G, S]; phi is [num_parameters], or [G, num_parameters] for a policy per task. Differentiable in
-        phi."""
+        features state [G, S], or from the snapshots [G, n, 1 + K] where it reads those; phi is [num_parameters], or
+        [G, num_parameters] for a policy per task. Differentiable in phi."""
         ...

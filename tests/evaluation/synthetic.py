@@ -28,6 +28,7 @@ GAINS = {
     "ce": 0.0,
     "focal": -0.4,
     "label_smoothing": 0.3,
+    "online_learnloss": 0.0,
     "symmetric_ce": 0.9,
     "info_nce": -58.0,
     "s5": 3.2,
