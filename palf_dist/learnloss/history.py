@@ -1,0 +1,91 @@
+"""The trainings of one search: what was asked, what came back, and the best of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training that has been told. Its error is not finite when it failed."""
+
+    identifier: int
+    kind: str  # why it was asked, see Proposal
+    weights: np.ndarray  # [k] it was trained with
+    error: float  # of the trained model; of the last snapshot where it was ended early
+    complete: bool
+    predicted: float | None  # error that the model of the step promised
+    cost: int  # gradient evaluations, those of the sensitivity included
+    slope: np.ndarray | None = None  # [k] d e / d lambda
+    curvature: np.ndarray | None = None  # [k, k]
+
+    @property
+    def usable(self) -> bool:
+        return self.complete and bool(np.isfinite(self.error))
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values; not finite numbers as text, which JSON has no form for."""
+        values = asdict(self)
+        for name in ("weights", "slope", "curvature"):
+            if values[name] is not None:
+                values[name] = values[name].tolist()
+        return {**values, "error": repr(self.error)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Training:
+        arrays = {
+            name: None if state[name] is None else np.array(state[name], float)
+            for name in ("weights", "slope", "curvature")
+        }
+        return cls(**{**state, **arrays, "error": float(state["error"])})
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best final so far."""
+
+    identifier: int  # of its first training
+    weights: np.ndarray  # [k]
+    error: float  # mean over its trainings
+    trainings: int  # how many times these weights were trained
+
+
+@dataclass(frozen=True)
+class BestSnapshot:
+    """The best model seen at any moment, perhaps in the middle of a training."""
+
+    identifier: int
+    row: int  # among the snapshots of that training
+    error: float
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What a search came to."""
+
+    best: Best | None
+    best_snapshot: BestSnapshot | None
+    trainings: int  # complete ones, failed ones included
+    failed: int
+    cost: int  # gradient evaluations in all
+    predicted_gain: float | None  # median over the steps by a model of the decrease it promised
+    realised_gain: float | None  # median of what those steps brought; negative: worse than where they began
+
+
+def best_of(trainings: list[Training]) -> Best | None:
+    """The least mean error over equal weights. Where some weights were trained more than once (retests), single lucky
+    trainings do not count: that is the winner's curse."""
+    groups: dict[bytes, list[Training]] = {}
+    for training in trainings:
+        if training.usable:
+            groups.setdefault(training.weights.tobytes(), []).append(training)
+    tested = [group for group in groups.values() if len(group) > 1] or list(groups.values())
+    if not tested:
+        return None
+    group = min(tested, key=lambda group: float(np.mean([training.error for training in group])))
+    mean = float(np.mean([training.error for training in group]))
+    return Best(group[0].identifier, group[0].weights, mean, len(group))

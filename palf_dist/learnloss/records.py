@@ -1,0 +1,68 @@
+"""What a training tells the search, and what the search asks of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from palf_dist.learnloss.space import WeightSpace
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How the validation error of a trained model changes with the weights, by implicit differentiation at
+    theta* = argmin lambda . phi: with V = H^{-1} grad phi [P, k] (H the Hessian of the training loss),
+    d e / d lambda = -V^T grad e."""
+
+    gradient: np.ndarray  # [k] d e / d lambda (with respect to lambda, not to log lambda)
+    curvature: np.ndarray | None = None  # [k, k] V^T (Hessian of e) V, Gauss-Newton part; None: adjoint only (HOAG)
+    cost: int = 0  # gradient evaluations that it took; a Hessian-vector product counts as two
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training: what was seen on the way (snapshots), and last of all the trained model itself."""
+
+    features: np.ndarray  # [n, K] phi of each snapshot, the reference first; the last row is the trained model
+    errors: np.ndarray  # [n] validation error e of each; the last is the trained model's
+    sensitivity: Sensitivity | Callable[[], Sensitivity] | None = None  # a callable is called only where it is of use
+    cost: int = 0  # gradient evaluations of the training
+    models: Sequence[np.ndarray] | None = None  # parameters of each snapshot, where the problem gives them
+
+    @property
+    def error(self) -> float:
+        """e of the trained model; NaN or infinite when the training failed."""
+        return float(self.errors[-1])
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Weights to train with."""
+
+    identifier: int
+    weights: np.ndarray  # [k] of the tuned features
+    kind: str  # why: start | on_the_fly | learn_loss | model | surrogate | explore | restart | retest
+    predicted: float | None = None  # error that the model of the step promises, where there is one
+
+
+Choose = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""LearnLoss as a training sees it: (features [n, K], errors [n]) of all its snapshots so far -> weights [k]."""
+
+
+class Problem(Protocol):
+    """A training problem whose loss weights can be tuned in this process."""
+
+    space: WeightSpace
+
+    def train(self, weights: np.ndarray) -> Outcome:
+        """Train to convergence from the same start with the given weights [k]. Raises nothing for bad weights: an
+        outcome whose last error is not finite is a failed training."""
+        ...
+
+    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
+        """One training that asks ``choose`` for new weights every few iterations, then converges with the last ones
+        (which it returns)."""
+        ...

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palf_dist.learnloss.records import Choose, Outcome, Proposal, Sensitivity
+from palf_dist.learnloss.space import WeightSpace
+from palf_dist.learnloss.tuning import EXPLORE_EVERY, TuneLoss, learn_on_the_fly, tune_loss
+from palf_dist.randomness import random_generator
+
+SPACE = WeightSpace.of({"a": (1e-3, 1e2), "b": (1e-3, 1e2)}, "ce")
+TARGET = np.array([0.5, 4.0])
+SHAPES = [np.diag([2.0, 0.5, 0.3]), np.diag([0.5, 2.0, 0.3]), np.diag([0.2, 0.4, 1.0])]
+CENTRES = [np.array([1.0, 0.0, 1.0]), np.array([0.0, 1.0, -1.0]), np.array([-1.0, -1.0, 0.0])]
+
+
+class Quadratic:
+    """phi_k = (theta - c_k)' S_k (theta - c_k) / 2, theta* in closed form; e is the distance to theta*(TARGET)."""
+
+    space = SPACE
+
+    def __init__(self, derivatives: str = "none") -> None:
+        self.derivatives = derivatives
+        self.goal, _ = self.minimiser(TARGET)
+        self.resolved = 0
+
+    def minimiser(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        whole = np.r_[1.0, weights]
+        hessian = sum(w * s for w, s in zip(whole, SHAPES, strict=True))
+        side = sum(w * s @ c for w, s, c in zip(whole, SHAPES, CENTRES, strict=True))
+        return np.linalg.solve(hessian, side), np.asarray(hessian)
+
+    def features(self, theta: np.ndarray) -> np.ndarray:
+        return np.array([0.5 * (theta - c) @ s @ (theta - c) for s, c in zip(SHAPES, CENTRES, strict=True)])
+
+    def error(self, theta: np.ndarray) -> float:
+        return 0.1 + float(((theta - self.goal) ** 2).sum())
+
+    def train(self, weights: np.ndarray) -> Outcome:
+        theta, hessian = self.minimiser(weights)
+        path = [share * theta for share in np.linspace(0.2, 1.0, 8)]
+
+        def sensitivity() -> Sensitivity:
+            self.resolved += 1
+            gradients = np.stack([s @ (theta - c) for s, c in zip(SHAPES[1:], CENTRES[1:], strict=True)])
+            solved = np.linalg.solve(hessian, gradients.T)
+            curvature = 2 * solved.T @ solved if self.derivatives == "curvature" else None
+            return Sensitivity(-solved.T @ (2 * (theta - self.goal)), curvature, cost=3)
+
+        return Outcome(
+            np.array([self.features(t) for t in path]),
+            np.array([self.error(t) for t in path]),
+            None if self.derivatives == "none" else sensitivity,
+            cost=8,
+        )
+
+    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
+        first = self.train(SPACE.weights(SPACE.centre))
+        weights = choose(first.features[:4], first.errors[:4])
+        last = self.train(weights)
+        features, errors = np.vstack([first.features[:4], last.features]), np.r_[first.errors[:4], last.errors]
+        return weights, Outcome(features, errors, last.sensitivity, cost=12)
+
+
+@pytest.mark.parametrize(("derivatives", "trainings"), [("none", 16), ("adjoint", 9), ("curvature", 9)])
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_every_tier_finds_the_optimum(derivatives: str, trainings: int, on_the_fly: bool) -> None:
+    search = tune_loss(Quadratic(derivatives), trainings, on_the_fly=on_the_fly)
+    assert search.best is not None and search.best.error < 0.1 * 1.05
+    assert search.trainings[0].kind == ("on_the_fly" if on_the_fly else "start")
+    random = random_generator("random search").uniform(SPACE.log_low, SPACE.log_high, (trainings, 2))
+    problem = Quadratic()
+    assert search.best.error < min(problem.train(SPACE.weights(u)).error for u in random)
+
+
+def test_the_tier_follows_what_trainings_offer() -> None:
+    kinds = {d: {t.kind for t in tune_loss(Quadratic(d), 8, on_the_fly=False).trainings} for d in ("none", "adjoint")}
+    assert "learn_loss" in kinds["none"] and "learn_loss" not in kinds["adjoint"] and "model" not in kinds["adjoint"]
+    assert "model" in {t.kind for t in tune_loss(Quadratic("curvature"), 6, on_the_fly=False).trainings}
+
+
+@pytest.mark.parametrize("derivatives", ["none", "adjoint", "curvature"])
+def test_one_proposal_in_four_explores(derivatives: str) -> None:
+    search = tune_loss(Quadratic(derivatives), 12, on_the_fly=False)
+    explorers = [t.kind in ("surrogate", "explore") for t in search.trainings]
+    assert all(explorers[EXPLORE_EVERY - 1 :: EXPLORE_EVERY])
+
+
+def after(search: TuneLoss, count: int, problem: Quadratic) -> list[np.ndarray]:
+    """The weights of the next trainings."""
+    asked = []
+    for _ in range(count):
+        proposal = search.ask()
+        search.tell(proposal.identifier, problem.train(proposal.weights))
+        asked.append(proposal.weights)
+    return asked
+
+
+@pytest.mark.parametrize("derivatives", ["none", "adjoint", "curvature"])
+def test_state_goes_on_exactly(derivatives: str) -> None:
+    problem = Quadratic(derivatives)
+    search = tune_loss(problem, 7, on_the_fly=False)
+    open_proposal = search.ask()
+    restored = TuneLoss.from_state(SPACE, json.loads(json.dumps(search.state(), allow_nan=False)))
+    assert repr(restored.report()) == repr(search.report())
+    for one in (search, restored):
+        one.tell(open_proposal.identifier, problem.train(open_proposal.weights))
+    np.testing.assert_array_equal(after(search, 6, problem), after(restored, 6, problem))
+
+
+def test_telling_twice_changes_nothing() -> None:
+    problem = Quadratic()
+    search = tune_loss(problem, 3, on_the_fly=False)
+    proposal = search.ask()
+    search.tell(proposal.identifier, problem.train(proposal.weights))
+    state = search.state()
+    search.tell(proposal.identifier, problem.train(TARGET))
+    search.tell(99, problem.train(TARGET))
+    assert search.state() == state
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.sampled_from(["ask", "tell", "fail", "stop", "abandon"]), min_size=5, max_size=25))
+def test_any_order_of_events(events: list[str]) -> None:
+    """Several in flight, failures, early ends: proposals stay in the box, distinct, and the best never gets worse."""
+    problem, search = Quadratic(), TuneLoss(SPACE, seed=1)
+    flying: list[Proposal] = []
+    best = np.inf
+    for event in events:
+        if event == "ask" or not flying:
+            flying.append(search.ask())
+            assert (flying[-1].weights >= SPACE.low).all() and (flying[-1].weights <= SPACE.high).all()
+            continue
+        proposal = flying.pop(0)
+        outcome = problem.train(proposal.weights)
+        if event == "abandon":
+            search.abandon(proposal.identifier)
+        elif event == "fail":
+            search.tell(proposal.identifier, Outcome(outcome.features, np.full(len(outcome.errors), np.nan)))
+        else:
+            search.tell(proposal.identifier, outcome, complete=event == "tell")
+        assert (np.inf if search.best is None else search.best.error) <= best
+        best = np.inf if search.best is None else search.best.error
+    assert len({p.weights.tobytes() for p in flying}) == len(flying)
+    finals = [t.error for t in search.trainings if t.usable]
+    assert best == (min(finals) if finals else np.inf)
+
+
+def test_failed_and_early_ended_trainings_are_never_the_best() -> None:
+    problem, search = Quadratic(), TuneLoss(SPACE)
+    first, second, third = search.ask(), search.ask(), search.ask()
+    good = problem.train(TARGET)
+    search.tell(first.identifier, Outcome(good.features, np.r_[good.errors[:-1], np.nan]))
+    search.tell(second.identifier, good, complete=False)
+    assert search.best is None
+    search.tell(third.identifier, problem.train(third.weights))
+    assert search.best is not None and search.best.identifier == third.identifier
+    assert search.best_snapshot is not None and search.best_snapshot.error == good.errors.min()
+    report = search.report()
+    assert (report.trainings, report.failed) == (2, 1)
+
+
+def test_early_ended_and_failed_trainings_ask_for_no_derivatives() -> None:
+    problem, search = Quadratic("adjoint"), TuneLoss(SPACE)
+    first, second = search.ask(), search.ask()
+    search.tell(first.identifier, problem.train(first.weights), complete=False)
+    outcome = problem.train(second.weights)
+    search.tell(second.identifier, Outcome(outcome.features, outcome.errors * np.nan, outcome.sensitivity))
+    assert problem.resolved == 0
+
+
+def with_noise(problem: Quadratic, size: float) -> Callable[[Proposal], Outcome]:
+    def train(proposal: Proposal) -> Outcome:
+        outcome = problem.train(proposal.weights)
+        noise = random_generator("noise", proposal.identifier).normal(size=len(outcome.errors))
+        return Outcome(outcome.features, outcome.errors + size * noise)
+
+    return train
+
+
+def test_noisy_best_is_trained_again_before_it_is_believed() -> None:
+    search = TuneLoss(SPACE, noisy=True)
+    train = with_noise(Quadratic(), 0.3)
+    for _ in range(30):
+        proposal = search.ask()
+        search.tell(proposal.identifier, train(proposal))
+    best = search.best
+    assert best is not None and best.trainings > 1
+    assert any(training.kind == "retest" for training in search.trainings)
+    lucky = min(training.error for training in search.trainings)
+    true_error = Quadratic().train(best.weights).error
+    assert abs(best.error - true_error) < abs(lucky - true_error), "the mean of the retests is the honest figure"
+
+
+def test_errors_of_any_sign_scale_and_offset() -> None:
+    """Max mode negates: nothing may divide by the error."""
+
+    class Shifted(Quadratic):
+        def train(self, weights: np.ndarray) -> Outcome:
+            outcome = super().train(weights)
+            return Outcome(outcome.features, 1e3 * outcome.errors - 5e3)
+
+    search = tune_loss(Shifted(), 16, on_the_fly=False)
+    assert search.best is not None and search.best.error < 1e3 * 0.1 * 1.05 - 5e3
+
+
+def test_report_compares_promise_and_gain() -> None:
+    report = tune_loss(Quadratic("curvature"), 8, on_the_fly=False).report()
+    assert report.predicted_gain is not None and report.realised_gain is not None and report.predicted_gain >= 0
+    assert report.cost >= 8 * 8
+    empty = TuneLoss(SPACE).report()
+    assert empty.best is None and empty.best_snapshot is None and empty.predicted_gain is None
+
+
+def test_on_the_fly_choice_of_useless_snapshots_is_the_centre() -> None:
+    nothing = learn_on_the_fly(SPACE)(np.full((3, 3), np.nan), np.full(3, np.nan))
+    np.testing.assert_allclose(nothing, SPACE.weights(SPACE.centre))
