@@ -8,11 +8,12 @@ OFFLINE ?=
 MARKS := $(if $(OFFLINE),and not network)
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train test lint format clean
+.PHONY: help meta-train test bench bench-tuneloss lint format clean
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
+	@echo "make bench        all benchmarks: so far bench-tuneloss, trainings that TuneLoss and common searchers need"
 	@echo "make lint         ruff and mypy only"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make clean        remove .venv and everything that tools left"
@@ -23,6 +24,11 @@ meta-train: $(STAMP)
 test: lint
 	$(BIN)/pytest -m "not slow $(MARKS)" --cov --cov-report=
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
+
+bench: bench-tuneloss
+
+bench-tuneloss: $(STAMP)
+	$(BIN)/python -m benchmarks.tuneloss $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -47,5 +53,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@
 	$(PIP_INSTALL) pip setuptools
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[bench,test]'
 	@touch $@

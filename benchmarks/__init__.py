@@ -1,0 +1,1 @@
+"""One package per published figure; each prints a ratio measured in one run."""
