@@ -65,7 +65,7 @@ def save_checkpoint(
     content = json.loads(json.dumps(content))  # as it will be read: the digest must not depend on key types
     document = {"sha256": _digest(_canonical(content)), "content": content}
     files[STATE] = json.dumps(document, indent=1).encode()
-    folder = run_dir / CHECKPOINTS / f"step-{step:06d}"
+    folder = _folder(run_dir, step)
     with replacing_folder(folder) as temporary:
         for name, data in files.items():
             (temporary / name).write_bytes(data)
@@ -98,6 +98,18 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     return None
 
 
+def copy_checkpoint(folder: Path, run_dir: Path) -> None:
+    """Give a run directory the checkpoint in ``folder``, whatever run it is of. Raises CheckpointError when it is not
+    valid."""
+    try:
+        content, files = _verified(folder)
+    except _InvalidCheckpoint as reason:
+        raise CheckpointError(f"checkpoint {folder} cannot be used: {reason}") from None
+    with replacing_folder(_folder(run_dir, content["step"])) as temporary:
+        for name in (STATE, *files):
+            shutil.copy(folder / name, temporary / name)
+
+
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` (at least 1) valid checkpoints, torn ones and leftovers of killed writers."""
     assert keep >= 1
@@ -116,6 +128,10 @@ def prune(run_dir: Path, keep: int) -> None:
 
 class _InvalidCheckpoint(Exception):
     """Why a checkpoint folder cannot be used."""
+
+
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / CHECKPOINTS / f"step-{step:06d}"
 
 
 def _folders(run_dir: Path) -> list[Path]:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import sys
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from palf_dist.cli_shared import (
+    Address,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    Workers,
+    named,
+    near,
+    new_folder,
+    option_overrides,
+    output,
+    refuse_differences,
+    resumed_config,
+)
+from palf_dist.cli_tune import tune
 from palf_dist.usage import usage
 
 if TYPE_CHECKING:
     from palf_dist.config import RunConfig
     from palf_dist.evaluation.report import ReportPaths
+    from palf_dist.search.report import SearchReport
 
 app = typer.Typer(
     help="Meta-learns how to weigh losses while a model trains: one policy, over many real datasets, on Ray.",
@@ -32,17 +44,7 @@ app = typer.Typer(
 )
 datasets_app = typer.Typer(help="List, describe and fetch the datasets that a config can name.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override one field, e.g. inner.steps=200; may be repeated."),
-]
-Workers = Annotated[int | None, typer.Option("--workers", help="Ray workers; 0 runs the same code in process.")]
-Address = Annotated[
-    str | None, typer.Option("--address", metavar="auto|HOST:PORT", help="A running Ray cluster; else a private one.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+app.command()(tune)
 
 
 def main() -> None:
@@ -91,13 +93,13 @@ def meta_train(
 
     Ctrl-C saves a checkpoint and ends; --resume goes on. The result does not depend on the number of workers.
     """
-    with _output(as_json) as emit:
+    with output(as_json) as emit:
         from palf_dist.distributed.driver import meta_train as train
         from palf_dist.run_directory import CONFIG
 
         if resume is None:
             settings = _load(config, overrides, workers, address)
-            folder = run_dir or f"runs/{settings.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+            folder = run_dir or new_folder(settings.name)
         else:
             settings, folder = _resumed(resume, run_dir, config, overrides, workers, address), resume
         go_on = f"go on with palf-dist meta-train --resume {folder}"
@@ -127,9 +129,9 @@ def meta_train(
             record,
             _report_table(result.report),
             *_report_lines(result.report),
-            f"policy  {_near(result.policy)}",
+            f"policy  {near(result.policy)}",
             f"mlflow  {mlflow if settings.tracking.enabled else 'off'}",
-            "\nin your own training loop:\n" + indent(usage(_near(result.policy)), "    "),
+            "\nin your own training loop:\n" + indent(usage(near(result.policy)), "    "),
         )
 
 
@@ -146,7 +148,7 @@ def evaluate(
 
     Without --config it is the config of the run that the policy lies in.
     """
-    with _output(as_json) as emit:
+    with output(as_json) as emit:
         from palf_dist.distributed.driver import evaluate_policy
         from palf_dist.evaluation.statistics import compare
         from palf_dist.evaluation.table import to_records, to_rich
@@ -164,15 +166,16 @@ def evaluate(
 def report(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")], as_json: AsJson = False
 ) -> None:
-    """Draw the plots of a run and write its page again, also of a run that is not finished.
+    """Draw the plots of a run or a search and write its page again, also of one that is not finished.
 
     What the run could not deliver to MLflow is delivered now, if the server answers.
     """
-    with _output(as_json) as emit:
+    with output(as_json) as emit:
         from palf_dist.evaluation.report import make_report
+        from palf_dist.search.report import is_search, make_search_report
         from palf_dist.tracking import deliver_spool
 
-        made = make_report(run_dir)
+        made = make_search_report(run_dir) if is_search(run_dir) else make_report(run_dir)
         undelivered = deliver_spool(Path(run_dir))
         if undelivered:
             print(f"{undelivered} records have not reached MLflow yet", file=sys.stderr)
@@ -182,7 +185,7 @@ def report(
 @datasets_app.command("list")
 def list_command(as_json: AsJson = False) -> None:
     """The datasets known by name; nothing is downloaded."""
-    with _output(as_json) as emit:
+    with output(as_json) as emit:
         from palf_dist.tasks.datasets import list_datasets
 
         records = list_datasets()
@@ -196,7 +199,7 @@ def list_command(as_json: AsJson = False) -> None:
 @datasets_app.command()
 def show(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: AsJson = False) -> None:
     """Size and shape of one dataset, which is fetched when it is not in the cache."""
-    with _output(as_json) as emit:
+    with output(as_json) as emit:
         from palf_dist.tasks.datasets import describe
 
         record = describe(name)
@@ -206,7 +209,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: AsJson =
 @datasets_app.command()
 def fetch(names: Annotated[list[str], typer.Argument(metavar="NAME...")], as_json: AsJson = False) -> None:
     """Bring datasets into the cache ($PALF_CACHE, else ./.palf_cache), where they can be used offline."""
-    with _output(as_json) as emit:
+    with output(as_json) as emit:
         from palf_dist.tasks.datasets import fetch as fetch_datasets
 
         paths = {name: str(path) for name, path in fetch_datasets(names).items()}
@@ -216,24 +219,27 @@ def fetch(names: Annotated[list[str], typer.Argument(metavar="NAME...")], as_jso
         emit({"paths": paths}, table)
 
 
-def _report_record(made: ReportPaths) -> dict[str, Any]:
+def _report_record(made: ReportPaths | SearchReport) -> dict[str, Any]:
+    from palf_dist.evaluation.report import ReportPaths
     from palf_dist.evaluation.table import to_records
 
-    return {
-        "page": str(made.page),
-        "pictures": [str(path) for path in made.pictures],
-        "held_out": to_records(made.comparisons),
-    }
+    record = {"page": str(made.page), "pictures": [str(path) for path in made.pictures]}
+    if isinstance(made, ReportPaths):
+        return {**record, "held_out": to_records(made.comparisons)}
+    return {**record, "best": made.best and asdict(made.best)}
 
 
-def _report_table(made: ReportPaths) -> RenderableType:
+def _report_table(made: ReportPaths | SearchReport) -> RenderableType:
+    from palf_dist.evaluation.report import ReportPaths
     from palf_dist.evaluation.table import to_rich
 
+    if not isinstance(made, ReportPaths):
+        return made.headline
     return to_rich(made.comparisons) if made.comparisons else "no held-out comparison yet"
 
 
-def _report_lines(made: ReportPaths) -> list[str]:
-    return [*(f"plot    {_near(path)}" for path in made.pictures), f"page    {_near(made.page)}"]
+def _report_lines(made: ReportPaths | SearchReport) -> list[str]:
+    return [*(f"plot    {near(path)}" for path in made.pictures), f"page    {near(made.page)}"]
 
 
 def _facts(record: dict[str, Any]) -> Table:
@@ -242,11 +248,6 @@ def _facts(record: dict[str, Any]) -> Table:
     for name, value in record.items():
         table.add_row(name.replace("_", " "), escape(str(value)))
     return table
-
-
-def _near(path: Path) -> Path:
-    """The path as seen from the working folder, where it lies in there."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _resumed(
@@ -259,69 +260,18 @@ def _resumed(
 ) -> RunConfig:
     """The configuration to go on with: the run's own, but for fields that touch no result."""
     from palf_dist.config_loading import config_differences, load_config
-    from palf_dist.errors import ConfigError
-    from palf_dist.run_directory import CONFIG, open_run_directory
 
-    if run_dir is not None:
-        raise ConfigError(f"--run-dir {run_dir}: a resumed run goes on in its own folder; leave --run-dir out")
-    own = open_run_directory(resume) / CONFIG
+    own = resumed_config(resume, run_dir)
     settings = _load(config or own, overrides, workers, address)
-    differences = config_differences(load_config(own), settings)
-    if differences:
-        raise ConfigError(
-            f"--resume {resume}: the configuration differs from the run's; start a new run, or undo\n"
-            + "\n".join(differences)
-        )
+    refuse_differences(resume, config_differences(load_config(own), settings))
     return settings
 
 
 def _load(config: Path | None, overrides: list[str] | None, workers: int | None, address: str | None) -> RunConfig:
     from palf_dist.config_loading import load_config
-    from palf_dist.errors import ConfigError
     from palf_dist.evaluation.methods import select_methods
 
-    if config is None:
-        raise ConfigError("--config: name the YAML file of the run, for instance --config configs/quick.yaml")
-    options = {"distributed.workers": workers, "distributed.address": address}
-    extra = [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]
-    settings = load_config(config, [*(overrides or ()), *extra])
+    fields = {"distributed.workers": workers, "distributed.address": address}
+    settings = load_config(named(config, "configs/quick.yaml"), [*(overrides or ()), *option_overrides(fields)])
     select_methods(settings.evaluation.methods)
     return settings
-
-
-class Emit(Protocol):
-    """Prints the result of a command."""
-
-    def __call__(self, record: dict[str, Any], table: RenderableType = "", *lines: str) -> None:
-        """``record`` as JSON, or for people the table and below it the lines, which are never wrapped."""
-        ...
-
-
-@contextlib.contextmanager
-def _output(as_json: bool) -> Iterator[Emit]:
-    """Yields how to print the result.
-
-    With ``as_json`` everything else that is written to stdout meanwhile, by native code and child processes too, goes
-    to stderr.
-    """
-    if not as_json:
-        yield _print_for_people
-        return
-    printed: list[str] = []
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield lambda record, table="", *lines: printed.append(json.dumps(record, allow_nan=False))
-    finally:
-        sys.stdout.flush()
-        os.dup2(stdout, 1)
-        os.close(stdout)
-        print(*printed, sep="\n", end="\n" if printed else "")
-
-
-def _print_for_people(record: dict[str, Any], table: RenderableType = "", *lines: str) -> None:
-    Console().print(table)
-    for line in lines:
-        print(line)

@@ -1,4 +1,4 @@
-"""From YAML to a ``RunConfig`` and back: one message that names every wrong field, its value and what is allowed.
+"""From YAML to a configuration and back: one message that names every wrong field, its value and what is allowed.
 
 Field paths are dotted (``tasks.architectures.0.hidden``) and are the same in files, in ``--set`` and in messages.
 """
@@ -9,9 +9,9 @@ import copy
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from palf_dist.errors import ConfigError
 from palf_dist.training_state import FEATURES
 
 Path_ = tuple[str | int, ...]
+C = TypeVar("C", bound=Section)
 
 RESUMABLE = (
     "distributed.workers",
@@ -76,28 +77,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with one line for every wrong field of the file and of the overrides.
     """
+    return parse_config(read_config(path), str(path), overrides)
+
+
+def read_config(path: str | Path) -> str:
+    """The text of a configuration file. Raises ConfigError where it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read ({error.strerror}); name a YAML file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"config file {path} is not UTF-8 text; name a YAML file") from None
-    return parse_config(text, str(path), overrides)
 
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """As ``load_config``, from YAML text; ``source`` is what messages call it."""
+    return parse_section(text, source, overrides, RunConfig, _cross_checks)
+
+
+def parse_section(
+    text: str, source: str, overrides: Sequence[str], kind: type[C], check: Callable[[C], dict[Path_, str]]
+) -> C:
+    """As ``parse_config``, for any section as a whole file; ``check`` says what is wrong with an object whose every
+    field is right by itself. Paths in it that are relative are so to the folder of the file ``source``."""
     data = _parse_yaml(text, source)
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: must hold sections of 'key: value' lines, not {_shown(data)}")
-    overridden = [_apply_override(data, override) for override in overrides]
+    overridden = [_apply_override(data, override, kind) for override in overrides]
     try:
-        config = RunConfig.model_validate(data)
-        problems = _cross_checks(config)
+        config = kind.model_validate(data, context={"folder": Path(source).parent})
+        problems = check(config)
     except ValidationError as error:
-        problems = _problems(error.errors(include_url=False), data)
+        problems = _problems(error.errors(include_url=False), data, kind)
     if not problems:
         return config
     lines = []
@@ -107,22 +120,22 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
     raise ConfigError("\n".join(lines))
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: Section) -> str:
     """The complete configuration as YAML that ``load_config`` reads back equal."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+def config_differences(old: C, new: C, resumable: Sequence[str] = RESUMABLE) -> list[str]:
     """Fields on which ``new`` differs from the run's ``old`` configuration so that it cannot resume the run.
 
-    Each entry reads ``field: OLD in the run, NEW now``; the fields of ``RESUMABLE`` may differ.
+    Each entry reads ``field: OLD in the run, NEW now``; the fields of ``resumable`` may differ.
     """
     before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
     return [
         f"{field}: {_shown(before.get(field))} in the run, {_shown(after.get(field))} now"
         for field in sorted(before.keys() | after.keys())
         if before.get(field) != after.get(field)
-        and not any(field == free or field.startswith(free + ".") for free in RESUMABLE)
+        and not any(field == free or field.startswith(free + ".") for free in resumable)
     ]
 
 
@@ -137,7 +150,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not YAML: {error}") from None
 
 
-def _apply_override(data: dict[str, Any], override: str) -> Path_:
+def _apply_override(data: dict[str, Any], override: str, kind: type[Section]) -> Path_:
     """Writes one ``key=value`` into the raw data and returns its path. Sections are made as needed."""
     dotted, equals, text = override.partition("=")
     names = dotted.strip().split(".")
@@ -146,7 +159,7 @@ def _apply_override(data: dict[str, Any], override: str) -> Path_:
     value = _parse_yaml(text, f"--set {dotted}")
     path: list[str | int] = []
     node: Any = data
-    default: Any = _defaults(RunConfig)
+    default: Any = _defaults(kind)
     for depth, name in enumerate(names):
         last = depth == len(names) - 1
         if isinstance(node, list):
@@ -197,7 +210,7 @@ def _cross_checks(config: RunConfig) -> dict[Path_, str]:
     return problems
 
 
-def _problems(errors: Iterable[ErrorDetails], data: Any) -> dict[Path_, str]:
+def _problems(errors: Iterable[ErrorDetails], data: Any, top: type[Section]) -> dict[Path_, str]:
     """What is wrong with each field; the alternatives of a union are joined into one message."""
     alternatives: dict[Path_, list[str]] = {}
     values: dict[Path_, Any] = {}
@@ -206,7 +219,7 @@ def _problems(errors: Iterable[ErrorDetails], data: Any) -> dict[Path_, str]:
         if kind == "too_short" and len(given) >= error["ctx"]["min_length"]:
             continue  # only because entries of the list are wrong, which have messages of their own
         where = _field_path(error["loc"], data, keep_last=kind == "missing")
-        sections = _sections_at(error["loc"])
+        sections = _sections_at(error["loc"], top)
         if kind == "missing":
             message = "is required"
         elif kind == "extra_forbidden":
@@ -248,9 +261,9 @@ def _field_path(location: Path_, data: Any, keep_last: bool) -> Path_:
     return tuple(path)
 
 
-def _sections_at(location: Path_) -> list[type[Section]]:
+def _sections_at(location: Path_, top: type[Section]) -> list[type[Section]]:
     """The section (or the alternatives, for a union that is not decided) that holds the last key of a location."""
-    sections: list[type[Section]] = [RunConfig]
+    sections: list[type[Section]] = [top]
     for key in location:
         tagged = [section for section in sections if "kind" in section.model_fields and _tag(section) == key]
         if tagged and len(sections) > 1:

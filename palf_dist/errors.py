@@ -31,5 +31,9 @@ class ClusterError(PalfError):
     """The Ray cluster cannot be reached or can never give what is asked."""
 
 
+class SearchError(PalfError):
+    """No trial of a search came to anything."""
+
+
 class UnsupportedModuleError(PalfError):
     """A user's nn.Module whose second derivatives are known to be wrong or missing."""

@@ -39,6 +39,10 @@ class MetricsLog:
         self._file.write(self._encode(outer_step))
         self._file.flush()
 
+    def latest(self, name: str) -> tuple[int, dict[str, float]] | None:
+        """The last outer step with a metric of this name, and its row."""
+        return next(((step, row) for step, row in reversed(self._rows.items()) if name in row), None)
+
     def compact(self) -> None:
         """Force the rows to the disk and write metrics.parquet: int64 outer_step and one float64 column a name."""
         self._file.flush()

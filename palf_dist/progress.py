@@ -18,7 +18,8 @@ PLAIN_SECONDS = 2.0
 
 @dataclass
 class Status:
-    """What the line shows. ``done`` and ``total`` count outer steps in meta-training and units in other phases."""
+    """What the line shows. ``done`` and ``total`` count outer steps in meta-training, trials in a search and units in
+    other phases."""
 
     phase: str = ""
     done: int = 0
@@ -31,10 +32,11 @@ class Status:
     workers: int | None = None  # alive; None in process
     reissued: int = 0
     refused: dict[str, int] = field(default_factory=dict)
+    facts: list[str] = field(default_factory=list)  # what else the phase has to say
 
     def parts(self, now: float) -> list[str]:
         """The facts of the line, as short texts."""
-        texts = []
+        texts = list(self.facts)
         if self.outer_loss is not None:
             texts.append(f"outer loss {self.outer_loss:.4f}")
         if self.selection_score is not None:
@@ -79,7 +81,7 @@ class Progress:
         now = time.monotonic()
         status = self.status
         status.phase, status.total, status.done, status.began, status.began_at = phase, total, done, now, done
-        status.contributions, status.outer_loss, status.selection_score = 0, None, None
+        status.contributions, status.outer_loss, status.selection_score, status.facts = 0, None, None, []
         self._plain_line(now)
 
     def advance(self, done: int) -> None:

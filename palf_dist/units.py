@@ -243,7 +243,7 @@ class Runner:
         return Contribution(
             unit,
             0,
-            metrics={"outer_loss": estimate.outer_loss},
+            metrics={"outer_loss": estimate.outer_loss, **{f"outer_{n}": term for n, term in estimate.terms.items()}},
             gradient=estimate.gradient,
             trajectory=build_table(unit, group.specs, estimate.records, loop.policy.features),
             carried=onward,

@@ -16,7 +16,7 @@ import pytest
 
 from palf_dist import checkpoint as module
 from palf_dist.atomic import superseded
-from palf_dist.checkpoint import latest_checkpoint, prune, save_checkpoint
+from palf_dist.checkpoint import copy_checkpoint, latest_checkpoint, prune, save_checkpoint
 from palf_dist.errors import CheckpointError
 from palf_dist.randomness import random_generator
 from palf_dist.run_directory import CHECKPOINTS
@@ -258,3 +258,16 @@ def test_killed_before_every_operation_of_a_replacing_save(tmp_path: Path) -> No
         assert writer.exitcode == -signal.SIGKILL
     assert writer.exitcode == 0 and len(takes) > 10, "every operation was reached"
     assert takes == sorted(takes) and {1, 2} == set(takes)
+
+
+def test_a_checkpoint_can_be_given_to_another_run(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "first", 7, arrays(7), {"best": 1})
+    copied = tmp_path / "under any name"
+    shutil.copytree(folder, copied)
+    copy_checkpoint(copied, tmp_path / "second")
+    found = latest_checkpoint(tmp_path / "second")
+    assert found is not None and (found.step, found.state) == (7, {"best": 1})
+    assert_equal(found.learner, arrays(7))
+    truncate(copied / "learner.safetensors")
+    with pytest.raises(CheckpointError, match=r"under any name cannot be used: learner\.safetensors does not match"):
+        copy_checkpoint(copied, tmp_path / "third")

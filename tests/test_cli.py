@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from palf_dist.cli import _output
+from palf_dist.cli_shared import output
 from tests.command import SMOKE, Command
 
 
@@ -45,8 +45,8 @@ def test_the_module_is_the_command() -> None:
 def test_json_mode_keeps_everything_else_off_stdout() -> None:
     script = """
 import os, subprocess
-from palf_dist.cli import _output
-with _output(True) as emit:
+from palf_dist.cli_shared import output
+with output(True) as emit:
     print("python")
     os.write(1, b"native\\n")
     subprocess.run(["echo", "child"], check=True)
@@ -60,7 +60,7 @@ print("after")
 
 
 def test_json_mode_gives_stdout_back_after_an_error(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ZeroDivisionError), _output(True):
+    with pytest.raises(ZeroDivisionError), output(True):
         1 / 0  # noqa: B018
     print("seen")
     assert capfd.readouterr().out == "seen\n"

@@ -67,3 +67,16 @@ def test_a_step_is_logged_once(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="outer step 0 was logged twice"):
         log.append(0, {})
     log.close()
+
+
+def test_the_latest_row_with_a_metric_is_found_again(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    assert log.latest("score") is None
+    log.append(0, {"loss": 3.0, "score": 0.5})
+    log.append(1, {"loss": 2.0, "score": 0.75})
+    log.append(2, {"loss": 1.0})
+    log.close()
+    for next_step, expected in ((3, (1, {"loss": 2.0, "score": 0.75})), (1, (0, {"loss": 3.0, "score": 0.5}))):
+        again = MetricsLog(tmp_path, next_step)
+        assert again.latest("score") == expected
+        again.close()

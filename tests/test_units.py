@@ -115,6 +115,24 @@ def test_every_kind_is_a_pure_function_of_its_key(
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
 
 
+def test_online_learnloss_is_a_method_of_the_comparison(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    config, datasets = data
+    evaluation = config.evaluation.model_copy(update={"methods": ("online_learnloss",)})
+    config = config.model_copy(
+        update={"evaluation": evaluation, "inner": config.inner.model_copy(update={"steps": 40})}
+    )
+    work = units.evaluate_units(config, datasets)
+    rows = units.rows_of(units.Runner(config, datasets).run(unit, np.zeros(0), 0, prepared) for unit in work)
+    accuracies = {
+        name: [row["accuracy"] for row in rows if row["method"] == name] for name in ("online_learnloss", "ce")
+    }
+    assert len(accuracies["online_learnloss"]) == len(accuracies["ce"]) == len(rows) / 2
+    assert all(np.isfinite(values).all() for values in accuracies.values())
+    assert accuracies["online_learnloss"] != accuracies["ce"]
+
+
 def test_meta_gradient_differs_by_step_and_group(
     data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:
@@ -125,6 +143,25 @@ def test_meta_gradient_differs_by_step_and_group(
     assert all(np.isfinite(g).all() and np.linalg.norm(g) > 0 for g in gradients if g is not None)
     assert len({g.tobytes() for g in gradients if g is not None}) == len(made)
     assert made[0].trajectory.num_rows > 0
+
+
+def test_the_terms_of_an_outer_loss_that_has_several_are_reported(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    config, datasets = data
+    outer = config.outer_loss.model_copy(update={"information": 0.5, "gamma": 0.1})
+    phi = units.initial_policy(config)
+    (unit, *_) = units.meta_gradient_units(config, 0)
+    plain, rich = (
+        units.Runner(config.model_copy(update={"outer_loss": each}), datasets).run(unit, phi, 0, prepared)
+        for each in (config.outer_loss, outer)
+    )
+    assert plain.metrics.keys() == {"outer_loss"}
+    terms = {name.removeprefix("outer_"): value for name, value in rich.metrics.items()}
+    assert terms["validation"] == pytest.approx(plain.metrics["outer_loss"])
+    objective = terms["information"] - terms["cross_entropy"] - 0.1 * terms["gradient_variance"]
+    assert terms["loss"] == pytest.approx(terms["validation"] - 0.5 * objective, rel=1e-5)
+    assert terms["information"] > 0 and terms["gradient_variance"] > 0
 
 
 @pytest.mark.parametrize("kind", ["adjoint", "unroll", "es", "pes"])

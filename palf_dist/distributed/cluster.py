@@ -56,25 +56,38 @@ def connect(config: DistributedConfig, object_bytes: int = 0) -> Iterator[Share]
     stays so, before and after. Raises ClusterError where the cluster cannot be reached or is too small for the workers.
     """
     assert config.workers > 0, "workers: 0 needs no Ray"
-    if ray.is_initialized():
-        yield share_of(config, _nodes())
-    elif config.address is None:
-        with _private_ray(config, object_bytes):
-            yield share_of(config, _nodes())
-    else:
-        with _existing_cluster(config.address):
-            yield share_of(config, _nodes())
+    most = _most_cpus()
+    needed = config.workers * config.threads
+    if config.address is None and not ray.is_initialized() and needed > most:
+        raise ClusterError(
+            f"distributed.workers: {config.workers} workers of {config.threads} thread(s) are more than this machine's "
+            f"{most // WORKERS_PER_CORE} cores can carry; the most is {most // config.threads} workers"
+        )
+    with connected(config.address, needed, object_bytes):
+        yield share_of(config, _room())
 
 
 @contextlib.contextmanager
-def _private_ray(config: DistributedConfig, object_bytes: int) -> Iterator[None]:
-    cores = os.cpu_count() or 1
-    needed = config.workers * config.threads
-    if needed > WORKERS_PER_CORE * cores:
-        raise ClusterError(
-            f"distributed.workers: {config.workers} workers of {config.threads} thread(s) are more than this machine's "
-            f"{cores} cores can carry; the most is {WORKERS_PER_CORE * cores // config.threads} workers"
-        )
+def connected(address: str | None, cpus: int, object_bytes: int = 0) -> Iterator[None]:
+    """As ``connect``, for whoever counts resources himself. A private Ray has ``cpus`` CPUs or as many as the machine
+    has, whichever is more, but never more than the machine can carry."""
+    if ray.is_initialized():
+        yield
+    elif address is None:
+        with _private_ray(max(os.cpu_count() or 1, min(cpus, _most_cpus())), object_bytes):
+            yield
+    else:
+        with _existing_cluster(address):
+            yield
+
+
+def _most_cpus() -> int:
+    """CPUs that a private Ray may have: workers share cores."""
+    return WORKERS_PER_CORE * (os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def _private_ray(cpus: int, object_bytes: int) -> Iterator[None]:
     environment = {
         **QUIET,
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE") or "token",
@@ -82,11 +95,11 @@ def _private_ray(config: DistributedConfig, object_bytes: int) -> Iterator[None]
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
     }
     _remove_abandoned_folders()
-    with _environment(environment), _loopback_only(), _temporary_folder() as folder:
+    with changed_environment(environment), _loopback_only(), _temporary_folder() as folder:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(cores, needed),
+                num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -105,7 +118,7 @@ def _process_token() -> str:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def changed_environment(values: dict[str, str]) -> Iterator[None]:
     """Environment variables inside the block, known to Ray too, which otherwise reads some when it is imported."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -173,7 +186,7 @@ def _remove(folder: Path) -> None:
 def _existing_cluster(address: str) -> Iterator[None]:
     if address != "auto":
         _probe(address)
-    with _environment({**QUIET, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE") or _cluster_auth_mode()}):
+    with changed_environment({**QUIET, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE") or _cluster_auth_mode()}):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -212,8 +225,24 @@ def _probe(address: str) -> None:
         raise ClusterError(f"distributed.address: what listens at {address} is no Ray head; give the head's GCS port")
 
 
-def _nodes() -> list[dict[str, float]]:
+def nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive, as Ray names them."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def worker_share(config: DistributedConfig) -> Share:
+    """As ``share_of``, on the cluster that this process is connected to. Where it is to none, no worker has a GPU that
+    did not ask for one."""
+    if ray.is_initialized():
+        return share_of(config, nodes())
+    return Share(cpus=config.threads, gpus=config.gpus_per_worker or 0.0)
+
+
+def _room() -> Sequence[Mapping[str, float]]:
+    """Where workers may go: anywhere; but where this process belongs to a placement group (a trial of Ray Tune, which
+    its workers join by themselves), in that group's bundles but the first, which this process has."""
+    group = ray.util.get_current_placement_group()
+    return nodes() if group is None else group.bundle_specs[1:]
 
 
 def share_of(config: DistributedConfig, nodes: Sequence[Mapping[str, float]]) -> Share:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from palf_dist.checkpoint import Checkpoint, latest_checkpoint
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config
 from palf_dist.distributed import phases
-from palf_dist.distributed.meta_training import MetaTraining, fingerprints
+from palf_dist.distributed.meta_training import MetaTraining, Selection, fingerprints
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
 from palf_dist.errors import DataError, PolicyFileError
@@ -38,7 +38,7 @@ from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import check_tasks
-from palf_dist.tracking import Tracker, open_tracker
+from palf_dist.tracking import NullTracker, Tracker, open_tracker
 
 if TYPE_CHECKING:
     from palf_dist.evaluation.report import ReportPaths
@@ -74,19 +74,7 @@ def meta_train(
     configuration it began with. Raises the PalfErrors of the configuration, the data, the directory and the cluster.
     """
     result = RunResult(open_run_directory(run_dir) if resume else create_run_directory(run_dir))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(result.run_dir))
-        stack.callback(discard_unused, result.run_dir)  # a mistake found before the run began leaves nothing behind
-        shown = stack.enter_context(progress or Progress())
-        shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
-        datasets = load_all(config.data)
-        checkpoint = latest_checkpoint(result.run_dir)
-        if checkpoint:
-            _check_unchanged(checkpoint, datasets)
-        check_tasks(config, datasets)
-        session = stack.enter_context(open_session(config, datasets, shown, stop or threading.Event(), make_runner))
-        if not resume:
-            write_atomic(result.run_dir / CONFIG, dump_config(config).encode())
+    with _open(config, result.run_dir, resume, progress, stop, make_runner) as (session, checkpoint):
         tracker = open_tracker(result.run_dir, config)
         status = "FAILED"
         try:
@@ -96,6 +84,59 @@ def meta_train(
             tracker.close(status)
             result.mlflow_run_id = tracker.run_id
     return result
+
+
+def train_policy(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+    make_runner: RunnerFactory = units.Runner,
+) -> Generator[Selection, None, None]:
+    """Meta-train in ``run_dir``, from the beginning or from where an earlier call ended, and pause at every selection:
+    best/ and the newest checkpoint are then up to date. Nothing is evaluated, reported or tracked at the end.
+
+    Ends early, with a checkpoint, once ``stop`` is set. The last selection of an earlier call is given again first.
+    Raises as ``meta_train``.
+    """
+    resume = (Path(run_dir) / CONFIG).is_file()
+    run_dir = open_run_directory(run_dir) if resume else create_run_directory(run_dir)
+    with _open(config, run_dir, resume, progress, stop, make_runner) as (session, checkpoint):
+        try:
+            training = MetaTraining(session, run_dir, NullTracker(), checkpoint)
+            with contextlib.closing(training.run()) as selections:
+                for selection in selections:
+                    training.keep()
+                    yield selection
+        except Stopped:
+            return
+
+
+@contextlib.contextmanager
+def _open(
+    config: RunConfig,
+    run_dir: Path,
+    resume: bool,
+    progress: Progress | None,
+    stop: threading.Event | None,
+    make_runner: RunnerFactory,
+) -> Iterator[tuple[Session, Checkpoint | None]]:
+    """A session on a run directory that is held for it, and the checkpoint to go on from."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(run_dir))
+        stack.callback(discard_unused, run_dir)  # a mistake found before the run began leaves nothing behind
+        shown = stack.enter_context(progress or Progress())
+        shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
+        datasets = load_all(config.data)
+        checkpoint = latest_checkpoint(run_dir)
+        if checkpoint:
+            _check_unchanged(checkpoint, datasets)
+        check_tasks(config, datasets)
+        session = stack.enter_context(open_session(config, datasets, shown, stop or threading.Event(), make_runner))
+        if not resume:
+            write_atomic(run_dir / CONFIG, dump_config(config).encode())
+        yield session, checkpoint
 
 
 def evaluate_policy(
@@ -158,7 +199,8 @@ def _train_and_report(session: Session, tracker: Tracker, checkpoint: Checkpoint
     training: MetaTraining | None = None
     try:
         training = MetaTraining(session, run_dir, tracker, checkpoint)
-        training.run()
+        for _ in training.run():
+            pass
         best = training.best
         result.rows = phases.evaluate(session, Broadcast(best.policy, best.version, training.prepared))
         _write_rows(run_dir / RESULTS, result.rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from palf_dist.tracking import Tracker
 from palf_dist.trajectory import write_trajectory
 from palf_dist.types import Contribution, Unit
 
+SELECTION_SCORE = "selection_score"
+
 
 def fingerprints(datasets: Mapping[str, EncodedDataset]) -> dict[str, str]:
     """What each dataset holds, in short: another table under the same name has another fingerprint."""
@@ -43,6 +45,16 @@ class Best:
     policy: np.ndarray
     version: int
     score: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A policy on its way, scored."""
+
+    version: int  # outer steps taken
+    score: float
+    last: bool  # there are no more outer steps
+    metrics: dict[str, float]  # of the outer step before it
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,9 @@ class MetaTraining:
     def policy_file(self) -> Path:
         return self._run_dir / BEST / "policy.safetensors"
 
-    def run(self) -> None:
-        """Take all outer steps that are left. Raises Stopped, with everything saved, when the user wants to end."""
+    def run(self) -> Generator[Selection, None, None]:
+        """Take all outer steps that are left, with a pause after each that ends with a selection; a run that goes on
+        first gives the last one again. Raises Stopped, with everything saved, when the user wants to end."""
         config = self._config
         steps = config.meta_learner.outer_steps
         try:
@@ -98,17 +111,27 @@ class MetaTraining:
             if self._best is None:
                 self._select()
                 self._whole = self._snapshot()
+            logged = self._log.latest(SELECTION_SCORE)
+            if logged is not None:
+                yield self._selection(*logged)
             while self.learner.version < steps:
                 began = time.monotonic()
                 if config.distributed.mode == "sync":
                     contributions, report = self._sync_step()
                 else:
                     contributions, report = self._async_step()
-                self._finish_step(contributions, report, began)
+                metrics = self._finish_step(contributions, report, began)
+                if SELECTION_SCORE in metrics:
+                    yield self._selection(report.outer_step, metrics)
             save_policy(self.policy_file.parent, self._artefact())
         finally:
             self._save()
             self._log.close()
+
+    def keep(self) -> None:
+        """Have the newest whole step and the best policy on the disk. To be called while ``run`` pauses."""
+        self._save()
+        save_policy(self.policy_file.parent, self._artefact())
 
     def _sync_step(self) -> tuple[list[Contribution], StepReport]:
         work = units.meta_gradient_units(self._config, self.learner.version)
@@ -136,8 +159,8 @@ class MetaTraining:
         self._issued += 1
         return units.meta_gradient_units(self._config, step)[group]
 
-    def _finish_step(self, contributions: list[Contribution], report: StepReport, began: float) -> None:
-        """Write down an outer step that was taken; select and save where it is time for that."""
+    def _finish_step(self, contributions: list[Contribution], report: StepReport, began: float) -> dict[str, float]:
+        """Write down an outer step that was taken, select and save where it is time for that; the step's metrics."""
         step, version = report.outer_step, self.learner.version
         fault_point("driver_after_apply", Unit("driver", step, 0))
         write_trajectory(self._run_dir, step, [item.trajectory for item in contributions])
@@ -145,7 +168,7 @@ class MetaTraining:
         status.outer_loss, status.refused = report.outer_loss, dict(self.learner.refused)
         metrics = self._metrics(report)
         if version % self._config.evaluation.select_every == 0 or version == self._config.meta_learner.outer_steps:
-            metrics["selection_score"] = self._select()
+            metrics[SELECTION_SCORE] = self._select()
         metrics["seconds"] = time.monotonic() - began
         self._log.append(step, metrics)
         self._tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step)
@@ -153,6 +176,11 @@ class MetaTraining:
         if version % self._config.checkpoint.every == 0:
             self._save()
         self._session.progress.advance(version)
+        return metrics
+
+    def _selection(self, outer_step: int, metrics: dict[str, float]) -> Selection:
+        last = outer_step + 1 == self._config.meta_learner.outer_steps
+        return Selection(outer_step + 1, metrics[SELECTION_SCORE], last, metrics)
 
     def _metrics(self, report: StepReport) -> dict[str, float]:
         """One row of metrics.parquet; counts are those of this step, late contributions before it included."""
@@ -161,6 +189,7 @@ class MetaTraining:
         self._refused_logged, self._reissued_logged = dict(self.learner.refused), self._session.reissued
         return {
             "outer_loss": report.outer_loss,
+            **report.terms,
             "gradient_norm": report.gradient_norm,
             "learning_rate": report.learning_rate,
             "applied": report.applied,

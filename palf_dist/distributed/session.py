@@ -113,12 +113,12 @@ def open_session(
             share = stack.enter_context(connect(config.distributed, size))
             pool = RayPool(config, datasets, make_runner, share, progress.event)
         stack.callback(pool.close)
-        stack.enter_context(_signals_stop(stop, progress))
+        stack.enter_context(signals_stop(stop, progress))
         yield Session(config, datasets, pool, progress, stop)
 
 
 @contextlib.contextmanager
-def _signals_stop(stop: threading.Event, progress: Progress) -> Iterator[None]:
+def signals_stop(stop: threading.Event, progress: Progress) -> Iterator[None]:
     """SIGINT and SIGTERM set ``stop``, a second one raises KeyboardInterrupt. Only the main thread can see to that.
 
     To be entered after Ray was started, which puts a SIGTERM handler of its own.

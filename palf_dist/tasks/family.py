@@ -172,7 +172,7 @@ def build_group(
             labels[split][g, :count] = _split_labels(spec, task, split)
         count = len(task.rows["train"])
         clean_train_labels[g, :count] = task.labels[task.rows["train"]]
-        batches[:, g] = _epochs(count, *batches.shape[::2], random_generator(*spec.keys, "batches"))
+        batches[:, g] = epochs(count, *batches.shape[::2], random_generator(*spec.keys, "batches"))
         if spec.target_prior == "uniform":
             noisy_counts = np.bincount(labels["train"][g, :count], minlength=task.num_classes)
             prior = (noisy_counts + 1) / (count + task.num_classes)
@@ -207,7 +207,7 @@ def _split_labels(spec: TaskSpec, task: TaskRows, split: str) -> np.ndarray:
     return add_label_noise(labels, spec.noise_kind, spec.noise_rate, task.num_classes, generator)
 
 
-def _epochs(count: int, steps: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+def epochs(count: int, steps: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:
     """Row indices [steps, batch_size]: epoch after epoch, each a permutation of all rows."""
     epochs = math.ceil(steps * batch_size / count)
     order = generator.permuted(np.tile(np.arange(count), (epochs, 1)), axis=1)

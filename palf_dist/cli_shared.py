@@ -1,0 +1,109 @@
+"""What the commands share: common options, how a configuration is chosen, and how a result is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import typer
+from rich.console import Console, RenderableType
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override one field, e.g. inner.steps=200; may be repeated."),
+]
+Workers = Annotated[int | None, typer.Option("--workers", help="Ray workers; 0 runs the same code in process.")]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="auto|HOST:PORT", help="A running Ray cluster; else a private one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+def option_overrides(options: dict[str, Any]) -> list[str]:
+    """Options that stand for a field of the configuration, as ``--set`` writes them; None: not given."""
+    return [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]
+
+
+def new_folder(name: str) -> str:
+    """Where a new run goes when nothing else is said."""
+    return f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+def named(config: Path | None, example: str) -> Path:
+    """The configuration file that has to be named. Raises ConfigError where it is not."""
+    from palf_dist.errors import ConfigError
+
+    if config is None:
+        raise ConfigError(f"--config: name the YAML file of the run, for instance --config {example}")
+    return config
+
+
+def resumed_config(resume: str, run_dir: str | None) -> Path:
+    """The configuration file of the run to go on with. Raises ConfigError and RunDirectoryError."""
+    from palf_dist.errors import ConfigError
+    from palf_dist.run_directory import CONFIG, open_run_directory
+
+    if run_dir is not None:
+        raise ConfigError(f"--run-dir {run_dir}: a resumed run goes on in its own folder; leave --run-dir out")
+    return open_run_directory(resume) / CONFIG
+
+
+def refuse_differences(resume: str, differences: list[str]) -> None:
+    """Raises ConfigError where a resumed run's configuration is not the one that it began with."""
+    from palf_dist.errors import ConfigError
+
+    if differences:
+        raise ConfigError(
+            f"--resume {resume}: the configuration differs from the run's; start a new run, or undo\n"
+            + "\n".join(differences)
+        )
+
+
+def near(path: Path) -> Path:
+    """The path as seen from the working folder, where it lies in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+class Emit(Protocol):
+    """Prints the result of a command."""
+
+    def __call__(self, record: dict[str, Any], table: RenderableType = "", *lines: str) -> None:
+        """``record`` as JSON, or for people the table and below it the lines, which are never wrapped."""
+        ...
+
+
+@contextlib.contextmanager
+def output(as_json: bool) -> Iterator[Emit]:
+    """Yields how to print the result.
+
+    With ``as_json`` everything else that is written to stdout meanwhile, by native code and child processes too, goes
+    to stderr.
+    """
+    if not as_json:
+        yield _print_for_people
+        return
+    printed: list[str] = []
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield lambda record, table="", *lines: printed.append(json.dumps(record, allow_nan=False))
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        print(*printed, sep="\n", end="\n" if printed else "")
+
+
+def _print_for_people(record: dict[str, Any], table: RenderableType = "", *lines: str) -> None:
+    Console().print(table)
+    for line in lines:
+        print(line)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from palf_dist.config_loading import dump_config, load_config
+from palf_dist.errors import ConfigError
+from palf_dist.search.config import load_search_config
+from palf_dist.search.targets import LossWeightsConfig, MetaTrainingConfig
+
+BASE = """
+data: {train: [wine], held_out: [iris]}
+inner: {steps: 12}
+distributed: {workers: 0}
+"""
+RATE = {"kind": "log", "low": 0.001, "high": 0.1}
+
+
+def refusal(folder: Path, target: dict[str, Any], **search: Any) -> str:
+    """What is said about a search with this target."""
+    (folder / "search.yaml").write_text(yaml.safe_dump({"searcher": "random", **search, "target": target}))
+    with pytest.raises(ConfigError) as error:
+        load_search_config(folder / "search.yaml")
+    return str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"l1", "l2", "label_smoothing", "logit_penalty"}),
+        ({"weights": {"l1": [0.1, 1]}}, {"l1"}),
+        (
+            {"model": {"kind": "mlp"}},
+            {"focal", "label_smoothing", "symmetric_ce", "robust_ce", "weight_decay"},
+        ),
+        (
+            {"model": {"kind": "mlp"}, "training": {"weight_decay": 0.5}},
+            {"focal", "label_smoothing", "symmetric_ce", "robust_ce"},
+        ),
+    ],
+)
+def test_weights_that_are_tuned(settings: dict[str, Any], expected: set[str]) -> None:
+    assert LossWeightsConfig.model_validate({"dataset": "wine", **settings}).ranges.keys() == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": {"l3": [0.1, 1]}}, "weights.l3: softmax has no such weight; known: l1, l2,"),
+        ({"model": {"kind": "mlp"}, "weights": {"l1": [0.1, 1]}}, "weights.l1: mlp has no such weight; known: focal,"),
+        ({"weights": {"l2": [0.1, 1], "l2_numeric": [0.1, 1]}}, "weights.l2: weighs all columns"),
+        ({"weights": {"l1": [1, 0.1]}}, r"weights.l1: [1, 0.1] is no interval"),
+        ({"model": {"kind": "mlp"}, "on_the_fly": True}, "on_the_fly: mlp cannot; use model.kind softmax"),
+        (
+            {
+                "model": {"kind": "mlp"},
+                "weights": {"weight_decay": [0.1, 1]},
+                "training": {"weight_decay": 1.0},
+            },
+            "training.weight_decay: is searched",
+        ),
+        ({"rows": {"train": 0}}, "target.rows.train: must be greater than or equal to 1, not 0"),
+    ],
+)
+def test_loss_weights_that_make_no_sense(settings: dict[str, Any], message: str, folder: Path) -> None:
+    assert message in refusal(folder, {"kind": "loss_weights", "dataset": "wine", **settings})
+
+
+def test_the_base_is_found_beside_the_search_and_becomes_part_of_it(folder: Path) -> None:
+    target = {"kind": "meta_training", "base": "base.yaml", "space": {"meta_learner.learning_rate": RATE}}
+    (folder / "search.yaml").write_text(yaml.safe_dump({"searcher": "random", "target": target}))
+    config = load_search_config(folder / "search.yaml")
+    assert isinstance(config.target, MetaTrainingConfig)
+    assert config.target.base == load_config(folder / "base.yaml")
+    (folder / "stored").mkdir()
+    (folder / "stored" / "config.yaml").write_text(dump_config(config))
+    (folder / "base.yaml").unlink()
+    assert load_search_config(folder / "stored" / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("path", "domain", "message"),
+    [
+        ("meta_learner.learning_rte", RATE, "learning_rte: unknown key; did you mean meta_learner.learning_rate?"),
+        ("meta_learner.learning_rate", {**RATE, "kind": "uniform", "low": 0}, "must be greater than 0, not 0"),
+        ("policy.refresh", {"kind": "uniform", "low": 1, "high": 4}, "space.policy.refresh: must be a valid integer"),
+        ("policy.refresh", {"kind": "choice", "values": [1, "often"]}, 'not "often"'),
+        ("policy.refresh", {"kind": "log"}, "target.space.policy.refresh.low: is required"),
+        ("estimator.window", {"kind": "choice", "values": [4, 40]}, "window: must be at most inner.steps (12), not 40"),
+        ("distributed.workers", {"kind": "integer", "low": 0, "high": 2}, "workers: may not be searched"),
+        ("name", {"kind": "choice", "values": ["a", "b"]}, "space.name: may not be searched"),
+        ("meta_learner.outer_steps", {"kind": "integer", "low": 1, "high": 9}, "outer_steps: may not be searched"),
+        ("data.max_rows", {"kind": "integer", "low": 90, "high": 99}, "data.max_rows: may not be searched"),
+    ],
+)
+def test_what_may_not_be_searched_is_said_before_any_work(path: str, domain: Any, message: str, folder: Path) -> None:
+    assert message in refusal(folder, {"kind": "meta_training", "base": "base.yaml", "space": {path: domain}})
+
+
+def test_a_trial_is_the_base_with_its_values(folder: Path) -> None:
+    space = {"meta_learner.learning_rate": RATE, "policy.kind": {"kind": "choice", "values": ["robust", "palf"]}}
+    config = MetaTrainingConfig.model_validate({"base": BASE_DATA, "space": space})
+    trial = config.trial({"meta_learner.learning_rate": 0.012345678901234567, "policy.kind": "palf"})
+    assert trial.meta_learner.learning_rate == 0.012345678901234567 and trial.policy.kind == "palf"
+    assert trial.data == config.base.data and not trial.tracking.enabled
+
+
+BASE_DATA = yaml.safe_load(BASE)
+
+
+def test_pbt_changes_only_what_can_change_in_the_middle(folder: Path) -> None:
+    hidden = {"kind": "integer", "low": 4, "high": 8}
+    target = {"kind": "meta_training", "base": "base.yaml", "space": {"policy.hidden": hidden}}
+    assert "scheduler: pbt cannot change policy.hidden in the middle" in refusal(folder, target, scheduler="pbt")
+    target = {"kind": "loss_weights", "dataset": "wine"}
+    assert "scheduler: pbt cannot change l1, l2," in refusal(folder, target, scheduler="pbt")
