@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
+from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import log_loss
@@ -28,7 +28,6 @@ DATASETS: dict[str, tuple[Callable, int]] = {
     "iris": (load_iris, 75),
     "wine": (load_wine, 89),
     "breast_cancer": (load_breast_cancer, 284),
-    "digits": (load_digits, 300),
 }
 """Loader and training rows; the others are the test rows."""
 SPLITS, FOLDS = 5, 5

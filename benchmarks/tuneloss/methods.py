@@ -76,7 +76,7 @@ def run_hoag(problem: Problem, trainings: int, seed: int) -> list[Trial]:
     u, before, moved, lipschitz = space.centre, np.inf, 0.0, np.nan
     while len(done) < trainings:
         outcome = problem.train(space.weights(u))
-        sensitivity = outcome.sensitivity() if callable(outcome.sensitivity) else outcome.sensitivity
+        sensitivity = outcome.derivatives()
         assert isinstance(sensitivity, Sensitivity), "HOAG needs a problem with hypergradients"
         done.append(Trial(space.weights(u), outcome.error, outcome.cost + sensitivity.cost, "model"))
         slope = sensitivity.gradient * space.weights(u)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from palf_dist.learnloss.learn_loss import LearnLoss
-from palf_dist.learnloss.space import WeightSpace
-from palf_dist.learnloss.tuning import TuneLoss, tune_loss  # at once: the function takes the name of its own module
 
 if TYPE_CHECKING:
     from palf_dist.learnloss.classifier import TuneLossClassifier
+    from palf_dist.learnloss.learn_loss import LearnLoss
+    from palf_dist.learnloss.space import WeightSpace
+    from palf_dist.learnloss.tuning import TuneLoss, tune_loss
 
 __all__ = ["LearnLoss", "TuneLoss", "TuneLossClassifier", "WeightSpace", "tune_loss"]
+
+_MODULES = {
+    "LearnLoss": "learn_loss",
+    "TuneLoss": "tuning",
+    "TuneLossClassifier": "classifier",
+    "WeightSpace": "space",
+    "tune_loss": "tuning",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import lazily: only the classifier needs scikit-learn, which takes a second to load."""
-    if name == "TuneLossClassifier":
-        from palf_dist.learnloss.classifier import TuneLossClassifier
-
-        return TuneLossClassifier
-    raise AttributeError(f"module 'palf_dist.learnloss' has no attribute {name!r}")
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -135,14 +135,20 @@ class BallCertificate:
         self._shape: tuple[int, ...] = ()
         self._between: Callable[[np.ndarray], np.ndarray] | None = None
         self._open: list[_Cell] = []  # a heap
-        self._settled = np.inf  # least bound of the boxes that need no more work
-        self._aim = target  # grows where trained models are too rough for it
+        self._settled = np.inf  # least bound of the boxes that have reached the target
+        self._aside: list[_Cell] = []  # near trained models that are too rough for it
+        self._aim = target  # grows when only such boxes are left
 
     def add(self, weights: np.ndarray, theta: np.ndarray) -> None:
-        """A model trained with weights [k]. The bounds are valid however well it has converged."""
+        """A model trained with weights [k]. The bounds are valid however well it has converged; one that is not finite
+        is left out."""
         self._shape = theta.shape
         model = self._model(theta.ravel())
+        if not np.isfinite([model.error, model.gradients.sum(), model.slope.sum()]).all():
+            return
         self.upper_bound = min(self.upper_bound, model.error)
+        self._open, self._aside, self._aim = [*self._open, *self._aside], [], self.target
+        heapq.heapify(self._open)
         if self._weights and self._distance(weights).min() < _SAME:
             self._models[int(self._distance(weights).argmin())] = model
         else:
@@ -156,25 +162,33 @@ class BallCertificate:
         """Tighten the bound with at most so many more gradient evaluations. Returns the weights [k] to train with next
         where only another trained model can help; None when the target is reached, or what the trained models are good
         for, or the evaluations are used up."""
-        if not self.moduli.any():
+        if not self.moduli.any() or not self._models:
             return None
         most = self.evaluations + evaluations
-        if not self._open and self._settled == np.inf:
+        if not self._open and not self._aside and self._settled == np.inf:
             self._open.append(self._cell(self.problem.space.low, self.problem.space.high))
-        while self._open and self.evaluations < most:
+        while self.evaluations < most:
+            if not self._open:
+                if all(cell.bound >= self._goal for cell in self._aside):
+                    return None
+                self._aim = 2 * max(self._aim, 1e-3)
+                self._open, self._aside = self._aside, []
+                heapq.heapify(self._open)
             cell = heapq.heappop(self._open)
-            if cell.bound >= self._goal:
+            if cell.bound >= self._goal and self._aim == self.target:
                 self._settled = min(self._settled, cell.bound)
+            elif cell.bound >= self._goal:
+                self._aside.append(cell)
             elif cell.trained < len(self._models):
                 heapq.heappush(self._open, self._cell(cell.low, cell.high, cell))
-            elif cell.reach < self._goal:
-                heapq.heappush(self._open, cell)
-                if not self._is_rough_near(cell.centre):
-                    return cell.centre
-                self._aim = 2 * max(self._aim, 1e-3)
-            else:
+            elif cell.reach >= self._goal:
                 for low, high in _halves(cell):
                     heapq.heappush(self._open, self._cell(low, high, cell))
+            elif self._is_rough_near(cell.centre):
+                self._aside.append(cell)
+            else:
+                heapq.heappush(self._open, cell)
+                return cell.centre
         return None
 
     def certificate(self) -> Certificate:
@@ -182,9 +196,9 @@ class BallCertificate:
         if not self.moduli.any():
             reason = "no bound: the loss is not known to be strongly convex (no feature penalises all parameters)"
             return Certificate(-np.inf, self.upper_bound, False, reason)
-        if not self._open and self._settled == np.inf:
+        lower = min([self._settled, *(cell.bound for cell in (*self._open, *self._aside))])
+        if lower == np.inf:
             return Certificate(-np.inf, self.upper_bound, False, "no bound: nothing has been refined yet")
-        lower = min([self._settled, *(cell.bound for cell in self._open)])
         means = f"{len(self._models)} trainings, {self.evaluations} gradient evaluations"
         if self._aim > self.target:
             means += "; trainings that converge further could prove more"
@@ -224,15 +238,15 @@ class BallCertificate:
             models.append(parent.model)
         bounds = [self._bound(model, low, high) for model in models]
         best = int(np.argmax(bounds))
-        # where a model was trained already another training there is of no use
-        reach = max(self._bound(model, centre, centre) for model in models) if away.min() >= _SAME else np.inf
+        reach = max(self._bound(model, centre, centre) for model in models)
         return _Cell(bounds[best], low, high, models[best], reach, len(self._models))
 
     def _bound(self, model: _Model, low: np.ndarray, high: np.ndarray) -> float:
         corners = np.array([(1.0, *corner) for corner in itertools.product(*zip(low, high, strict=True))])
         q = corners @ model.gradients / (2.0 * (corners @ self.moduli))[:, None]
         falls = q @ model.slope + np.linalg.norm(model.slope) * np.linalg.norm(q, axis=1)
-        return model.error - float(falls.max())
+        bound = model.error - float(falls.max())
+        return bound if np.isfinite(bound) else -np.inf
 
 
 def _halves(cell: _Cell) -> list[tuple[np.ndarray, np.ndarray]]:

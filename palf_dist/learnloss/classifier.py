@@ -65,7 +65,7 @@ class TuneLossClassifier(ClassifierMixin, BaseEstimator):
         self,
         cv: int | float | Any = 5,
         *,
-        trainings: int = 20,
+        trainings: int = 10,
         groups: Sequence[Any] | Mapping[str, Any] | None = None,
         weights: Iterable[str] | Mapping[str, tuple[float, float]] | None = None,
         max_iter: int = 250,

@@ -79,13 +79,30 @@ class TuneReport:
 def best_of(trainings: list[Training]) -> Best | None:
     """The least mean error over equal weights. Where some weights were trained more than once (retests), single lucky
     trainings do not count: that is the winner's curse."""
+    groups = _by_weights(trainings)
+    tested = [group for group in groups if len(group) > 1] or groups
+    if not tested:
+        return None
+    group = min(tested, key=_mean_error)
+    return Best(group[0].identifier, group[0].weights, _mean_error(group), len(group))
+
+
+def promising(trainings: list[Training]) -> Training | None:
+    """The best single training, where it looks better than whatever was trained more than once."""
+    groups = _by_weights(trainings)
+    singles = [group[0] for group in groups if len(group) == 1]
+    tested = min((_mean_error(group) for group in groups if len(group) > 1), default=np.inf)
+    best = min(singles, key=lambda training: training.error, default=None)
+    return best if best is not None and best.error < tested else None
+
+
+def _by_weights(trainings: list[Training]) -> list[list[Training]]:
     groups: dict[bytes, list[Training]] = {}
     for training in trainings:
         if training.usable:
             groups.setdefault(training.weights.tobytes(), []).append(training)
-    tested = [group for group in groups.values() if len(group) > 1] or list(groups.values())
-    if not tested:
-        return None
-    group = min(tested, key=lambda group: float(np.mean([training.error for training in group])))
-    mean = float(np.mean([training.error for training in group]))
-    return Best(group[0].identifier, group[0].weights, mean, len(group))
+    return list(groups.values())
+
+
+def _mean_error(group: list[Training]) -> float:
+    return float(np.mean([training.error for training in group]))

@@ -103,17 +103,13 @@ def _mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
     )
 
 
-def _mean_sensitivity(outcomes: Sequence[Outcome]) -> Sensitivity:
-    parts = [_sensitivity(outcome) for outcome in outcomes]
+def _mean_sensitivity(outcomes: Sequence[Outcome]) -> Sensitivity | None:
+    parts = [part for outcome in outcomes if (part := outcome.derivatives()) is not None]
+    if len(parts) < len(outcomes):
+        return None
     curvatures = [part.curvature for part in parts if part.curvature is not None]
     return Sensitivity(
         gradient=np.mean([part.gradient for part in parts], axis=0),
         curvature=np.mean(curvatures, axis=0) if len(curvatures) == len(parts) else None,
         cost=sum(part.cost for part in parts),
     )
-
-
-def _sensitivity(outcome: Outcome) -> Sensitivity:
-    given = outcome.sensitivity
-    assert given is not None
-    return given() if callable(given) else given

@@ -23,6 +23,7 @@ class Observations:
         self._values = np.empty((0, 1))  # the features, then the error
         self._trainings = np.empty(0, np.int64)
         self._finals = np.empty(0, bool)
+        self._rows = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self._count
@@ -47,6 +48,11 @@ class Observations:
         """Whether [N] it is the model a training ended with, rather than a snapshot on the way."""
         return self._finals[: self._count]
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Which snapshot [N] of its training each is, those that were dropped counted too."""
+        return self._rows[: self._count]
+
     def add(self, features: ArrayLike, errors: ArrayLike, training: int, final_last: bool) -> int:
         """Add the snapshots of one training: features [n, K], errors [n]; ``final_last`` says that the last one is the
         trained model. Snapshots that are not finite are left out and counted in ``dropped``. Returns how many were
@@ -58,16 +64,18 @@ class Observations:
         added = int(usable.sum())
         self.dropped += len(values) - added
         if added:
-            self._append(values[usable], np.full(added, training), finals[usable])
+            self._append(values[usable], np.full(added, training), finals[usable], np.flatnonzero(usable))
         return added
 
-    def _append(self, values: np.ndarray, trainings: np.ndarray, finals: np.ndarray) -> None:
+    def _append(self, values: np.ndarray, trainings: np.ndarray, finals: np.ndarray, rows: np.ndarray) -> None:
         start, end = self._count, self._count + len(values)
         if end > len(self._values):
             self._values = _longer(self._values[:start], max(64, 2 * end), values.shape[1])
             self._trainings = _longer(self._trainings[:start], len(self._values))
             self._finals = _longer(self._finals[:start], len(self._values))
-        self._values[start:end], self._trainings[start:end], self._finals[start:end] = values, trainings, finals
+            self._rows = _longer(self._rows[:start], len(self._values))
+        self._values[start:end], self._trainings[start:end] = values, trainings
+        self._finals[start:end], self._rows[start:end] = finals, rows
         self._count = end
 
     def state(self) -> dict[str, Any]:
@@ -77,6 +85,7 @@ class Observations:
             "errors": self.errors.tolist(),
             "trainings": self.trainings.tolist(),
             "finals": self.finals.tolist(),
+            "rows": self.rows.tolist(),
             "dropped": self.dropped,
         }
 
@@ -86,7 +95,8 @@ class Observations:
         observations = cls()
         if state["errors"]:
             values = np.column_stack([np.array(state["features"], float), np.array(state["errors"], float)])
-            observations._append(values, np.array(state["trainings"], np.int64), np.array(state["finals"], bool))
+            trainings, rows = (np.array(state[name], np.int64) for name in ("trainings", "rows"))
+            observations._append(values, trainings, np.array(state["finals"], bool), rows)
         observations.dropped = int(state["dropped"])
         return observations
 

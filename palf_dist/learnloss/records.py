@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ class Outcome:
 
     features: np.ndarray  # [n, K] phi of each snapshot, the reference first; the last row is the trained model
     errors: np.ndarray  # [n] validation error e of each; the last is the trained model's
-    sensitivity: Sensitivity | Callable[[], Sensitivity] | None = None  # a callable is called only where it is of use
+    sensitivity: Sensitivity | Callable[[], Sensitivity | None] | None = None  # a callable only runs where it is of use
     cost: int = 0  # gradient evaluations of the training
     models: Sequence[np.ndarray] | None = None  # parameters of each snapshot, where the problem gives them
 
@@ -36,6 +36,15 @@ class Outcome:
     def error(self) -> float:
         """e of the trained model; NaN or infinite when the training failed."""
         return float(self.errors[-1])
+
+    def derivatives(self) -> Sensitivity | None:
+        """The sensitivity, computed now where it was left for later. Derivatives that are not finite are left out."""
+        found = self.sensitivity() if callable(self.sensitivity) else self.sensitivity
+        if found is None or not np.isfinite(found.gradient).all():
+            return None
+        if found.curvature is not None and not np.isfinite(found.curvature).all():
+            return replace(found, curvature=None)
+        return found
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,11 @@ class WeightSpace:
 
     @classmethod
     def of(cls, ranges: Mapping[str, Sequence[float]], reference: str) -> WeightSpace:
-        """From ``{name: (low, high)}``."""
+        """From ``{name: (low, high)}``. Raises ConfigError for what is no such pair of numbers."""
+        for name, pair in ranges.items():
+            numbers = isinstance(pair, Sequence | np.ndarray) and len(pair) == 2
+            if not numbers or not all(isinstance(bound, float | int | np.number) for bound in pair):
+                raise ConfigError(f"weights.{name}: {pair!r} given; needs a pair of numbers (low, high)")
         low, high = zip(*ranges.values(), strict=True) if ranges else ((), ())
         return cls(reference, tuple(ranges), np.array(low), np.array(high))
 

@@ -1,7 +1,4 @@
-"""One step of the loss weights by implicit differentiation: a trust region in u = log lambda.
-
-With curvature the model is the implicit Gauss-Newton one (IGN), without it the hypergradient alone (HOAG).
-"""
+"""One step of the loss weights by implicit Gauss-Newton (IGN): a trust region in u = log lambda."""
 
 from __future__ import annotations
 
@@ -27,12 +24,12 @@ class Step:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """e(u + s) ~ error + slope . s + s . bend s / 2 around u = log lambda; without ``bend`` linear."""
+    """e(u + s) ~ error + slope . s + s . bend s / 2 around u = log lambda."""
 
     u: np.ndarray  # [k]
     error: float
     slope: np.ndarray  # [k] d e / d u
-    bend: np.ndarray | None  # [k, k]
+    bend: np.ndarray  # [k, k]
 
     @classmethod
     def of(cls, u: np.ndarray, error: float, sensitivity: Sensitivity) -> LocalModel:
@@ -41,10 +38,9 @@ class LocalModel:
         d2e / du2 = lambda_i lambda_j d2e / dlambda_i dlambda_j + [i = j] d e / d u_i; of the second part only what
         keeps the model convex is taken.
         """
+        assert sensitivity.curvature is not None
         weights = np.exp(u)
         slope = sensitivity.gradient * weights
-        if sensitivity.curvature is None:
-            return cls(u, error, slope, None)
         bend = sensitivity.curvature * np.outer(weights, weights) + np.diag(np.maximum(slope, 0))
         return cls(u, error, slope, bend)
 
@@ -52,20 +48,14 @@ class LocalModel:
         """The best point of the model within ``radius`` (largest coordinate) and the box."""
         low = np.maximum(space.log_low - self.u, -radius)
         high = np.minimum(space.log_high - self.u, radius)
-        s = self._linear_step(low, high, radius) if self.bend is None else self._quadratic_step(low, high)
+        s = self._minimiser(low, high)
         return Step(space.clip(self.u + s), -self.change(s))
 
     def change(self, s: np.ndarray) -> float:
         """Of the error, as the model sees it."""
-        return float(self.slope @ s + (0.0 if self.bend is None else 0.5 * s @ self.bend @ s))
+        return float(self.slope @ s + 0.5 * s @ self.bend @ s)
 
-    def _linear_step(self, low: np.ndarray, high: np.ndarray, radius: float) -> np.ndarray:
-        blocked = ((low >= -1e-9) & (self.slope > 0)) | ((high <= 1e-9) & (self.slope < 0))
-        free = np.where(blocked, 0.0, self.slope)
-        return np.clip(-radius * free / (np.linalg.norm(free) + 1e-300), low, high)
-
-    def _quadratic_step(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        assert self.bend is not None
+    def _minimiser(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         ridge = 1e-6 * np.trace(self.bend) / len(self.bend) + 1e-12
         values, vectors = np.linalg.eigh(self.bend + ridge * np.eye(len(self.bend)))
         roots = np.sqrt(np.maximum(values, 1e-10))

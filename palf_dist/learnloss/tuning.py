@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from palf_dist.learnloss.history import Best, BestSnapshot, Training, TuneReport, best_of
+from palf_dist.errors import ConfigError
+from palf_dist.learnloss.history import Best, BestSnapshot, Training, TuneReport, best_of, promising
 from palf_dist.learnloss.learn_loss import LearnLoss, choose_weights
 from palf_dist.learnloss.observations import Observations
 from palf_dist.learnloss.records import Choose, Outcome, Problem, Proposal, Sensitivity
@@ -24,7 +25,7 @@ EXPLORE_EVERY = 4  # of the proposals one explores, whatever the models say
 CHOICES: tuple[Literal["slack", "margin", "nnls"], ...] = ("margin", "slack", "nnls")
 PATIENCE = 3  # proposals of LearnLoss in a row without gain, until the surrogate takes over
 TOO_CLOSE = 0.05  # log units: a training there would say nothing new
-SMALLEST_GAIN = 0.01  # of the range of errors seen: a local step that promises less is left to the surrogate
+SMALLEST_GAIN, SMALLEST_STEP_GAIN = 1e-2, 1e-3  # of the range of errors seen: what gains less has come to its end
 ENOUGH = 4  # finals before the surrogate is asked
 FIRST_RADIUS, RADIUS_ON_THE_FLY = 2.0, 1.0
 
@@ -45,7 +46,8 @@ class TuneLoss:
         self.space, self.seed, self.on_the_fly, self.noisy = space, seed, on_the_fly, noisy
         self.trainings: list[Training] = []  # in the order in which they were told
         self.observations = Observations()
-        self._pending: dict[int, Proposal] = {}
+        self._pending: dict[int, Proposal] = {}  # asked, not told
+        self._abandoned: set[int] = set()  # those of them that are not in flight
         self._asked = 0
         self._radius = RADIUS_ON_THE_FLY if on_the_fly else FIRST_RADIUS
         self._choice = self._fruitless = 0
@@ -55,8 +57,12 @@ class TuneLoss:
     def ask(self) -> Proposal:
         """Weights to train with next. Never raises and never ends: the caller decides how many trainings there are."""
         identifier, self._asked = self._asked, self._asked + 1
-        u, kind, predicted = self._propose(identifier, random_generator("tune loss", self.seed, identifier))
-        proposal = Proposal(identifier, self.space.weights(u), kind, predicted)
+        again = self._to_retest(identifier)
+        if again is not None:
+            proposal = Proposal(identifier, again.weights, "retest")
+        else:
+            u, kind, predicted = self._propose(identifier, random_generator("tune loss", self.seed, identifier))
+            proposal = Proposal(identifier, self.space.weights(u), kind, predicted)
         self._pending[identifier] = proposal
         return proposal
 
@@ -68,14 +74,18 @@ class TuneLoss:
         Args:
             weights: [k] those really used, where they are not the proposal's (on the fly).
             complete: False when the training was ended early: its snapshots count, but its last one is no final.
+
+        Raises:
+            ConfigError: the outcome does not have the shapes of this space.
         """
-        proposal = self._pending.pop(identifier, None)
-        if proposal is None:
+        if identifier not in self._pending:
             return
-        before = self.best
+        self._check(outcome)
+        proposal, before = self._pending.pop(identifier), self.best
+        self._abandoned.discard(identifier)
         finite = bool(np.isfinite(outcome.error))
         self.observations.add(outcome.features, outcome.errors, identifier, complete and finite)
-        sensitivity = self._sensitivity(outcome) if complete and finite else None
+        sensitivity = outcome.derivatives() if complete and finite else None
         self.trainings.append(
             Training(
                 identifier,
@@ -92,8 +102,8 @@ class TuneLoss:
         self._learn_from(proposal, outcome.error, before)
 
     def abandon(self, identifier: int) -> None:
-        """This proposal will never be told."""
-        self._pending.pop(identifier, None)
+        """This proposal is not in flight any more: do not count on its being told."""
+        self._abandoned.add(identifier)
 
     @property
     def best(self) -> Best | None:
@@ -107,8 +117,7 @@ class TuneLoss:
         if not len(errors):
             return None
         index = int(errors.argmin())
-        training = int(self.observations.trainings[index])
-        row = index - int(np.flatnonzero(self.observations.trainings == training)[0])
+        training, row = int(self.observations.trainings[index]), int(self.observations.rows[index])
         return BestSnapshot(training, row, float(errors[index]))
 
     def report(self) -> TuneReport:
@@ -127,6 +136,7 @@ class TuneLoss:
     def state(self) -> dict[str, Any]:
         """All of it as JSON values; ``from_state`` goes on exactly."""
         return {
+            "names": list(self.space.names),
             "seed": self.seed,
             "on_the_fly": self.on_the_fly,
             "noisy": self.noisy,
@@ -135,6 +145,7 @@ class TuneLoss:
                 {"identifier": p.identifier, "weights": p.weights.tolist(), "kind": p.kind, "predicted": p.predicted}
                 for p in self._pending.values()
             ],
+            "abandoned": sorted(self._abandoned),
             "trainings": [training.state() for training in self.trainings],
             "observations": self.observations.state(),
             "radius": self._radius,
@@ -145,12 +156,17 @@ class TuneLoss:
 
     @classmethod
     def from_state(cls, space: WeightSpace, state: Mapping[str, Any]) -> TuneLoss:
-        """What ``state`` returned, for the same space."""
+        """What ``state`` returned, for the same space. Raises ConfigError for another one."""
+        if list(space.names) != state["names"]:
+            raise ConfigError(
+                f"space: names {', '.join(space.names)}; the saved search has {', '.join(state['names'])}"
+            )
         search = cls(space, seed=state["seed"], on_the_fly=state["on_the_fly"], noisy=state["noisy"])
         search._asked = state["asked"]
         for item in state["pending"]:
             proposal = Proposal(**{**item, "weights": np.array(item["weights"], float)})
             search._pending[proposal.identifier] = proposal
+        search._abandoned = set(state["abandoned"])
         search.trainings = [Training.from_state(item) for item in state["trainings"]]
         search.observations = Observations.from_state(state["observations"])
         search._radius, search._choice = state["radius"], state["choice"]
@@ -163,22 +179,30 @@ class TuneLoss:
         """u [k], the kind of the proposal and the error that its model predicts."""
         if identifier == 0:
             return self.space.centre, "on_the_fly" if self.on_the_fly else "start", None
-        best = self.best
-        if best is None:
-            return self.space.sample(generator, 1)[0], "explore", None
-        if self.noisy and best.trainings == 1 and identifier % EXPLORE_EVERY == 2:
-            return np.log(best.weights), "retest", None
         points = self._points()
         for propose in self._strategies(identifier):
             found = propose(points, generator)
             if found is not None and self._distance(found[0], points) > TOO_CLOSE:
                 return found
-        return self._explore(points, generator)
+        return self._restart(points, generator)
+
+    def _to_retest(self, identifier: int) -> Training | None:
+        """Whose weights to train once more, where trainings are noisy and it is time for that."""
+        if not self.noisy or identifier % EXPLORE_EVERY != 2:
+            return None
+        found = promising(self.trainings)
+        flying = {proposal.weights.tobytes() for proposal in self._in_flight()}
+        return None if found is None or found.weights.tobytes() in flying else found
+
+    def _in_flight(self) -> list[Proposal]:
+        return [proposal for proposal in self._pending.values() if proposal.identifier not in self._abandoned]
 
     def _strategies(self, identifier: int) -> list[Strategy]:
         """What to try in turn; the first that leads away from the trainings so far wins. One proposal in EXPLORE_EVERY
         is the surrogate's, which weighs the unknown: LearnLoss can trap itself among its observations, and the local
         model sees only its own valley."""
+        if self.best is None:
+            return [self._by_learn_loss]
         explores = identifier % EXPLORE_EVERY == EXPLORE_EVERY - 1
         if any(training.slope is not None for training in self.trainings):
             return [self._by_surrogate] if explores else [self._by_local_model, self._by_surrogate]
@@ -194,7 +218,7 @@ class TuneLoss:
             return None
         model = LocalModel.of(np.log(training.weights), training.error, Sensitivity(training.slope, training.curvature))
         step = model.step(self.space, self._radius)
-        worthwhile = SMALLEST_GAIN * float(np.ptp(points.errors))
+        worthwhile = SMALLEST_STEP_GAIN * float(np.ptp(points.errors))
         if np.abs(step.u - model.u).max() < SMALLEST_STEP or step.gain < worthwhile:
             return None
         return step.u, "model", training.error - step.gain
@@ -219,33 +243,39 @@ class TuneLoss:
                 return u, "learn_loss", None
         return None
 
-    def _explore(self, points: Points, generator: np.random.Generator) -> Found:
-        """Anywhere in the box, or at a distance from the best."""
-        if generator.random() < 0.5:
-            return self.space.sample(generator, 1)[0], "explore", None
+    def _restart(self, points: Points, generator: np.random.Generator) -> Found:
+        """All have converged: anywhere in the box, or at a distance from the best."""
+        if generator.random() < 0.5 or self.best is None:
+            return self.space.sample(generator, 1)[0], "restart", None
         near = points.u[points.errors.argmin()] + generator.normal(size=self.space.size)
-        return self.space.clip(near), "explore", None
+        return self.space.clip(near), "restart", None
 
     def _points(self) -> Points:
         """The finals; failed trainings count like the worst of them, those in flight like the median."""
         usable = [training for training in self.trainings if training.usable]
         failed = [training for training in self.trainings if training.complete and not training.usable]
         errors = np.array([training.error for training in usable])
-        rows = [training.weights for training in usable + failed] + [p.weights for p in self._pending.values()]
-        values = [*errors, *[errors.max()] * len(failed), *[float(np.median(errors))] * len(self._pending)]
+        flying = self._in_flight()
+        rows = [training.weights for training in usable + failed] + [proposal.weights for proposal in flying]
+        worst, median = (float(errors.max()), float(np.median(errors))) if usable else (0.0, 0.0)
+        values = [*errors, *[worst] * len(failed), *[median] * len(flying)]
         slopes = np.full((len(rows), self.space.size), np.nan)
         for row, training in zip(slopes, usable, strict=False):
             if training.slope is not None:
                 row[:] = training.slope * training.weights
-        return Points(np.log(rows), np.array(values), slopes)
+        return Points(np.log(np.reshape(rows, slopes.shape)), np.array(values), slopes)
 
     def _distance(self, u: np.ndarray, points: Points) -> float:
         """To the nearest training, in log units of the coordinate that differs most."""
-        return float(np.abs(points.u - u).max(1).min())
+        return float(np.abs(points.u - u).max(1).min(initial=np.inf))
 
-    def _sensitivity(self, outcome: Outcome) -> Sensitivity | None:
-        given = outcome.sensitivity
-        return given() if callable(given) else given
+    def _check(self, outcome: Outcome) -> None:
+        rows, size = len(outcome.errors), self.space.size + 1
+        if not rows or np.shape(outcome.features) != (rows, size):
+            raise ConfigError(
+                f"outcome.features: shape {np.shape(outcome.features)} with {rows} errors; needs [n, {size}] for the "
+                f"features ({', '.join((self.space.reference, *self.space.names))}) and at least one snapshot"
+            )
 
     def _learn_from(self, proposal: Proposal, error: float, before: Best | None) -> None:
         """Adapt the radius and the patience to what the proposal brought."""
@@ -253,7 +283,8 @@ class TuneLoss:
             return
         gain = before.error - error if np.isfinite(error) else -np.inf
         if proposal.kind == "learn_loss":
-            self._fruitless = 0 if gain > 5e-3 * abs(before.error) else self._fruitless + 1
+            errors = [training.error for training in self.trainings if training.usable]
+            self._fruitless = 0 if gain > SMALLEST_GAIN * np.ptp(errors) else self._fruitless + 1
         if proposal.kind == "model" and proposal.predicted is not None:
             ratio = gain / max(before.error - proposal.predicted, 1e-12)
             if ratio > 0.5:

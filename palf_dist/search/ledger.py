@@ -68,14 +68,15 @@ class Ledger:
     """The state of a search. Every change is appended to the file, and reading the file again gives the same state."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Read the ledger of a run directory, a new or an earlier one. Nothing is written before the first change."""
+        """Read the ledger of a run directory, or begin it. What is in it stays as it is until the first change."""
         self.trials: dict[int, TrialRecord] = {}
         self.moves: list[tuple[str, TrialRecord]] = []  # "created" and endings, in the order in which they came
         self.history: list[Heard] = []
         self._reporting: set[int] = set()  # trials that have reported
         self._path = run_dir / LEDGER
         self._file: BinaryIO | None = None
-        data = self._path.read_bytes() if self._path.exists() else b""
+        self._path.touch()
+        data = self._path.read_bytes()
         self._began, self._seconds_before = time.monotonic(), 0.0
         for line in json_lines(data):
             self._apply(line)

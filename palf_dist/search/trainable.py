@@ -48,8 +48,8 @@ class TrialProcess(Trainable):
         self._begin(config)
 
     def step(self) -> dict[str, Any]:
-        """The next report; ``done`` with the last one (a trial whose error is no number has failed), or alone where there
-        is none to come."""
+        """The next report; ``done`` with the last one, or alone where there is none to come. A trial whose error is no
+        number has failed."""
         try:
             if self._reports is None:
                 start = self._start / _CONTENT

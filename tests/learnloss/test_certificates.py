@@ -19,7 +19,7 @@ class Ridge:
     def __init__(self, seed: int, size: int = 1, high: float = 100.0, parameters: int = 4) -> None:
         generator = random_generator("ridge", seed)
         factors = generator.normal(size=(3, parameters, parameters)) / np.sqrt(parameters)
-        factors[:, -1] = 0.0  # phi_0 and e are convex, not strongly
+        factors[:, 1:, -1] = 0.0  # phi_0 and e are convex, not strongly, where there is more than one parameter
         squares = factors.transpose(0, 2, 1) @ factors
         self.error_hessian = squares[0]
         self.hessians = np.stack([squares[1], np.eye(parameters), squares[2]])[: size + 1]
@@ -42,7 +42,7 @@ class Ridge:
         return np.einsum("kpq,kq->kp", self.hessians, theta - self.targets)[1:]
 
     def error(self, theta: np.ndarray) -> float:
-        return float(0.5 * (theta - self.target) @ self.error_hessian @ (theta - self.target)) - 1.0
+        return float(0.5 * (theta - self.target) @ self.error_hessian @ (theta - self.target)) - 5.0
 
     def error_gradient(self, theta: np.ndarray) -> np.ndarray:
         return self.error_hessian @ (theta - self.target)
@@ -69,20 +69,29 @@ def wine(rows: int = 89) -> SoftmaxRegression:
     )
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), size=st.integers(1, 2), rough=st.floats(0, 1), evaluations=st.integers(1, 60))
-def test_the_bound_holds_whatever_the_models(seed: int, size: int, rough: float, evaluations: int) -> None:
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 2),
+    parameters=st.sampled_from([1, 1, 4]),
+    models=st.integers(1, 4),
+    rough=st.sampled_from([0.0, 0.1, 1.0]),
+    evaluations=st.integers(1, 60),
+)
+def test_the_bound_holds_whatever_the_models(
+    seed: int, size: int, parameters: int, models: int, rough: float, evaluations: int
+) -> None:
     """With models that are badly trained, or not at all for these weights, it is loose; it is never wrong."""
-    problem, generator = Ridge(seed, size), random_generator("rough", seed)
+    problem, generator = Ridge(seed, size, parameters=parameters), random_generator("rough", seed)
     ball = BallCertificate(problem, problem.moduli, target=0.0)
-    for u in problem.space.sample(generator, 4):
+    for u in problem.space.sample(generator, models):
         weights = problem.space.weights(u)
-        ball.add(weights, problem.fit(weights) + rough * generator.normal(size=4))
+        ball.add(weights, problem.fit(weights) + rough * generator.normal(size=parameters))
     ball.refine(evaluations)
     assert ball.certificate().lower_bound <= problem.least_error(points=60 // size**2) + 1e-9
 
 
-@pytest.mark.parametrize(("size", "high", "target"), [(1, 1e3, 0.01), (2, 2.0, 0.2)])
+@pytest.mark.parametrize(("size", "high", "target"), [(1, 1e3, 0.01), (2, 2.0, 0.05)])
 @pytest.mark.parametrize("seed", range(3))
 def test_it_closes_on_a_quadratic_problem(size: int, high: float, target: float, seed: int) -> None:
     """One weight over 6 decades, or two over narrow ranges."""
@@ -120,6 +129,25 @@ def test_trainings_that_did_not_converge_are_named_as_the_reason() -> None:
     certificate = certify(problem, np.array([0.0, 1.0]), trainings=60, target=0.01)
     assert not certificate.closed
     assert "converge further" in certificate.reason
+
+
+def test_a_gap_of_0_is_not_looked_for_for_ever() -> None:
+    """No certificate closes exactly: it ends with what the trained models are good for."""
+    problem = Ridge(0)
+    certificate = certify(problem, problem.moduli, trainings=10, target=0.0, evaluations=10**6)
+    assert not certificate.closed
+    assert certificate.gap <= 0.01 * abs(certificate.upper_bound)
+
+
+def test_a_diverged_training_is_left_out() -> None:
+    problem = Ridge(0)
+    ball = BallCertificate(problem, problem.moduli)
+    ball.add(np.ones(1), np.full(4, np.nan))
+    assert ball.refine() is None
+    assert ball.certificate().lower_bound == -np.inf
+    ball.add(np.ones(1), problem.fit(np.ones(1)))
+    assert np.isfinite(ball.upper_bound)
+    assert ball.refine() is not None
 
 
 def test_without_strong_convexity_there_is_no_bound() -> None:

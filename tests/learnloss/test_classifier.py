@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.sparse import csr_array
-from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -27,7 +26,7 @@ def quick(**parameters: object) -> TuneLossClassifier:
     return TuneLossClassifier(**{"cv": 0.3, "trainings": 2, "random_state": 0, **parameters})
 
 
-@parametrize_with_checks([TuneLossClassifier(cv=0.25, trainings=2, max_iter=20)])
+@parametrize_with_checks([TuneLossClassifier(cv=0.25, trainings=2, weights=("l1", "l2"), max_iter=20)])
 def test_scikit_learn_takes_it_for_an_estimator(
     estimator: TuneLossClassifier, check: Callable[[TuneLossClassifier], None]
 ) -> None:
@@ -36,10 +35,9 @@ def test_scikit_learn_takes_it_for_an_estimator(
 
 def test_importing_it_needs_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, palf_dist.learnloss.tune_loss as module\n"
+        "import sys\n"
         "from palf_dist.learnloss import LearnLoss, TuneLoss, WeightSpace, tune_loss\n"
-        "assert callable(tune_loss) and module.tune_loss is tune_loss\n"
-        "assert 'sklearn' not in sys.modules\n"
+        "assert callable(tune_loss) and 'sklearn' not in sys.modules\n"
         "from palf_dist.learnloss import TuneLossClassifier\n"
         "assert not {'torch', 'ray', 'mlflow', 'optuna'} & set(sys.modules)\n"
         "import palf_dist.learnloss as package\n"
@@ -110,42 +108,46 @@ def test_tuning_beats_the_ends_of_the_range() -> None:
 
 def test_units_of_the_columns_do_not_matter() -> None:
     units, shift = np.array([1e3, 1e-3, 1.0, 10.0]), np.array([5.0, 0.0, -3.0, 1e3])
-    first, second = quick().fit(X, Y), quick().fit(X * units + shift, Y)
-    np.testing.assert_allclose(second.predict_proba(X * units + shift), first.predict_proba(X), atol=1e-3)
-    np.testing.assert_allclose(second.coef_ * units, first.coef_, rtol=2e-2, atol=1e-2)
+    model = quick(weights={"l2": (0.01, 0.0100001)}, trainings=1)
+    coefficients = model.fit(X, Y).coef_
+    probabilities = model.predict_proba(X)
+    model.fit(X * units + shift, Y)
+    np.testing.assert_allclose(model.predict_proba(X * units + shift), probabilities, atol=1e-3)
+    np.testing.assert_allclose(model.coef_ * units, coefficients, rtol=1e-2, atol=1e-3)
 
 
 def test_a_random_state_gives_the_same_again() -> None:
-    first, again, other = (quick(random_state=state).fit(X, Y) for state in (0, 0, 1))
+    first, again, other = (quick(weights=["l2"], random_state=state).fit(X, Y) for state in (0, 0, 1))
     np.testing.assert_array_equal(first.coef_, again.coef_)
     assert (first.coef_ != other.coef_).any()
 
 
 def test_groups_have_weights_of_their_own() -> None:
-    ids = quick(groups=["sepal", "sepal", "petal", "petal"]).fit(X, Y)
-    assert {"l2_sepal", "l2_petal"} < set(ids.best_weights_)
+    parameters = {"weights": {"l2": (0.01, 0.02)}, "trainings": 1}
+    ids = quick(groups=["sepal", "sepal", "petal", "petal"], **parameters).fit(X, Y)
+    assert set(ids.best_weights_) == {"l2_sepal", "l2_petal"}
     frame = pd.DataFrame(X, columns=["a", "b", "c", "d"])
     by_name = {"sepal": ["a", "b"], "petal": ["c", "d"]}
     for groups in ({"sepal": [0, 1], "petal": [2, 3]}, {"sepal": [True, True, False, False], "petal": [2, 3]}, by_name):
-        model = quick(groups=groups).fit(frame, Y)
+        model = quick(groups=groups, **parameters).fit(frame, Y)
         np.testing.assert_allclose(model.coef_, ids.coef_, rtol=1e-2, atol=1e-2)
         assert model.feature_names_in_.tolist() == ["a", "b", "c", "d"]
-    strong = quick(groups={"petal": [2, 3]}, weights={"l2_petal": (50.0, 100.0)}).fit(X, Y)
-    share = np.abs(strong.coef_ * X.std(0)).max(0)
-    assert share[2:].max() < 0.1 < share[:2].max()
+    strong = quick(groups={"petal": [2, 3]}, weights={"l2_petal": (50.0, 100.0)}, trainings=1).fit(X, Y)
+    size = np.abs(strong.coef_ * X.std(0)).max(0)
+    assert size[2:].max() < 0.1 < size[:2].max()
 
 
 def test_rare_classes_are_no_obstacle() -> None:
     labels = np.r_[Y[:149], 7]  # one row of its class
     labels[:2] = 9  # two rows
     for cv in (5, 0.2):
-        model = quick(cv=cv).fit(X, labels)
+        model = quick(cv=cv, trainings=1).fit(X, labels)
         assert model.classes_.tolist() == [0, 1, 2, 7, 9]
         assert np.isfinite(model.predict_proba(X)).all()
         assert model.validation_error_ < 1
     with pytest.raises(ValueError, match="3 rows are too few"):
         quick(cv=3).fit(X[:3], [0, 1, 2])
-    with pytest.raises(ValueError, match="one class only, np.int64"):
+    with pytest.raises(ValueError, match="one class only"):
         quick().fit(X, np.zeros(len(X), int))
 
 
@@ -155,9 +157,8 @@ def test_rare_classes_are_no_obstacle() -> None:
     ids=["int", "share", "splitter", "rows"],
 )
 def test_validation_rows_come_from_where_they_are_told_to(cv: object) -> None:
-    model = quick(cv=cv, trainings=1).fit(X, Y)
+    model = quick(cv=cv, trainings=1, weights=["l2"]).fit(X, Y)
     assert model.score(X, Y) > 0.9
-    assert clone(model).cv is not None
 
 
 @pytest.mark.parametrize(

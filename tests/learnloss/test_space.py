@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -33,10 +35,13 @@ def test_centre_and_samples() -> None:
         ({"ce": (0.1, 1.0)}, "ce", "named twice"),
         ({"a": (0.0, 1.0)}, "ce", "weights.a"),
         ({"a": (2.0, 1.0)}, "ce", "weights.a"),
+        ({"a": (1.0, 2.0, 3.0)}, "ce", "weights.a: .* needs a pair"),
+        ({"a": ("1", 2.0)}, "ce", "weights.a: .* needs a pair"),
+        ({"a": 3.0}, "ce", "weights.a: .* needs a pair"),
         ({"a": (1.0, float("inf"))}, "ce", "weights.a"),
         ({"a": (float("nan"), 1.0)}, "ce", "weights.a"),
     ],
 )
-def test_mistakes_name_the_weight(ranges: dict[str, tuple[float, float]], reference: str, message: str) -> None:
+def test_mistakes_name_the_weight(ranges: dict[str, Any], reference: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         WeightSpace.of(ranges, reference)

@@ -38,7 +38,7 @@ def train_once(config: dict[str, Any]) -> None:
 
 
 def train_in_steps(config: dict[str, Any]) -> None:
-    """Snapshots on a path to the trained model, each with a checkpoint; the file ``pace`` has the seconds between them."""
+    """Snapshots on a path to the trained model, each with a checkpoint; the file ``pace`` has the seconds between."""
     checkpoint, start = tune.get_checkpoint(), 0
     if checkpoint:
         with checkpoint.as_directory() as folder:

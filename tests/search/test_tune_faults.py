@@ -1,18 +1,16 @@
-"""Searches that are killed or interrupted for real, and what is left of them."""
+"""A search that is killed for real, again and again, and what is left of it each time."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +21,7 @@ from palf_dist.search.anytime import ANYTIME, read_best
 from palf_dist.search.ledger import LEDGER, Ledger
 from tests.search.quadratic import WORK
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(palf_dist.__file__).parent.parent
 TRIALS, STEPS, DELAY = 6, 4, 0.1
@@ -102,15 +100,15 @@ def wait(process: subprocess.Popen[str], watch: Watch, lines: int) -> bool:
         if process.poll() is not None:
             return False
         assert time.monotonic() < end, "the search does not go on"
-        time.sleep(0.02)
+        time.sleep(0.1)
     return True
 
 
 def test_a_search_that_is_killed_until_it_is_done(drive: Drive, tmp_path: Path) -> None:
     watch, generator = Watch(tmp_path / "run"), random_generator("kill")
     process, kills = drive("new"), 0
-    while wait(process, watch, watch.lines + int(generator.integers(3, 14))):
-        time.sleep(generator.uniform(0.0, DELAY))
+    while wait(process, watch, watch.lines + int(generator.integers(6, 18))):
+        time.sleep(generator.uniform(0.0, 2 * DELAY))
         process.kill()
         process.communicate()
         kills += 1
@@ -133,20 +131,3 @@ def test_a_search_that_is_killed_until_it_is_done(drive: Drive, tmp_path: Path) 
     assert result["trials"] == {"finished": TRIALS, "stopped": 0, "failed": 0, "unfinished": 0}
     heard = [(item.trial, item.step) for item in ledger.history]
     assert len(heard) == len(set(heard)) == TRIALS * STEPS == pq.read_table(tmp_path / "run" / ANYTIME).num_rows
-
-
-def test_ctrl_c_ends_with_everything_saved(drive: Drive, tmp_path: Path) -> None:
-    watch = Watch(tmp_path / "run")
-    process = drive("new")
-    assert wait(process, watch, 5)
-    children = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-    result = json.loads(output)
-    assert result["interrupted"] and result["trials"]["unfinished"] >= 1
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
-    ledger = watch.look_at_trials()
-    assert sum(trial.ending is None for trial in ledger.trials.values()) == result["trials"]["unfinished"]
-    assert "SIGINT" in errors and "Traceback" not in errors

@@ -9,7 +9,6 @@ import numpy as np
 
 from palf_dist.errors import ConfigError
 from palf_dist.learnloss.certificates import BallCertificate, Certificate
-from palf_dist.learnloss.records import Sensitivity
 from palf_dist.learnloss.softmax import LabelledRows, SoftmaxRegression
 from palf_dist.learnloss.tuning import learn_on_the_fly
 from palf_dist.search.targets.config import L2_PARTS, LossWeightsConfig, SoftmaxConfig
@@ -63,8 +62,8 @@ class SoftmaxTrainer:
             details: dict[str, Any] = {"weights": used.tolist()} if on_the_fly else {}
             cost, last = None, bool(index == count - 1)
             if last:
-                sensitivity = outcome.sensitivity() if callable(outcome.sensitivity) else outcome.sensitivity
-                assert isinstance(sensitivity, Sensitivity) and sensitivity.curvature is not None
+                sensitivity = outcome.derivatives()
+                assert sensitivity is not None and sensitivity.curvature is not None
                 details |= {"gradient": sensitivity.gradient.tolist(), "curvature": sensitivity.curvature.tolist()}
                 cost = float(outcome.cost + sensitivity.cost)
             model = {COEFFICIENTS: models[index]}
