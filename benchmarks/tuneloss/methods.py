@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,7 @@ class Trial:
     error: float  # of the trained model
     cost: int  # gradient evaluations, of the training and of its sensitivity where that was asked for
     kind: str  # why these weights
+    snapshots: int = 1  # models whose validation error was looked at
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def run_optuna(
 
 
 def run_hoag(problem: Problem, trainings: int, seed: int) -> list[Trial]:
-    """Projected hypergradient descent in log lambda with the step-size rule of Pedregosa (2016) and his code: the first
+    """Projected hypergradient descent in log lambda, after the step-size rule of Pedregosa (2016): the first
     step has length 1 / k; 1 / L grows by 5 % while e falls as the model says and halves when e rises.
 
     Other than there each training is solved to the same accuracy from the same start, as with all methods here: warm
@@ -97,7 +100,8 @@ def run_hoag(problem: Problem, trainings: int, seed: int) -> list[Trial]:
 def run_tune_loss(on_the_fly: bool, problem: Problem, trainings: int, seed: int) -> list[Trial]:
     """TuneLoss with what the problem offers."""
     tuned = tune_loss(problem, trainings, seed=seed, on_the_fly=on_the_fly)
-    return [Trial(item.weights, item.error, item.cost, item.kind) for item in tuned.trainings]
+    looks = Counter(tuned.observations.trainings.tolist())
+    return [Trial(t.weights, t.error, t.cost, t.kind, max(looks[t.identifier], 1)) for t in tuned.trainings]
 
 
 def _train(problem: Problem, weights: np.ndarray, kind: str) -> Trial:
@@ -106,7 +110,8 @@ def _train(problem: Problem, weights: np.ndarray, kind: str) -> Trial:
 
 
 def _gp(seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.GPSampler(seed=seed)
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
 
 
 def _tpe(seed: int) -> optuna.samplers.BaseSampler:

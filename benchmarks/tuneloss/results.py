@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         "training": pa.int64(),
         "error": pa.float64(),
         "cost": pa.int64(),
+        "snapshots": pa.int64(),
         "kind": pa.string(),
         "weights": pa.list_(pa.float64()),
         "seconds": pa.float64(),
@@ -103,7 +104,19 @@ def load_curve(run: Run, folder: Path) -> Curve:
     """The kept result of a run that is done, cut to its budget."""
     table = pq.read_table(run.path(folder))[: run.budget]
     errors = np.minimum.accumulate(_finite(table["error"]))
-    return Curve(run.problem, run.seed, run.method, errors, np.cumsum(table["cost"].to_numpy()))
+    costs = table["cost"].to_numpy() + _looks(run, table)
+    return Curve(run.problem, run.seed, run.method, errors, np.cumsum(costs))
+
+
+def _looks(run: Run, table: pa.Table) -> np.ndarray:
+    """Gradient evaluations [n] that a method's looks at validation rows are worth: a forward pass is a third of one, and
+    there are more rows to validate than to train. Searchers look once per training; TuneLoss without derivatives at each
+    snapshot, with them only on the fly."""
+    train, validate = CASES[run.problem].rows
+    snapshots = table["snapshots"].to_numpy()
+    on_the_fly = np.array([kind == "on_the_fly" for kind in table["kind"].to_pylist()])
+    learns = run.method.startswith("tuneloss") and METHODS[run.method].derivatives == "none"
+    return np.where(on_the_fly | learns, snapshots, 1) * validate / (3 * train)
 
 
 def best_found(folder: Path) -> dict[tuple[str, int], float]:
@@ -144,6 +157,7 @@ def _do(run: Run, folder: Path) -> str:
             "training": number,
             "error": trial.error,
             "cost": trial.cost,
+            "snapshots": trial.snapshots,
             "kind": trial.kind,
             "weights": trial.weights.tolist(),
             "seconds": seconds,

@@ -44,15 +44,21 @@ class Certificate:
         return cls(lower_bound, upper_bound, closed, reason)
 
 
+_UNBOUNDED = 1e99  # stands for infinity where observations must be finite
+
+
 def finite_certificate(
     space: WeightSpace, features: np.ndarray, lower_bounds: np.ndarray, upper_bound: float, target: float = 0.0
 ) -> Certificate:
     """For a finite set of models with known features [N, K] and valid lower bounds [N] of their errors (the error
-    itself where it is known). Training with some lambda gives a model that lambda supports, so that the least bound of
-    those that can be supported holds for every training. ``upper_bound`` is the best error in hand."""
+    itself where it is known, -inf where nothing is). Training with some lambda gives a model that lambda supports, so
+    that the least bound of those that can be supported holds for every training. ``upper_bound`` is the best error in
+    hand."""
     models = Observations()
-    models.add(features, lower_bounds, training=0, final_last=False)
-    lowest = LearnLoss(space).solve(models).lower_bound
+    models.add(features, np.maximum(lower_bounds, -_UNBOUNDED), training=0, final_last=False)
+    assert not models.dropped, "the features must be finite, and the bounds numbers"
+    found = LearnLoss(space).solve(models).lower_bound
+    lowest = found if found > -_UNBOUNDED else -np.inf
     return Certificate.of(lowest, upper_bound, target, f"{len(models)} models in all")
 
 

@@ -90,4 +90,4 @@ def least_squares(features: np.ndarray, errors: np.ndarray, space: WeightSpace) 
     if np.linalg.norm(fitted) < _FLAT:
         return None
     b = np.linalg.solve(r, fitted)
-    return np.clip(b[1:] / b[0], space.low, space.high)
+    return np.clip(b[1:] / b[0], space.low, space.high) if b[0] > 0 else None  # 0: the reference feature is constant

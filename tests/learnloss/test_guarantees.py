@@ -115,3 +115,11 @@ def test_the_easy_case_with_noise_is_solved_by_training_4(seed: int) -> None:
         observations.add(features, error(features) * noise, training, final_last=True)
         weights = choose_weights(problem.space, observations, LearnLoss(problem.space).solve(observations), "nnls")
     assert reached[-1] <= 0.01 * best
+
+
+def test_a_model_with_no_bound_leaves_the_certificate_open() -> None:
+    """-inf is a valid bound: it must not be dropped as if the model did not exist."""
+    space = box(1)
+    features = np.array([[0.0, 1.0], [1.0, 0.0]])
+    certificate = finite_certificate(space, features, np.array([-np.inf, 1.0]), upper_bound=1.0)
+    assert certificate.lower_bound == -np.inf and not certificate.closed

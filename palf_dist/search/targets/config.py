@@ -49,6 +49,9 @@ FIXED = (
 """Fields (or whole sections) of a RunConfig that no search may vary: they say what a trial is measured on, how long it
 is, or where it runs."""
 
+INFORMATION_WEIGHT, INFORMATION = "outer_loss.information", ("outer_loss.beta", "outer_loss.gamma")
+"""The last two are of use only where the first is not 0."""
+
 CHANGEABLE = ("meta_learner", "outer_loss", "policy.refresh")
 """Fields that may change while a policy is trained; the others make up what a checkpoint of it holds."""
 
@@ -178,6 +181,10 @@ class MetaTrainingConfig(Section):
                 raise ValueError(
                     f"space.{path}: may not be searched, nor may any of {', '.join(FIXED)}: they decide what a trial "
                     "is measured on, how long it is, or where it runs"
+                )
+            if path in INFORMATION and not self.base.outer_loss.information and INFORMATION_WEIGHT not in self.space:
+                raise ValueError(
+                    f"space.{path}: has no effect while {INFORMATION_WEIGHT} is 0; set that in base, or search it too"
                 )
             try:
                 for value in domain.values if isinstance(domain, Choice) else (domain.low, domain.high):
