@@ -45,10 +45,10 @@ as infinite in the medians. In the ratios a case that Optuna TPE did not solve c
 understate. *Paired* is the median over cases of the ratio of that case, of those that either of the two solved.
 
 Gradient evaluations are those of the trainings, of the implicit derivatives where a method uses them (a
-Hessian-vector product counts as two), and of the snapshots that a method looks at: the validation error of each counts as
-a third of the gradient evaluations that as many rows make. A training on the fly counts as one training, though it takes
-two to four times the gradient evaluations of another. Trainings end after 250 iterations of L-BFGS, at weak penalties
-before they have converged.
+Hessian-vector product counts as two), and of the snapshots that a method looks at: the validation error of each counts
+as a third of the gradient evaluations that as many rows make. A training on the fly counts as one training, though it
+takes two to four times the gradient evaluations of another. Trainings end after 250 iterations of L-BFGS, at weak
+penalties before they have converged.
 
 How the problems were chosen: by random search and TPE alone, so that neither the centre of the box nor the best of 20
 random points is near the best found, and the best is in no corner. Left out for that: fashion with 500 rows, satimage,

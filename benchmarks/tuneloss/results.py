@@ -109,9 +109,9 @@ def load_curve(run: Run, folder: Path) -> Curve:
 
 
 def _looks(run: Run, table: pa.Table) -> np.ndarray:
-    """Gradient evaluations [n] that a method's looks at validation rows are worth: a forward pass is a third of one, and
-    there are more rows to validate than to train. Searchers look once per training; TuneLoss without derivatives at each
-    snapshot, with them only on the fly."""
+    """Gradient evaluations [n] that a method's looks at validation rows are worth: a forward pass is a third of one,
+    and there are more rows to validate than to train. Searchers look once per training; TuneLoss without derivatives at
+    each snapshot, with them only on the fly."""
     train, validate = CASES[run.problem].rows
     snapshots = table["snapshots"].to_numpy()
     on_the_fly = np.array([kind == "on_the_fly" for kind in table["kind"].to_pylist()])
