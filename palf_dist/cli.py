@@ -261,7 +261,7 @@ def _resumed(
     """The configuration to go on with: the run's own, but for fields that touch no result."""
     from palf_dist.config_loading import config_differences, load_config
 
-    own = resumed_config(resume, run_dir)
+    own = resumed_config(resume, run_dir, "meta-train")
     settings = _load(config or own, overrides, workers, address)
     refuse_differences(resume, config_differences(load_config(own), settings))
     return settings

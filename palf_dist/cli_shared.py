@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console, RenderableType
@@ -45,14 +45,20 @@ def named(config: Path | None, example: str) -> Path:
     return config
 
 
-def resumed_config(resume: str, run_dir: str | None) -> Path:
-    """The configuration file of the run to go on with. Raises ConfigError and RunDirectoryError."""
-    from palf_dist.errors import ConfigError
+def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-train", "tune"]) -> Path:
+    """The configuration file of the run to go on with. Raises ConfigError, and RunDirectoryError also for a run that
+    ``command`` has not begun."""
+    from palf_dist.config_loading import is_search_config
+    from palf_dist.errors import ConfigError, RunDirectoryError
     from palf_dist.run_directory import CONFIG, open_run_directory
 
     if run_dir is not None:
         raise ConfigError(f"--run-dir {run_dir}: a resumed run goes on in its own folder; leave --run-dir out")
-    return open_run_directory(resume) / CONFIG
+    config = open_run_directory(resume) / CONFIG
+    what, right = ("search", "tune") if is_search_config(config) else ("meta-training", "meta-train")
+    if command != right:
+        raise RunDirectoryError(f"--resume {resume}: holds a {what}; go on with palf-dist {right} --resume {resume}")
+    return config
 
 
 def refuse_differences(resume: str, differences: list[str]) -> None:

@@ -43,7 +43,9 @@ def tune(
         str | None,
         typer.Option(metavar="TIME", help="End after so long with the best so far, e.g. 90s, 10m or 1.5h."),
     ] = None,
-    workers: Annotated[int | None, typer.Option("--workers", help="Trials at once; default as many as fit.")] = None,
+    concurrent: Annotated[
+        int | None, typer.Option("--concurrent", help="Trials at once; default: as the configuration says.")
+    ] = None,
     address: Address = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN_DIR", help="Go on with an earlier search; no finished trial is repeated.")
@@ -58,7 +60,7 @@ def tune(
         from palf_dist.run_directory import CONFIG
 
         budget = None if time_budget is None else _seconds(time_budget)
-        fields = {"concurrent": workers, "distributed.address": address}
+        fields = {"concurrent": concurrent, "distributed.address": address}
         settings, folder = _settings(config, [*(overrides or ()), *option_overrides(fields)], run_dir, resume)
 
         from palf_dist.search.driver import tune as search
@@ -97,7 +99,7 @@ def _settings(
     if resume is None:
         settings = load_search_config(named(config, "configs/tune-digits.yaml"), overrides)
         return settings, run_dir or new_folder(settings.name)
-    own = resumed_config(resume, run_dir)
+    own = resumed_config(resume, run_dir, "tune")
     settings = load_search_config(config or own, overrides)
     refuse_differences(resume, search_differences(load_search_config(own), settings))
     return settings, resume

@@ -96,18 +96,25 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> RunCo
 
 
 def parse_section(
-    text: str, source: str, overrides: Sequence[str], kind: type[C], check: Callable[[C], dict[Path_, str]]
+    text: str,
+    source: str,
+    overrides: Sequence[str],
+    kind: type[C],
+    check: Callable[[C], dict[Path_, str]],
+    files: Sequence[Path_] = (),
 ) -> C:
     """As ``parse_config``, for any section as a whole file; ``check`` says what is wrong with an object whose every
-    field is right by itself. Paths in it that are relative are so to the folder of the file ``source``."""
+    field is right by itself. Paths in it that are relative are so to the folder of the file ``source``. ``files``:
+    fields that may be the path of a run's configuration file; an override of a field of that one reads it first."""
     data = _parse_yaml(text, source)
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: must hold sections of 'key: value' lines, not {_shown(data)}")
-    overridden = [_apply_override(data, override, kind) for override in overrides]
+    folder = Path(source).parent
+    overridden = [_apply_override(data, override, kind, folder, files) for override in overrides]
     try:
-        config = kind.model_validate(data, context={"folder": Path(source).parent})
+        config = kind.model_validate(data, context={"folder": folder})
         problems = check(config)
     except ValidationError as error:
         problems = _problems(error.errors(include_url=False), data, kind)
@@ -125,12 +132,19 @@ def dump_config(config: Section) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def is_search_config(path: str | Path) -> bool:
+    """Whether a configuration file is that of a search (palf_dist.search.config), rather than of a meta-training.
+    Raises ConfigError where it cannot be read."""
+    data = _parse_yaml(read_config(path), str(path))
+    return isinstance(data, dict) and "target" in data
+
+
 def config_differences(old: C, new: C, resumable: Sequence[str] = RESUMABLE) -> list[str]:
     """Fields on which ``new`` differs from the run's ``old`` configuration so that it cannot resume the run.
 
     Each entry reads ``field: OLD in the run, NEW now``; the fields of ``resumable`` may differ.
     """
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     return [
         f"{field}: {_shown(before.get(field))} in the run, {_shown(after.get(field))} now"
         for field in sorted(before.keys() | after.keys())
@@ -150,8 +164,11 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not YAML: {error}") from None
 
 
-def _apply_override(data: dict[str, Any], override: str, kind: type[Section]) -> Path_:
-    """Writes one ``key=value`` into the raw data and returns its path. Sections are made as needed."""
+def _apply_override(
+    data: dict[str, Any], override: str, kind: type[Section], folder: Path, files: Sequence[Path_]
+) -> Path_:
+    """Writes one ``key=value`` into the raw data and returns its path. Sections are made as needed, those that
+    ``files`` names read from the file, beside ``folder``, that stands for them."""
     dotted, equals, text = override.partition("=")
     names = dotted.strip().split(".")
     if not equals or not all(names):
@@ -184,6 +201,8 @@ def _apply_override(data: dict[str, Any], override: str, kind: type[Section]) ->
         if last:
             node[key] = value
         else:
+            if tuple(path) in files and isinstance(node[key], str):
+                node[key] = load_config(folder / node[key]).model_dump(mode="json")
             node = node[key]
     return tuple(path)
 
@@ -292,11 +311,10 @@ def _unknown_key(where: Path_, sections: list[type[Section]]) -> str:
     return f"unknown key; known here: {', '.join(known)}"
 
 
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every field in nested mappings."""
     if isinstance(value, dict):
-        return {
-            field: leaf for key, inner in value.items() for field, leaf in _leaves(inner, f"{prefix}{key}.").items()
-        }
+        return {field: leaf for key, inner in value.items() for field, leaf in leaves(inner, f"{prefix}{key}.").items()}
     return {prefix.removesuffix("."): value}
 
 

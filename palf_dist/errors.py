@@ -19,6 +19,10 @@ class RunDirectoryError(PalfError):
     """The run directory cannot be used."""
 
 
+class RunInUseError(RunDirectoryError):
+    """Another driver has the run directory, which may be about to end."""
+
+
 class CheckpointError(PalfError):
     """No valid checkpoint can be read."""
 

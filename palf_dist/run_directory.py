@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from palf_dist.atomic import exclusive
-from palf_dist.errors import RunDirectoryError
+from palf_dist.errors import RunDirectoryError, RunInUseError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.parquet"
@@ -72,12 +72,12 @@ def discard_unused(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory for one driver. Raises RunDirectoryError while another one has it."""
+    """Hold the run directory for one driver. Raises RunInUseError while another one has it."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(exclusive(run_dir / LOCK))
         except BlockingIOError as error:
-            raise RunDirectoryError(
+            raise RunInUseError(
                 f"run directory: {run_dir} is in use by another run; wait for it to end, or choose another --run-dir"
             ) from error
         except OSError as error:

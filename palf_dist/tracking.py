@@ -199,9 +199,9 @@ class MLflowTracker(_Run):
         return _MLflowTrial(self._log, number, parameters)
 
     def close(self, status: str = "FINISHED", timeout: float = 30.0) -> int:
-        """End the run, and with it the trials that are still running."""
+        """End the run; the trials that are still running have been cut short."""
         for run in [run for run, last in self._log.status.items() if last == "RUNNING" and run is not None]:
-            self._log.set_status(run, status)
+            self._log.set_status(run, "KILLED")
         self._log.set_status(None, status)
         self._log.spool.close()
         return self._process.finish(timeout)

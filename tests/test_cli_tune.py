@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 import palf_dist
 from palf_dist.cli_tune import _seconds
 from palf_dist.errors import ConfigError
-from palf_dist.search.anytime import read_best
-from palf_dist.search.ledger import Ledger
+from palf_dist.run_directory import CONFIG
+from palf_dist.search.anytime import Best, read_best
+from palf_dist.search.driver import SearchResult
+from palf_dist.search.ledger import LEDGER, Ledger
+from palf_dist.search.targets.snapshot import load_arrays
 from tests.command import Command
 
 CONFIGS = Path(palf_dist.__file__).parent.parent / "configs"
@@ -40,7 +44,7 @@ def test_other_time_budgets_are_refused(text: str) -> None:
         ((), "--config: name the YAML file of the run, for instance --config configs/tune-digits.yaml"),
         (("--config", DIGITS, "--time-budget", "ten"), "--time-budget ten"),
         (("--config", DIGITS, "--set", "searcher=tpe"), "--set: searcher: must be 'tuneloss', 'optuna' or 'random'"),
-        (("--config", DIGITS, "--workers", "0"), "--set: concurrent: must be greater than or equal to 1"),
+        (("--config", DIGITS, "--concurrent", "0"), "--set: concurrent: must be greater than or equal to 1"),
         (("--config", DIGITS, "--set", "target.dataset=nothing-like-it"), "nothing-like-it"),
         (("--resume", "nowhere"), "holds no run"),
         (
@@ -54,7 +58,30 @@ def test_mistakes_are_one_message_and_leave_nothing(cli: Command, arguments: tup
     assert not [name for name in cli.files() if name.startswith("runs/")]
 
 
-SMALL = {
+def test_the_right_command_is_named_for_a_run_of_another(cli: Command) -> None:
+    """Also where a run was killed before it wrote anything but its configuration."""
+    for name, config in (("search", Path(DIGITS)), ("meta", CONFIGS / "smoke.yaml")):
+        (cli.folder / name).mkdir()
+        (cli.folder / name / CONFIG).write_bytes(config.read_bytes())
+    message = cli.refused("tune", "--resume", "meta")
+    assert message == "error: --resume meta: holds a meta-training; go on with palf-dist meta-train --resume meta\n"
+    message = cli.refused("meta-train", "--resume", "search")
+    assert message == "error: --resume search: holds a search; go on with palf-dist tune --resume search\n"
+    shown = cli("report", "search")
+    assert shown.code == 0 and "No trial has reported a finite error yet." in " ".join(shown.out.split()), shown
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("minus_selection_score", {"selection_score": 2.5}), ("validation_error", {"validation_error": -2.5})],
+)
+def test_the_best_error_has_its_own_name_and_sign(name: str, shown: dict[str, float]) -> None:
+    best = Best(trial=1, step=1, error=-2.5, parameters={}, trainings=1, seconds=0.0)
+    record = SearchResult(Path("run"), name, best).record()
+    assert {key: record[key] for key in ("selection_score", "validation_error") if key in record} == shown
+
+
+SMALL: dict[str, Any] = {
     "name": "small",
     "target": {
         "kind": "loss_weights",
@@ -69,23 +96,39 @@ SMALL = {
 }
 
 
-@pytest.mark.slow
-def test_a_search_by_command_is_interrupted_and_resumed(tmp_path: Path) -> None:
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the command in ``tmp_path``, in a session of its own."""
     (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "palf_dist", "tune", *arguments],
-            cwd=tmp_path,
-            env={**environment, "PYTHONPATH": str(CONFIGS.parent), "PALF_CACHE": str(tmp_path / "cache")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "palf_dist", "tune", *arguments],
+                cwd=tmp_path,
+                env={**environment, "PYTHONPATH": str(CONFIGS.parent), "PALF_CACHE": str(tmp_path / "cache")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
         )
+        return started[-1]
 
-    process = start("--config", "small.yaml", "--run-dir", "run", "--json", "--workers", "1")
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_search_by_command_is_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
+    process = start("--config", "small.yaml", "--run-dir", "run", "--json", "--concurrent", "1")
     end = time.monotonic() + 200
     while read_best(tmp_path / "run") is None and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -110,6 +153,31 @@ def test_a_search_by_command_is_interrupted_and_resumed(tmp_path: Path) -> None:
     assert result["certificate"] is None and result["why_no_certificate"]
     assert result["trainings"] == 6 and result["gradient_evaluations"] > 0
     assert (tmp_path / "run" / "report" / "index.html").exists()
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_half_way_ends_as_if_it_had_not_been(start: Start, tmp_path: Path) -> None:
+    undisturbed = start("--config", "small.yaml", "--run-dir", "undisturbed", "--json")
+    process = start("--config", "small.yaml", "--run-dir", "run", "--json")
+    end = time.monotonic() + 200
+    while Ledger(tmp_path / "run").ended < 2 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    killed = Ledger(tmp_path / "run")
+    assert 2 <= killed.ended < SMALL["trials"], "killed too early or too late to show anything"
+    before = [trial.parameters for trial in killed.trials.values()]
+
+    output, errors = start("--resume", "run", "--json").communicate(timeout=200)
+    result, expected = record(output), record(undisturbed.communicate(timeout=200)[0])
+    same = ("best_parameters", "validation_error", "best_trial", "test_error", "trials", "trainings")
+    assert {name: result[name] for name in same} == {name: expected[name] for name in same}, errors
+    ledger = Ledger(tmp_path / "run")
+    assert [trial.parameters for trial in ledger.trials.values()][: len(before)] == before
+    created = [line for line in (tmp_path / "run" / LEDGER).read_text().splitlines() if '"created"' in line]
+    assert [json.loads(line)["trial"] for line in created] == list(range(1, SMALL["trials"] + 1))
+    model, card = load_arrays(tmp_path / "run" / "best")
+    assert model and card["validation_error"] == result["validation_error"]
 
 
 def record(output: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_a_resume_opens_the_same_trials_and_the_end_closes_them(tmp_path: Path) 
     assert status == [
         *[(None, "RUNNING"), ("00000", "RUNNING"), ("00000", "FINISHED"), ("00001", "RUNNING"), ("00002", "RUNNING")],
         *[("00001", "KILLED"), ("00002", "KILLED"), (None, "KILLED")],
-        *[(None, "RUNNING"), ("00001", "RUNNING"), ("00001", "FINISHED"), (None, "FINISHED")],
+        *[(None, "RUNNING"), ("00001", "RUNNING"), ("00001", "KILLED"), (None, "FINISHED")],
     ]
     assert [record.get("run") for record in spooled(tmp_path, "params")] == [None, "00000", "00001", "00002"]
     again = [record for record in spooled(tmp_path, "metrics") if record["run"] == "00001"]
@@ -128,7 +128,7 @@ def test_a_trial_left_running_by_a_kill_is_ended_with_the_resumed_search(tmp_pat
     spool.close()  # the driver was killed here
     open_search(tmp_path, DEAD).close(timeout=0)
     ended = [(record.get("run"), record["status"]) for record in spooled(tmp_path, "status")][4:]
-    assert ended == [(None, "RUNNING"), ("00000", "FINISHED"), (None, "FINISHED")]
+    assert ended == [(None, "RUNNING"), ("00000", "KILLED"), (None, "FINISHED")]
 
 
 def test_metrics_of_several_trials_share_a_batch(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from palf_dist.learnloss.space import WeightSpace
 SMOOTHING = 1e-3
 """|w| is smoothed to sqrt(w^2 + SMOOTHING^2) - SMOOTHING, so that the l1 feature has derivatives."""
 DENSE_SNAPSHOTS, SPARSE_EVERY = 30, 5  # every iterate at first, later each fifth one
-CHUNK, CHUNKS, LAST_CHOICE = 10, 20, 17  # on the fly: iterations between two choices; the last chunks keep theirs
+CHUNK, CHUNKS, LAST_CHOICE = 10, 10, 8  # on the fly: iterations between two choices; the last chunks keep theirs
 SOLVER_TOLERANCE, SOLVER_ITERATIONS = 1e-2, 60
 
 

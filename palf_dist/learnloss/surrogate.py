@@ -78,7 +78,7 @@ class Surrogate:
     def error(self, u: np.ndarray) -> float:
         """Median prediction of e at u [k]."""
         mean, _ = self.predict(u[None])
-        return self._least + self._bend * float(np.expm1(self.scale * mean[0]))
+        return self._least + self._bend * float(np.expm1(min(self.scale * mean[0], 100.0)))  # far off, any large number
 
     def log_improvement(self, u: np.ndarray) -> np.ndarray:
         """log of the expected improvement over the best training, at u [m, k]."""

@@ -28,6 +28,7 @@ TOO_CLOSE = 0.05  # log units: a training there would say nothing new
 SMALLEST_GAIN, SMALLEST_STEP_GAIN = 1e-2, 1e-3  # of the range of errors seen: what gains less has come to its end
 ENOUGH = 4  # finals before the surrogate is asked
 FIRST_RADIUS, RADIUS_ON_THE_FLY = 2.0, 1.0
+STRIDE = 1.0  # log units
 
 Found = tuple[np.ndarray, str, float | None]
 """u [k], the kind of the proposal and the error that its model predicts."""
@@ -325,13 +326,17 @@ def tune_loss(
 
 
 def learn_on_the_fly(space: WeightSpace) -> Choose:
-    """LearnLoss over the snapshots of one training, as its ``choose``."""
+    """LearnLoss over the snapshots of one training, as its ``choose``. From one choice to the next the weights move by
+    STRIDE at most: snapshots of a model that is half trained would send them to the corners of the box."""
+    u = space.centre
 
     def choose(features: np.ndarray, errors: np.ndarray) -> np.ndarray:
+        nonlocal u
         observations = Observations()
         observations.add(features, errors, 0, final_last=False)
-        if not len(observations):
-            return space.weights(space.centre)
-        return choose_weights(space, observations, LearnLoss(space).solve(observations), "margin")
+        if len(observations):
+            chosen = choose_weights(space, observations, LearnLoss(space).solve(observations), "margin")
+            u = u + np.clip(np.log(chosen) - u, -STRIDE, STRIDE)
+        return space.weights(u)
 
     return choose

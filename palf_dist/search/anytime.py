@@ -46,10 +46,16 @@ class Anytime:
             with contextlib.suppress(FileNotFoundError):  # killed in the instant of the exchange
                 os.replace(superseded(self._folder), self._folder)
         self.best = read_best(run_dir)
+        self._artefacts = self._folder.exists() and len(os.listdir(self._folder)) > 1  # whether the target gives any
 
     def offer(self, report: Report, trial: int, parameters: Parameters, trainings: int, seconds: float) -> bool:
-        """Make the report's artefact the content of best/ where none was as good; whether it was so."""
+        """Make the report's artefact the content of best/ where none was as good; whether it was so.
+
+        A target that gives artefacts gives none with a report that it has a better one than: best/ stays as it is."""
+        self._artefacts |= report.artefact is not None
         if not math.isfinite(report.error) or (self.best is not None and report.error >= self.best.error):
+            return False
+        if report.artefact is None and self._artefacts:
             return False
         used = parameters_used(parameters, report)
         best = Best(trial, report.step, float(report.error), used, trainings, round(seconds, 3))

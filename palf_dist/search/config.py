@@ -9,13 +9,23 @@ from typing import Annotated, Literal
 from pydantic import Field, FiniteFloat, field_validator
 
 from palf_dist.config import Count, Section, TrackingConfig
+from palf_dist.config_loading import RESUMABLE as RUN_RESUMABLE
 from palf_dist.config_loading import Path_, config_differences, parse_section, read_config
-from palf_dist.search.targets.config import LossWeightsConfig, TargetConfig
+from palf_dist.search.targets.config import LossWeightsConfig, MetaTrainingConfig, TargetConfig
 
 SearcherName = Literal["tuneloss", "optuna", "random"]
 
-RESUMABLE = ("trials", "concurrent", "distributed", "tracking", "target.cache")
+RESUMABLE = (
+    *("trials", "concurrent", "distributed", "tracking", "target.cache"),
+    *(f"target.base.{field}" for field in RUN_RESUMABLE if field not in ("checkpoint", "tracking")),
+)
 """Fields (or whole sections) that a resumed search may change: none of them touches the result of a trial."""
+
+
+NOT_LINEAR = (
+    "tuneloss searches the weights of a loss that is linear in them, which this target's is not in what it searches; "
+    "use optuna"
+)
 
 
 class NoScheduler(Section):
@@ -63,7 +73,10 @@ class SearchConfig(Section):
     searcher: SearcherName
     scheduler: Scheduler = NoScheduler()
     trials: Count = Field(default=50, description="trainings in all, those before a resume included")
-    concurrent: Count | None = Field(default=None, description="trials at once; none: as many as fit")
+    concurrent: Count | None = Field(
+        default=None,
+        description="trials at once; none: 1 with searcher tuneloss, up to 4 with optuna, as many as fit with random",
+    )
     distributed: SearchClusterConfig = SearchClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -78,7 +91,7 @@ def load_search_config(path: str | Path, overrides: Sequence[str] = ()) -> Searc
 
     Raises ConfigError with one line for every wrong field of the file and of the overrides.
     """
-    return parse_section(read_config(path), str(path), overrides, SearchConfig, _cross_checks)
+    return parse_section(read_config(path), str(path), overrides, SearchConfig, _cross_checks, [("target", "base")])
 
 
 def search_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
@@ -86,9 +99,32 @@ def search_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     return config_differences(old, new, RESUMABLE)
 
 
+def too_few_reports(scheduler: Scheduler, reports: int) -> dict[Path_, str]:
+    """What is wrong with a scheduler that acts after more reports than a trial gives before its last."""
+    gives = f"a trial of this target gives {reports} report(s)"
+    if isinstance(scheduler, AshaConfig) and scheduler.grace >= reports:
+        return {
+            ("scheduler", "grace"): f"{gives}, so none can be stopped after {scheduler.grace}; name less, or leave "
+            "scheduler asha out"
+        }
+    if isinstance(scheduler, PbtConfig) and scheduler.every >= reports:
+        return {
+            ("scheduler", "every"): f"{gives}, so none can be compared and go on after {scheduler.every}; name less, "
+            "or leave scheduler pbt out"
+        }
+    return {}
+
+
 def _cross_checks(config: SearchConfig) -> dict[Path_, str]:
     """What is wrong although every field is right by itself."""
-    problems: dict[Path_, str] = {}
+    problems = too_few_reports(config.scheduler, config.target.reports)
+    if config.searcher == "tuneloss" and isinstance(config.target, MetaTrainingConfig):
+        problems[("searcher",)] = NOT_LINEAR
+    if isinstance(config.scheduler, AshaConfig) and config.target.trained_at_once:
+        problems[("scheduler",)] = (
+            "asha can save nothing with model softmax, which is trained before its first report; leave the scheduler "
+            "out, or use a network"
+        )
     if isinstance(config.target, LossWeightsConfig) and config.target.on_the_fly and config.searcher != "tuneloss":
         problems["target", "on_the_fly"] = f"is of use to searcher tuneloss only, not to {config.searcher!r}"
     if isinstance(config.scheduler, PbtConfig):

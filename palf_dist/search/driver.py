@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.tune
 from ray.tune import PlacementGroupFactory
@@ -26,11 +26,11 @@ from palf_dist.progress import Progress
 from palf_dist.run_directory import BEST, CONFIG, create_run_directory, discard_unused, locked, open_run_directory
 from palf_dist.search.anytime import ANYTIME, Anytime, Best
 from palf_dist.search.capacity import trials_at_once
-from palf_dist.search.config import SearchConfig
+from palf_dist.search.config import NOT_LINEAR, SearchConfig
+from palf_dist.search.fingerprints import check_unchanged, keep
 from palf_dist.search.ledger import ENDINGS, Ledger
 from palf_dist.search.proposals import OptunaSearcher, RandomSearcher, Searcher
-from palf_dist.search.recorder import Halt, Recorder
-from palf_dist.search.report import SearchReport, make_search_report
+from palf_dist.search.recorder import MLFLOW_STATUS, Halt, Recorder, ending_of
 from palf_dist.search.schedulers import Population, make_scheduler, replay
 from palf_dist.search.targets import make_target as target_of
 from palf_dist.search.targets.config import LossWeightsConfig, TargetConfig
@@ -41,6 +41,11 @@ from palf_dist.search.tuneloss_proposals import TuneLossSearch
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tracking import SearchTracker, open_search_tracker
 
+if TYPE_CHECKING:
+    from palf_dist.search.report import SearchReport
+
+OPTUNA_AT_ONCE = 4
+"""Trials that TPE proposes without having heard of one another, unless the configuration says otherwise."""
 TUNE_FOLDER = ".tune"
 """Ray Tune's own storage; emptied when a search begins and when it ends, and never read."""
 TUNE_SETTINGS = {
@@ -58,6 +63,7 @@ class SearchResult:
     """What a search came to."""
 
     run_dir: Path
+    error_name: str = "error"  # of the target
     best: Best | None = None
     final: dict[str, Any] = field(default_factory=dict)  # what the target says of the best; empty when interrupted
     conclusion: dict[str, Any] = field(default_factory=dict)  # what the searcher says
@@ -76,7 +82,7 @@ class SearchResult:
         return {
             "run_dir": str(self.run_dir),
             "best_parameters": best and best.parameters,
-            "validation_error": best and best.error,
+            **self._error(),
             "best_trial": best and best.trial,
             **self.conclusion,
             **self.final,
@@ -89,6 +95,13 @@ class SearchResult:
             "out_of_time": self.out_of_time,
             "interrupted": self.interrupted,
         }
+
+    def _error(self) -> dict[str, float | None]:
+        """The best error under its name, with its own sign where it is minus something."""
+        error = None if self.best is None else self.best.error
+        if not self.error_name.startswith("minus_"):
+            return {self.error_name: error}
+        return {self.error_name.removeprefix("minus_"): None if error is None else 0.0 - error}
 
 
 def tune(
@@ -119,13 +132,20 @@ def tune(
         shown.begin("preparing the target", 1)
         target = make_target(config.target)
         _check(config, target)
+        check_unchanged(result.run_dir, target.fingerprints)
+        result.error_name = target.error_name
         shown.begin("starting Ray", 1)
         stack.enter_context(changed_environment(TUNE_SETTINGS))
         cpus = sum(bundle.get("CPU", 0.0) for bundle in target.bundles())
         stack.enter_context(connected(config.distributed.address, round(cpus * (config.concurrent or 1))))
-        at_once = trials_at_once(target.bundles(), nodes(), config.concurrent or config.trials)
+        bundles = target.bundles()
+        at_once = trials_at_once(bundles, nodes(), _wanted_at_once(config))
         write_atomic(result.run_dir / CONFIG, dump_config(config).encode())
-        halt = Halt(result.run_dir, stop or threading.Event(), None if time_budget is None else began + time_budget)
+        keep(result.run_dir, target.fingerprints)
+        deadline = None if time_budget is None else began + time_budget
+        halt = Halt(
+            result.run_dir, stop or threading.Event(), deadline, lambda: trials_at_once(bundles, nodes(), wanted=1)
+        )
         stack.enter_context(signals_stop(halt.stop, shown))
         tracker = open_search_tracker(
             result.run_dir, name=config.name, tracking=config.tracking, params=config.model_dump(mode="json")
@@ -134,7 +154,12 @@ def tune(
         try:
             _search(config, target, at_once, halt, tracker, shown, result)
             status = "KILLED" if result.interrupted else "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
+            if (result.run_dir / ANYTIME).exists():
+                tracker.log_artifact(result.run_dir / ANYTIME)
             tracker.close(status)
             result.mlflow_run_id = tracker.run_id
     return result
@@ -143,11 +168,14 @@ def tune(
 def _check(config: SearchConfig, target: Target) -> None:
     """Raises ConfigError where the target cannot be searched in this way."""
     if config.searcher == "tuneloss" and target.weight_space() is None:
-        raise ConfigError(
-            "searcher: tuneloss searches the weights of a loss that is linear in them, which this target's is not in "
-            "what it searches; use optuna"
-        )
+        raise ConfigError(f"searcher: {NOT_LINEAR}")
     make_scheduler(config.scheduler, target)
+
+
+def _wanted_at_once(config: SearchConfig) -> int:
+    """Trials at once, if they fit. A searcher that learns from every trial waits for what it is to learn from."""
+    by_searcher = {"tuneloss": 1, "optuna": min(OPTUNA_AT_ONCE, config.trials), "random": config.trials}
+    return config.concurrent or by_searcher[config.searcher]
 
 
 def _make_searcher(config: SearchConfig, target: Target, known: int) -> Searcher:
@@ -173,6 +201,7 @@ def _search(
     """Fill ``result``, also when the user stops the search half-way."""
     run_dir = result.run_dir
     with contextlib.closing(Ledger(run_dir)) as ledger:
+        _end_what_has_ended(ledger, tracker)
         searcher = _make_searcher(config, target, len(ledger.trials))
         for event, record in list(ledger.moves):
             if event == "created":
@@ -186,20 +215,39 @@ def _search(
         population = scheduler if isinstance(scheduler, Population) else None
         queue = TrialQueue(ledger, searcher, config.trials, None if population else at_once)
         progress.begin("search", max(config.trials, len(ledger.trials)), ledger.ended)
-        if not queue.is_finished():
+        if not queue.is_finished() and not halt.over:
             recorder = Recorder(ledger, anytime, searcher, population, halt, tracker, progress)
             _execute(target, run_dir, queue, scheduler, recorder, halt)
         if halt.fatal is not None:
             raise SearchError(halt.fatal)
-        _conclude(ledger, anytime, searcher, halt, result)
+        _conclude(config, ledger, anytime, searcher, halt, result)
     if not result.interrupted:
-        progress.begin("judging the best", 1)
-        result.final = target.finish(run_dir / BEST)
-        # Unless told otherwise, matplotlib writes its list of fonts into the home folder when it is imported.
-        os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(None) / "matplotlib"))
-        result.report = make_search_report(run_dir, target.space())
-        for path in (run_dir / CONFIG, run_dir / ANYTIME, run_dir / BEST, result.report.folder):
-            tracker.log_artifact(path, path.name if path.is_dir() else "")
+        judging = threading.Event()
+        judging.set()  # nothing here needs to be saved: the first signal already ends it
+        with signals_stop(judging, progress):
+            _judge(target, tracker, progress, result)
+
+
+def _end_what_has_ended(ledger: Ledger, tracker: SearchTracker) -> None:
+    """End the trials whose last report an earlier process had noted when it was killed, but not their end."""
+    for record in list(ledger.unfinished()):
+        if (ending := ending_of(record)) is not None:
+            tracker.child(record.name, record.parameters).close(MLFLOW_STATUS[ending[0]])
+            ledger.end(record.number, *ending)
+
+
+def _judge(target: Target, tracker: SearchTracker, progress: Progress, result: SearchResult) -> None:
+    """What the target says of the best, and the report. A search that is killed here does it again when resumed."""
+    run_dir = result.run_dir
+    progress.begin("judging the best", 1)
+    result.final = target.finish(run_dir / BEST)
+    # Unless told otherwise, matplotlib writes its list of fonts into the home folder when it is imported.
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(None) / "matplotlib"))
+    from palf_dist.search.report import make_search_report
+
+    result.report = make_search_report(run_dir, target.space())
+    for path in (run_dir / CONFIG, run_dir / BEST, result.report.folder):
+        tracker.log_artifact(path, path.name if path.is_dir() else "")
 
 
 def _execute(
@@ -228,7 +276,9 @@ def _execute(
         stop_file.unlink(missing_ok=True)
 
 
-def _conclude(ledger: Ledger, anytime: Anytime, searcher: Searcher, halt: Halt, result: SearchResult) -> None:
+def _conclude(
+    config: SearchConfig, ledger: Ledger, anytime: Anytime, searcher: Searcher, halt: Halt, result: SearchResult
+) -> None:
     records = ledger.trials.values()
     result.best, result.trainings, result.seconds = anytime.best, ledger.trainings, ledger.seconds
     counts = Counter(record.ending or "unfinished" for record in records)
@@ -236,7 +286,8 @@ def _conclude(ledger: Ledger, anytime: Anytime, searcher: Searcher, halt: Halt, 
     cost = sum(record.cost for record in records)
     result.gradient_evaluations = round(cost) if cost else None
     result.conclusion = searcher.conclusion()
-    result.interrupted, result.out_of_time = halt.stop.is_set(), bool(halt.over and counts["unfinished"])
+    result.interrupted = halt.stop.is_set()
+    result.out_of_time = halt.over and not result.interrupted and ledger.ended < config.trials
     if result.best is None and result.out_of_time:
         raise SearchError("--time-budget: it was over before the first report; resume the search with more time")
     if result.best is None and not result.interrupted:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from palf_dist.atomic import json_lines, sync
+from palf_dist.errors import RunDirectoryError
 from palf_dist.search.trial import Parameters, Report
 
 LEDGER = "trials.jsonl"
@@ -49,8 +50,9 @@ class TrialRecord:
 
     @property
     def cost(self) -> float:
-        """Gradient evaluations so far, as its reports count them."""
-        return self.work + (self.last.metrics.get("cost", 0.0) if self.last else 0.0)
+        """Gradient evaluations so far, as the last of its reports that counts them says."""
+        counted = (report.metrics["cost"] for report in reversed(self.reports) if "cost" in report.metrics)
+        return self.work + next(counted, 0.0)
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,27 @@ class Ledger:
     """The state of a search. Every change is appended to the file, and reading the file again gives the same state."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Read the ledger of a run directory, or begin it. What is in it stays as it is until the first change."""
+        """Read the ledger of a run directory, if it has one. Nothing is written until the first change.
+
+        Raises RunDirectoryError naming the line that is damaged."""
         self.trials: dict[int, TrialRecord] = {}
         self.moves: list[tuple[str, TrialRecord]] = []  # "created" and endings, in the order in which they came
         self.history: list[Heard] = []
         self._reporting: set[int] = set()  # trials that have reported
         self._path = run_dir / LEDGER
         self._file: BinaryIO | None = None
-        self._path.touch()
-        data = self._path.read_bytes()
+        data = self._path.read_bytes() if self._path.exists() else b""
         self._began, self._seconds_before = time.monotonic(), 0.0
-        for line in json_lines(data):
-            self._apply(line)
-            self._seconds_before = max(self._seconds_before, line["seconds"])
+        for number, text in enumerate(data.splitlines(), 1):
+            try:
+                for line in json_lines(text):
+                    self._apply(line)
+                    self._seconds_before = max(self._seconds_before, line["seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunDirectoryError(
+                    f"run directory: line {number} of {self._path} is damaged or does not follow from those before it "
+                    f"({type(error).__name__}: {error}); restore the file, or search again in another folder"
+                ) from error
         self._torn = bool(data) and not data.endswith(b"\n")
 
     @property
@@ -154,14 +164,16 @@ class Ledger:
     def _apply(self, line: dict[str, Any]) -> None:
         event, number = line["event"], line["trial"]
         if event == "created":
-            assert number == len(self.trials) + 1, f"trial {number} comes after {len(self.trials)}"
+            if number != len(self.trials) + 1:
+                raise ValueError(f"trial {number} comes after {len(self.trials)}")
             self.trials[number] = TrialRecord(number, line["parameters"])
             self.moves.append((event, self.trials[number]))
             return
         record = self.trials[number]
-        assert record.ending is None, f"trial {number} has {record.ending} and goes on with {event}"
+        if record.ending is not None:
+            raise ValueError(f"trial {number} has {record.ending} and goes on with {event}")
         if event == "report":
-            error = math.nan if line["error"] is None else line["error"]
+            error = math.nan if line["error"] is None else float(line["error"])
             fields = {name: line[name] for name in ("phi", "gradient", "curvature", "weights", "metrics", "done")}
             record.reports.append(Report(line["step"], error, **fields))
             self._reporting.add(number)
@@ -169,6 +181,8 @@ class Ledger:
         elif event == "exploited":
             record.work = record.cost
             record.reports, record.parameters = [], line["parameters"]
+        elif event not in ENDINGS:
+            raise ValueError(f"there is no event {event}")
         else:
             record.ending, record.message = event, line["message"]
             self.moves.append((event, record))

@@ -5,32 +5,46 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
+from palf_dist.errors import ClusterError
 from palf_dist.progress import Progress
 from palf_dist.search.anytime import Anytime
 from palf_dist.search.ledger import Ledger, TrialRecord
 from palf_dist.search.proposals import Searcher
 from palf_dist.search.schedulers import Population
-from palf_dist.search.trainable import FAILURE, FATAL, REPORT, STOP_FILE
+from palf_dist.search.trainable import FAILURE, FATAL, REPORT, STOP_FILE, hand_over
 from palf_dist.search.trial import Report
 from palf_dist.tracking import SearchTracker, TrialTracker
 
 DIVERGED = "its error is no longer a number"
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+CHECK_SECONDS = 30.0
+"""How often it is asked whether the search can still go on."""
+
+
+def ending_of(record: TrialRecord) -> tuple[str, str] | None:
+    """How a trial has ended and why, by its last report; None where that is not the last one to come."""
+    if record.last is not None and not math.isfinite(record.last.error):
+        return "failed", DIVERGED
+    return ("finished", "") if record.last is not None and record.last.done else None
 
 
 class Halt(Stopper):
     """Ends the whole search when the user wants so, when its time is over, or when it cannot go on."""
 
-    def __init__(self, run_dir: Path, stop: threading.Event, deadline: float | None) -> None:
-        """``deadline``: in time.monotonic() seconds."""
-        self._run_dir, self.stop, self._deadline = run_dir, stop, deadline
+    def __init__(
+        self, run_dir: Path, stop: threading.Event, deadline: float | None, check: Callable[[], object] | None = None
+    ) -> None:
+        """``deadline``: in time.monotonic() seconds; ``check``: raises ClusterError when no trial can be placed any
+        more, as nodes have died."""
+        self.run_dir, self.stop, self._deadline, self._check = run_dir, stop, deadline, check
+        self._checked = time.monotonic()
         self.fatal: str | None = None
 
     @property
@@ -50,8 +64,14 @@ class Halt(Stopper):
         return False
 
     def stop_all(self) -> bool:
+        if self._check is not None and time.monotonic() - self._checked >= CHECK_SECONDS:
+            try:
+                self._check()
+            except ClusterError as error:
+                self.fatal = str(error)
+            self._checked = time.monotonic()
         if self.over:
-            (self._run_dir / STOP_FILE).touch()
+            (self.run_dir / STOP_FILE).touch()
         return self.over
 
 
@@ -94,8 +114,10 @@ class Recorder(Callback):
             self._returned.add(record.number)
         else:
             self._note(record, result[REPORT])
-        if self._population is not None and (taken := self._population.taken_over(record.number)) is not None:
-            self._ledger.exploit(record.number, *taken)
+        taken = None if self._population is None else self._population.taken_over(record.number)
+        if taken is not None and self._halt.fatal is None:
+            hand_over(taken.checkpoint, self._halt.run_dir, record.number, taken.parameters)
+            self._ledger.exploit(record.number, taken.source, taken.parameters)
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Trial], trial: Trial, **info: Any) -> None:
@@ -103,10 +125,8 @@ class Recorder(Callback):
         self._running.discard(record.number)
         if record.number in self._failures:
             self._end(record, "failed", self._failures.pop(record.number))
-        elif record.last is not None and not math.isfinite(record.last.error):
-            self._end(record, "failed", DIVERGED)
-        elif record.last is not None and record.last.done:
-            self._end(record, "finished")
+        elif (ending := ending_of(record)) is not None:
+            self._end(record, *ending)
         elif not self._halt.over:
             if record.number not in self._returned:
                 self._end(record, "stopped")
@@ -131,22 +151,28 @@ class Recorder(Callback):
         if record.knows(report.step):
             return  # a trial that was resumed gives its last report again
         ledger, number = self._ledger, record.number
-        self._anytime.offer(report, number, record.parameters, ledger.trainings_with(number), ledger.seconds)
+        trainings = ledger.trainings_with(number)
+        self._anytime.offer(report, number, record.parameters, trainings, ledger.seconds)
+        self._log(record, report, trainings)
         ledger.report(number, report)
         self._anytime.write_curve(ledger.history)
+
+    def _log(self, record: TrialRecord, report: Report, trainings: int) -> None:
+        """To MLflow. Before the ledger, as what is in that is never told again; here a repetition does no harm."""
         metrics = {"error": report.error, **report.metrics}
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._children[number].log_metrics(finite, report.step)
+        self._children[record.number].log_metrics(finite, report.step)
         best = self._anytime.best
         if best is not None:
-            self._tracker.log_metrics({"best_error": best.error, "trainings": ledger.trainings}, len(ledger.history))
+            step = len(self._ledger.history) + 1
+            self._tracker.log_metrics({"best_error": best.error, "trainings": trainings}, step)
 
     def _end(self, record: TrialRecord, ending: str, message: str = "") -> None:
+        self._children[record.number].close(MLFLOW_STATUS[ending])
         self._ledger.end(record.number, ending, message)
         self._proposer.tell(record)
         if message:
             self._progress.event(f"trial {record.name} failed: {message.strip().splitlines()[-1]}")
-        self._children[record.number].close(MLFLOW_STATUS[ending])
 
     def _show(self) -> None:
         best = self._anytime.best

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from palf_dist.atomic import replacing_folder
-from palf_dist.config_loading import dump_config
+from palf_dist.config_loading import dump_config, is_search_config
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation.page import render_page
 from palf_dist.evaluation.plots import to_png
@@ -23,7 +23,7 @@ from palf_dist.run_directory import CONFIG, REPORT, open_run_directory
 from palf_dist.search.anytime import ANYTIME, Best, parameters_used, read_best
 from palf_dist.search.config import SearchConfig, load_search_config
 from palf_dist.search.domains import Domain, LogRange
-from palf_dist.search.ledger import LEDGER, Ledger, TrialRecord, trial_name
+from palf_dist.search.ledger import Ledger, TrialRecord, trial_name
 from palf_dist.search.pictures import Tried, plot_anytime, plot_parallel
 from palf_dist.search.targets.config import MetaTrainingConfig, TargetConfig
 
@@ -50,7 +50,8 @@ class SearchReport:
 
 def is_search(run_dir: str | Path) -> bool:
     """Whether the folder is the run directory of a search, rather than of a meta-training."""
-    return Path(run_dir, LEDGER).exists()
+    config = Path(run_dir, CONFIG)
+    return config.is_file() and is_search_config(config)
 
 
 def make_search_report(run_dir: str | Path, space: Mapping[str, Domain] | None = None) -> SearchReport:
@@ -63,7 +64,7 @@ def make_search_report(run_dir: str | Path, space: Mapping[str, Domain] | None =
     """
     run_dir = open_run_directory(run_dir)
     if not is_search(run_dir):
-        raise RunDirectoryError(f"run directory: {run_dir} holds no search ({LEDGER} is missing)")
+        raise RunDirectoryError(f"run directory: {run_dir} holds no search, but a meta-training")
     config = load_search_config(run_dir / CONFIG)
     space = space or _space(config.target)
     best = read_best(run_dir)

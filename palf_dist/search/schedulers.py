@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ray.tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from palf_dist.errors import ConfigError
-from palf_dist.search.config import AshaConfig, PbtConfig, Scheduler
+from palf_dist.search.config import AshaConfig, PbtConfig, Scheduler, too_few_reports
 from palf_dist.search.domains import Choice, Domain, IntegerRange, LogRange
 from palf_dist.search.ledger import TrialRecord
 from palf_dist.search.trainable import ERROR, STEP, result_of
@@ -20,21 +21,21 @@ from palf_dist.search.trial import Target
 def make_scheduler(config: Scheduler, target: Target) -> TrialScheduler:
     """The scheduler that the configuration asks for. Raises ConfigError where the target leaves it nothing to do."""
     reports = target.reports()
+    for where, problem in too_few_reports(config, reports).items():
+        raise ConfigError(f"{'.'.join(map(str, where))}: {problem}")
     if isinstance(config, AshaConfig):
-        if config.grace >= reports:
-            raise ConfigError(
-                f"scheduler.grace: a trial of this target gives {reports} report(s), so none can be stopped after "
-                f"{config.grace}; name less, or leave scheduler asha out"
-            )
         return AsyncHyperBandScheduler(STEP, ERROR, "min", reports, config.grace, config.reduction)
     if isinstance(config, PbtConfig):
-        if config.every >= reports:
-            raise ConfigError(
-                f"scheduler.every: a trial of this target gives {reports} report(s), so none can be compared and go on "
-                f"after {config.every}; name less, or leave scheduler pbt out"
-            )
         return Population(config, target.space())
     return FIFOScheduler()
+
+
+class TakeOver(NamedTuple):
+    """What a trial of a population took over from another one."""
+
+    source: int
+    parameters: dict[str, Any]  # varied
+    checkpoint: Path  # of the source's state
 
 
 class Population(PopulationBasedTraining):
@@ -53,19 +54,23 @@ class Population(PopulationBasedTraining):
             require_attrs=False,
         )
         self._space = space
-        self._exploited: dict[int, tuple[int, dict[str, Any]]] = {}
+        self._exploited: dict[int, TakeOver] = {}
 
-    def taken_over(self, number: int) -> tuple[int, dict[str, Any]] | None:
-        """(source, parameters) where the trial took over another's state since this was last asked."""
+    def taken_over(self, number: int) -> TakeOver | None:
+        """What the trial took over since this was last asked; it does not run before it was asked."""
         return self._exploited.pop(number, None)
+
+    def _exploit(self, tune_controller: Any, trial: Trial, trial_to_clone: Trial) -> None:
+        super()._exploit(tune_controller, trial, trial_to_clone)
+        checkpoint = Path(self._trial_state[trial_to_clone].last_checkpoint.path)
+        source, number = trial_to_clone.config["number"], trial.config["number"]
+        self._exploited[number] = TakeOver(source, trial.config["parameters"], checkpoint)
 
     def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
         config, operations = super()._get_new_config(trial, trial_to_clone)
-        number, source = trial.config["number"], trial_to_clone.config["number"]
         # a factor may lead out of the range
         parameters = {name: _within(self._space[name], value) for name, value in config["parameters"].items()}
-        self._exploited[number] = (source, parameters)
-        return {**config, "number": number, "parameters": parameters}, operations
+        return {**config, "number": trial.config["number"], "parameters": parameters}, operations
 
 
 def _within(domain: Domain, value: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any
 from ray.tune import Trainable
 
 from palf_dist.atomic import replacing_folder
-from palf_dist.errors import PalfError
+from palf_dist.errors import CheckpointError, PalfError, PolicyFileError, RunInUseError
+from palf_dist.run_directory import CONFIG
 from palf_dist.search.ledger import trial_name
-from palf_dist.search.trial import Report, Target, TrialContext
+from palf_dist.search.trial import Parameters, Report, Target, TrialContext
 
 STEP, ERROR, REPORT, FAILURE, FATAL = "step", "error", "report", "failure", "fatal"
 """Keys of a result: a report and what schedulers read of it, why the trial failed, why the search cannot go on."""
@@ -25,13 +28,29 @@ TRIALS = "trials"
 STOP_FILE = ".stop"
 """Its appearance in the run directory tells the trials to save and return."""
 POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 30.0
+"""How long a trial's folder may be in use by its predecessor: after kill -9, one on another node may still be dying."""
 _START = ".start"
-_SOURCE, _CONTENT = "source.json", "content"
+_PARAMETERS, _CONTENT = "parameters.json", "content"
 
 
 def result_of(step: int, error: float) -> dict[str, Any]:
     """What schedulers read. No number compares with NaN, so a failed trial is infinitely bad."""
     return {STEP: step, ERROR: error if math.isfinite(error) else math.inf}
+
+
+def hand_over(checkpoint: Path, run_dir: Path, number: int, parameters: Parameters) -> None:
+    """Have trial ``number`` go on from another one's saved state, under these parameters and no others.
+
+    ``checkpoint``: a folder that ``save_checkpoint`` filled. It is copied, and on the disk on return.
+    """
+    with replacing_folder(run_dir / TRIALS / trial_name(number) / _START) as folder:
+        shutil.copytree(checkpoint / _CONTENT, folder / _CONTENT)
+        (folder / _PARAMETERS).write_text(_canonical(parameters))
+
+
+def _canonical(parameters: Parameters) -> str:
+    return json.dumps(dict(parameters), sort_keys=True)
 
 
 class TrialProcess(Trainable):
@@ -50,14 +69,14 @@ class TrialProcess(Trainable):
     def step(self) -> dict[str, Any]:
         """The next report; ``done`` with the last one, or alone where there is none to come. A trial whose error is no
         number has failed."""
+        if not self._folder.exists():
+            return {"done": True, FATAL: self._elsewhere()}
         try:
-            if self._reports is None:
-                start = self._start / _CONTENT
-                context = TrialContext(self._folder, start if start.exists() else None, self._stop)
-                self._reports = self._target.run(self._parameters, context)
-            self._last = report = next(self._reports)
+            self._last = report = self._next_report()
         except StopIteration:
             return {"done": True}
+        except (CheckpointError, PolicyFileError) as error:  # of what the trial's folder holds
+            return {"done": True, FAILURE: str(error)}
         except PalfError as error:
             return {"done": True, FATAL: str(error)}
         except Exception:
@@ -73,28 +92,52 @@ class TrialProcess(Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A copy of the trial's state, for another one to start from."""
-        folder = Path(checkpoint_dir)
-        (folder / _SOURCE).write_text(json.dumps(self._number))
         if self._last is not None and self._last.checkpoint is not None:
-            shutil.copytree(self._last.checkpoint, folder / _CONTENT)
+            shutil.copytree(self._last.checkpoint, Path(checkpoint_dir) / _CONTENT)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Start from another trial's state; where it is its own, the trial's folder knows better."""
-        if json.loads((Path(checkpoint) / _SOURCE).read_text()) != self._number:
-            with replacing_folder(self._start) as folder:
-                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        """Nothing: the trial's folder holds its own state, and any that was handed over to it."""
 
     def cleanup(self) -> None:
         self._ended.set()
         self._close()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._number, self._parameters = config["number"], config["parameters"]
-        self._folder = self._run_dir / TRIALS / trial_name(self._number)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._parameters = config["parameters"]
+        self._folder = self._run_dir / TRIALS / trial_name(config["number"])
+        if (self._run_dir / CONFIG).exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._start = self._folder / _START  # kept until the first report, so that a restart does not forget it
         self._reports = None
         self._last = None
+
+    def _next_report(self) -> Report:
+        """Raises what the target does, StopIteration at the end, and RunInUseError once patience is over."""
+        patience_ends = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            if self._reports is None:
+                context = TrialContext(self._folder, self._handed_over(), self._stop)
+                self._reports = self._target.run(self._parameters, context)
+            try:
+                return next(self._reports)
+            except RunInUseError:
+                self._reports = None
+                if self._stop.wait(POLL_SECONDS):
+                    raise StopIteration from None
+                if time.monotonic() > patience_ends:
+                    raise
+
+    def _elsewhere(self) -> str:
+        return (
+            f"run directory: {self._run_dir} is not the driver's on node {socket.gethostname()} ({CONFIG} is missing), "
+            "where a trial was to run; search in a folder that all nodes share"
+        )
+
+    def _handed_over(self) -> Path | None:
+        """The state to start from instead of the own one. Under other parameters than the trial's it was handed over
+        in the instant before a crash, and the ledger knows nothing of it."""
+        path = self._start / _PARAMETERS
+        return self._start / _CONTENT if path.exists() and path.read_text() == _canonical(self._parameters) else None
 
     def _close(self) -> None:
         """Let the target tidy up in the middle of a trial, if it wants to."""

@@ -28,7 +28,7 @@ class Report:
     gradient: list[float] | None = None  # [k] d error / d weights, once the training has converged
     curvature: list[list[float]] | None = None  # [k, k], as in Sensitivity
     weights: list[float] | None = None  # [k] trained with, where they are not those of the parameters (on the fly)
-    metrics: dict[str, float] = field(default_factory=dict)  # what else is worth a curve; "cost": gradient evaluations
+    metrics: dict[str, float] = field(default_factory=dict)  # more for curves; "cost": gradient evaluations so far
     artefact: Path | None = None  # folder whose content becomes best/ where this is the best so far
     checkpoint: Path | None = None  # folder from which another trial can start (PBT)
     done: bool = False  # the last report of a trial that ran to its end
@@ -45,6 +45,16 @@ class TrialContext:
 
 class Target(Protocol):
     """What is tuned. Sent to every trial's process, so it is small and picklable."""
+
+    @property
+    def error_name(self) -> str:
+        """What its error is; "minus_" and a name where that is to be maximised."""
+        ...
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """What each dataset that it reads holds, in short: a search goes on only with what it began with."""
+        ...
 
     def space(self) -> dict[str, Domain]:
         """What is searched, by name."""
@@ -65,7 +75,8 @@ class Target(Protocol):
 
     def run(self, parameters: Parameters, context: TrialContext) -> Iterator[Report]:
         """Work on one trial, in its process, resuming from ``context.folder``; raises PalfError for what is wrong with
-        the target rather than with the parameters (it ends the search; any other error only fails this trial).
+        the target rather than with the parameters or the folder (it ends the search; a CheckpointError, a
+        PolicyFileError or any other error only fails this trial, and after a RunInUseError it is begun again).
 
         The process may be killed at any moment, and the iterator closed between two reports. A trial that resumes first
         gives the last report again that its folder knows of (``done`` included), as it may not have been heard: reports

@@ -30,6 +30,14 @@ class Quadratic:
     cpus: float = 1.0
     troubles: dict[float, str] = field(default_factory=dict)
 
+    @property
+    def error_name(self) -> str:
+        return "error"
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {}
+
     def space(self) -> dict[str, Domain]:
         return {name: UniformRange(low=0.0, high=1.0) for name in "xy"}
 

@@ -69,3 +69,13 @@ def test_weights_learned_on_the_fly_are_the_best_ones_parameters(tmp_path: Path)
     assert parameters_used(parameters, Report(1, 1.0, weights=[0.3, 0.4])) == {"l1": 0.3, "l2": 0.4}
     Anytime(tmp_path).offer(Report(1, 2.0, weights=[0.3, 0.4]), 1, parameters, 1, 0.2)
     assert json.loads((tmp_path / BEST / "best.json").read_text())["parameters"] == {"l1": 0.3, "l2": 0.4}
+
+
+def test_no_report_takes_the_model_out_of_best(tmp_path: Path, artefact: Path) -> None:
+    """Once a target has given an artefact, a lower error without one is no improvement, also after a restart."""
+    anytime = Anytime(tmp_path)
+    assert anytime.offer(Report(1, 2.0, artefact=artefact), 1, {}, 1, 0.2)
+    for again in (anytime, Anytime(tmp_path)):
+        assert not again.offer(Report(2, 1.0), 2, {}, 2, 0.5)
+        assert (tmp_path / BEST / "model").read_text() == "good" and again.best == read_best(tmp_path)
+    assert again.offer(Report(3, 1.0, artefact=artefact), 2, {}, 2, 0.5)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,18 @@ import pytest
 from palf_dist.distributed.cluster import connected
 from palf_dist.errors import ClusterError, ConfigError, RunDirectoryError, SearchError
 from palf_dist.run_directory import BEST, CONFIG
+from palf_dist.search import recorder
 from palf_dist.search.anytime import ANYTIME, read_best
-from palf_dist.search.driver import SearchResult, tune
+from palf_dist.search.capacity import trials_at_once
+from palf_dist.search.driver import SearchResult, _wanted_at_once, tune
+from palf_dist.search.fingerprints import FINGERPRINTS
 from palf_dist.search.ledger import LEDGER, Ledger
 from palf_dist.search.recorder import DIVERGED, Halt
 from palf_dist.search.trainable import STOP_FILE
 from tests.search.quadratic import STATE, WORK, Quadratic, search_config
+
+NETWORK = {"kind": "loss_weights", "dataset": "unused", "model": {"kind": "mlp"}}
+"""What may be stopped early and changed on its way."""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,31 @@ def test_a_search_is_halted_by_the_user_and_by_the_clock(tmp_path: Path) -> None
     assert Halt(tmp_path, threading.Event(), deadline=0.0).stop_all() and (tmp_path / STOP_FILE).exists()
     stop.set()
     assert halt.stop_all() and not halt("00001", {})
+
+
+def test_a_search_is_halted_when_its_trials_find_no_place_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [{"CPU": 1.0}]
+    halt = Halt(tmp_path, threading.Event(), None, lambda: trials_at_once([{"CPU": 1.0}], places, wanted=1))
+    monkeypatch.setattr(recorder, "CHECK_SECONDS", 0.0)
+    assert not halt.stop_all() and halt.fatal is None
+    places.clear()
+    assert halt.stop_all() and halt.fatal is not None and "can never give that" in halt.fatal
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"searcher": "tuneloss"}, 1),
+        ({"searcher": "optuna", "trials": 9}, 4),
+        ({"searcher": "optuna", "trials": 3}, 3),
+        ({"searcher": "random", "trials": 9}, 9),
+        ({"searcher": "tuneloss", "concurrent": 7}, 7),
+    ],
+)
+def test_a_searcher_that_learns_is_not_asked_for_many_trials_at_once(fields: dict[str, Any], wanted: int) -> None:
+    assert _wanted_at_once(search_config(**fields)) == wanted
 
 
 @pytest.mark.slow
@@ -85,6 +120,7 @@ def test_a_search_ends_resumes_and_grows(ray: None, tmp_path: Path) -> None:
         ANYTIME,
         BEST,
         CONFIG,
+        FINGERPRINTS,
         "report",
         "trials",
         LEDGER,
@@ -112,12 +148,6 @@ def test_the_time_budget_ends_a_search_with_the_best_so_far(ray: None, tmp_path:
     assert result.trials == {"finished": 0, "stopped": 0, "failed": 0, "unfinished": 1}
     assert result.best == read_best(run_dir) and result.final["test_error"] == 0.5
     reached = json.loads((run_dir / "trials" / "00001" / STATE / "step.json").read_text())
-    stop = threading.Event()
-    stop.set()
-    interrupted = tune(
-        search_config(trials=1), run_dir, resume=True, stop=stop, make_target=lambda config: Quadratic(steps=reached)
-    )
-    assert interrupted.interrupted and interrupted.final == {} and interrupted.best == result.best
     ended = search(run_dir, Quadratic(steps=reached + 1), trials=1, resume=True)
     assert ended.trials["finished"] == 1 and ended.best is not None and ended.best.step == reached + 1
     steps = [json.loads(line)["step"] for line in (run_dir / "trials" / "00001" / WORK).read_text().splitlines()]
@@ -127,7 +157,12 @@ def test_the_time_budget_ends_a_search_with_the_best_so_far(ray: None, tmp_path:
 @pytest.mark.slow
 def test_asha_stops_those_that_fall_behind(ray: None, tmp_path: Path) -> None:
     result = search(
-        tmp_path / "run", Quadratic(steps=4), trials=6, scheduler={"kind": "asha", "reduction": 2}, concurrent=1
+        tmp_path / "run",
+        Quadratic(steps=4),
+        trials=6,
+        scheduler={"kind": "asha", "reduction": 2},
+        concurrent=1,
+        target=NETWORK,
     )
     trials = Ledger(tmp_path / "run").trials.values()
     assert result.trials["stopped"] + result.trials["finished"] == 6 and result.trials["stopped"] >= 1
@@ -145,7 +180,7 @@ def test_pbt_hands_on_the_state_of_the_best(ray: None, tmp_path: Path) -> None:
         Quadratic(steps=5),
         trials=3,
         scheduler={"kind": "pbt", "quantile": 0.4},
-        target={"kind": "loss_weights", "dataset": "unused", "model": {"kind": "mlp"}},
+        target=NETWORK,
     )
     assert result.trials["finished"] == 3
     lines = [json.loads(line) for line in (tmp_path / "run" / LEDGER).read_text().splitlines()]
@@ -156,3 +191,71 @@ def test_pbt_hands_on_the_state_of_the_best(ray: None, tmp_path: Path) -> None:
     assert last["parameters"] != created[last["trial"]]
     own_work = (tmp_path / "run" / "trials" / f"{last['trial']:05d}" / WORK).read_text()
     assert json.dumps(last["parameters"])[1:-1] in own_work
+
+
+@pytest.mark.slow
+def test_a_take_over_survives_a_kill(ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search ends with the first take-over on the disk, and the trial that took over has not run since."""
+    run_dir, handed, stop = tmp_path / "run", [], threading.Event()
+    noted = Ledger.exploit
+
+    def exploit(ledger: Ledger, number: int, source: int, parameters: Any) -> None:
+        handed.append(run_dir / "trials" / f"{number:05d}" / ".start" / "content" / "step.json")
+        assert handed[-1].exists(), "the state comes before the line of the ledger"
+        noted(ledger, number, source, parameters)
+        stop.set()
+
+    fields: dict[str, Any] = {
+        "trials": 3,
+        "scheduler": {"kind": "pbt", "quantile": 0.4},
+        "target": NETWORK,
+    }
+    target = Quadratic(steps=6)
+    monkeypatch.setattr(Ledger, "exploit", exploit)
+    assert tune(search_config(**fields), run_dir, stop=stop, make_target=lambda config: target).interrupted
+    assert handed and handed[0].exists()
+    handed[0].write_text("5")  # so that the state is known again: its source was not so far
+    number, before = int(handed[0].parts[-4]), len((run_dir / LEDGER).read_text().splitlines())
+    search(run_dir, target, resume=True, **fields)
+    lines = [json.loads(line) for line in (run_dir / LEDGER).read_text().splitlines()][before:]
+    assert next(line["step"] for line in lines if line["trial"] == number and line["event"] == "report") == 5
+    assert not handed[0].exists()
+
+
+@pytest.mark.slow
+def test_a_trial_whose_end_was_not_noted_is_not_begun_again(ray: None, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    search(run_dir, Quadratic(troubles={0.65: "diverges"}), trials=3, concurrent=1)
+    endings = [trial.ending for trial in Ledger(run_dir).trials.values()]
+    assert set(endings) == {"failed", "finished"}
+    lines = (run_dir / LEDGER).read_bytes().splitlines(keepends=True)
+    (run_dir / LEDGER).write_bytes(b"".join(line for line in lines if b'"message"' not in line))
+    result = search(run_dir, Quadratic(troubles={0.0: "unfit"}), trials=3, resume=True)  # would not run
+    assert result.trials["unfinished"] == 0
+    assert [trial.ending for trial in Ledger(run_dir).trials.values()] == endings
+
+
+@pytest.mark.slow
+def test_a_budget_that_is_over_between_two_trials_is_said_to_be(ray: None, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    search(run_dir, Quadratic(steps=1), trials=1)
+    result = search(run_dir, Quadratic(steps=1), trials=5, resume=True, budget=1e-9)
+    assert result.out_of_time and result.trials["finished"] == 1 and result.trials["unfinished"] == 0
+
+
+@dataclass(frozen=True)
+class Interrupted(Quadratic):
+    """The user presses Ctrl-C while the best is judged."""
+
+    def finish(self, best: Path) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        return {}
+
+
+@pytest.mark.slow
+def test_judging_the_best_is_interrupted_at_once_and_done_again(ray: None, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "run", Interrupted(steps=1), trials=1)
+    again = search(tmp_path / "run", Quadratic(steps=1), trials=1, resume=True)
+    assert again.final == {"test_error": 0.5, "found_after": 1} and again.trials["finished"] == 1

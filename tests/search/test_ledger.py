@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palf_dist.errors import RunDirectoryError
 from palf_dist.search.ledger import LEDGER, Ledger
 from palf_dist.search.trial import Report
 
@@ -54,7 +55,7 @@ def test_reading_again_gives_the_same_state_whatever_was_torn(moves: list[Any], 
         ledger.close()
         again = Ledger(folder)
         assert state(again) == state(ledger)
-        if not (folder / LEDGER).exists():
+        if not (folder / LEDGER).exists():  # nothing was done
             return
         lines = (folder / LEDGER).read_bytes().splitlines(keepends=True)
         kept = min(torn, len(lines[-1]) - 1)
@@ -117,3 +118,55 @@ def test_trainings_and_costs_are_counted(tmp_path: Path) -> None:
 def test_seconds_add_up_over_processes(tmp_path: Path) -> None:
     (tmp_path / LEDGER).write_text('{"event": "created", "trial": 1, "seconds": 1000.5, "parameters": {}}\n')
     assert Ledger(tmp_path).seconds >= 1000.5
+
+
+def test_the_last_known_cost_counts_for_trials_that_end_early(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.create({})
+    assert ledger.trials[1].cost == 0.0
+    ledger.report(1, Report(1, 1.0, metrics={"cost": 3.0}))
+    ledger.report(1, Report(2, math.nan))
+    assert ledger.trials[1].cost == 3.0
+    ledger.close()
+
+
+def test_there_is_no_ledger_before_the_first_change(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert not (tmp_path / LEDGER).exists()
+    ledger.create({})
+    ledger.close()
+    assert len(Ledger(tmp_path).trials) == 1
+
+
+CREATED = '{"event": "created", "trial": 1, "seconds": 0.5, "parameters": {}}'
+ENDED = '{"event": "finished", "trial": 1, "seconds": 0.5, "message": ""}'
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"event": "created", "trial": 3, "seconds": 1.0, "parameters": {}}',
+        '{"event": "created", "trial": 2, "seconds": "?", "parameters": {}}',
+        '{"event": "report", "trial": 2, "seconds": 1.0}',
+        '{"event": "finished", "trial": 1, "seconds": 1.0, "message": ""}',
+        '{"seconds": 1.0}',
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / LEDGER).write_text("\n".join([CREATED, ENDED, damaged, ""]))
+    with pytest.raises(RunDirectoryError, match=rf"line 3 of .*{LEDGER} is damaged"):
+        Ledger(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"event": "report", "trial": 1, "seconds": 1.0, "step": 1}',
+        '{"event": "begun", "trial": 1, "seconds": 1.0}',
+        '{"event": "finished", "trial": 1, "seconds": 1.0}',
+    ],
+)
+def test_a_damaged_line_of_a_trial_under_way_is_named(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / LEDGER).write_text("\n".join([CREATED, damaged, ""]))
+    with pytest.raises(RunDirectoryError, match=rf"line 2 of .*{LEDGER} is damaged"):
+        Ledger(tmp_path)

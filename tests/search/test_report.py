@@ -130,10 +130,10 @@ def test_what_is_no_search_or_damaged_is_named(tmp_path: Path) -> None:
     (run / ANYTIME).write_bytes(b"PAR1 torn")
     with pytest.raises(RunDirectoryError, match=f"{ANYTIME} .*restore or remove"):
         make_search_report(run)
-    (run / "trials.jsonl").unlink()
-    with pytest.raises(RunDirectoryError, match=r"trials\.jsonl is missing"):
+    (run / "config.yaml").unlink()
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml is missing"):
         make_search_report(run)
-    assert not (run / "trials.jsonl").exists() and not (run / "report").exists()
+    assert not (run / "report").exists()
 
 
 def test_the_anytime_curve_only_falls_and_its_star_is_the_first_best() -> None:

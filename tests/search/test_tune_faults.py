@@ -125,7 +125,7 @@ def test_a_search_that_is_killed_until_it_is_done(drive: Drive, tmp_path: Path) 
         assert len({json.loads(line)["step"] for line in work}) == len(work), "a step was done twice"
     result = json.loads(output)
     best = read_best(tmp_path / "run")
-    assert best is not None and result["validation_error"] == best.error == min(
+    assert best is not None and result["error"] == best.error == min(
         report.error for trial in ledger.trials.values() for report in trial.reports
     )
     assert result["trials"] == {"finished": TRIALS, "stopped": 0, "failed": 0, "unfinished": 0}

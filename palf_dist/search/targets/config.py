@@ -22,10 +22,11 @@ from palf_dist.config import (
     Share,
     TransformerConfig,
 )
-from palf_dist.config_loading import dump_config, load_config, parse_config
+from palf_dist.config_loading import dump_config, leaves, load_config, parse_config
 from palf_dist.errors import ConfigError
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.search.domains import Choice, Domain
+from palf_dist.tasks.cache import cache_folder
 from palf_dist.types import BASIS_LOSSES
 
 REFERENCE = "ce"
@@ -103,7 +104,9 @@ class LossWeightsConfig(Section):
 
     kind: Literal["loss_weights"] = "loss_weights"
     dataset: DatasetSource
-    cache: str | None = Field(default=None, description="cache folder; default $PALF_CACHE, else ./.palf_cache")
+    cache: str | None = Field(
+        default=None, validate_default=True, description="cache folder; default $PALF_CACHE, else ./.palf_cache"
+    )
     max_rows: Count = Field(default=20_000, description="rows kept of a larger dataset (a fixed random sample)")
     model: Model = SoftmaxConfig()
     rows: RowsConfig = RowsConfig()
@@ -123,6 +126,16 @@ class LossWeightsConfig(Section):
     def _name(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("dataset")
+    @classmethod
+    def _found_from_anywhere(cls, value: DatasetSource) -> DatasetSource:
+        return absolute(value)
+
+    @field_validator("cache")
+    @classmethod
+    def _cache_found_from_anywhere(cls, value: str | None) -> str:
+        return str(cache_folder(value))
+
     @model_validator(mode="after")
     def _weights_fit(self) -> LossWeightsConfig:
         known = [*SOFTMAX_WEIGHTS, *L2_PARTS] if self.is_softmax else [*BASIS_LOSSES[1:], "weight_decay"]
@@ -141,6 +154,16 @@ class LossWeightsConfig(Section):
     @property
     def is_softmax(self) -> bool:
         return isinstance(self.model, SoftmaxConfig)
+
+    @property
+    def reports(self) -> int:
+        """The most that a trial gives: softmax regression may converge in fewer iterations."""
+        return self.snapshots if self.is_softmax else min(self.snapshots, self.training.steps)
+
+    @property
+    def trained_at_once(self) -> bool:
+        """Whether all the work of a trial is done before its first report, so that no scheduler can save any."""
+        return self.is_softmax
 
     @property
     def unchangeable(self) -> list[str]:
@@ -163,16 +186,26 @@ class MetaTrainingConfig(Section):
     """The outer search: every trial is a meta-training."""
 
     kind: Literal["meta_training"] = "meta_training"
-    base: RunConfig = Field(description="configuration of every trial; or the path of its YAML file")
+    base: RunConfig = Field(
+        description="configuration of every trial; or the path of its YAML file; or {file: PATH} and what differs"
+    )
     space: dict[str, Domain] = Field(min_length=1, description="field path of base -> where its value is looked for")
 
     @field_validator("base", mode="before")
     @classmethod
     def _read(cls, value: object, info: ValidationInfo) -> object:
         """A path is relative to the folder named in the validation's context: that of the search's own file."""
-        if isinstance(value, str):
-            return load_config(Path((info.context or {}).get("folder", "."), value)).model_dump(mode="json")
-        return value
+        changes = {"file": value} if isinstance(value, str) else value
+        if not (isinstance(changes, dict) and isinstance(changes.get("file"), str)):
+            return value
+        path = Path((info.context or {}).get("folder", "."), changes["file"])
+        fields = leaves({name: field for name, field in changes.items() if name != "file"})
+        try:
+            return load_config(path, [f"{name}={json.dumps(field)}" for name, field in fields.items()]).model_dump(
+                mode="json"
+            )
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("--set: ", "target.base.").replace("--set ", "target.base.")) from None
 
     @model_validator(mode="after")
     def _space_fits(self) -> MetaTrainingConfig:
@@ -194,6 +227,15 @@ class MetaTrainingConfig(Section):
         return self
 
     @property
+    def reports(self) -> int:
+        """One for each selection."""
+        return -(-self.base.meta_learner.outer_steps // self.base.evaluation.select_every)
+
+    @property
+    def trained_at_once(self) -> bool:
+        return False
+
+    @property
     def unchangeable(self) -> list[str]:
         """What is searched here but cannot change while a policy is trained, as pbt would have it."""
         return [path for path in self.space if not _within(path, CHANGEABLE)]
@@ -206,6 +248,13 @@ class MetaTrainingConfig(Section):
             return parse_config(dump_config(self.base), "base", [*overrides, untracked])
         except ConfigError as error:
             raise ConfigError(str(error).replace("--set: ", "space.").replace("--set ", "space.")) from None
+
+
+def absolute(source: DatasetSource) -> DatasetSource:
+    """The source as processes with another working folder find it."""
+    if source.path is None or "://" in source.path:
+        return source
+    return source.model_copy(update={"path": str(cache_folder(source.path))})
 
 
 def _within(path: str, fields: Sequence[str]) -> bool:

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from palf_dist.distributed.meta_training import fingerprints
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.search.domains import Domain, LogRange
 from palf_dist.search.targets.config import REFERENCE, LossWeightsConfig
 from palf_dist.search.targets.networks import NetworkTrainer
-from palf_dist.search.targets.rows import SplitRows, absolute, load_rows
+from palf_dist.search.targets.rows import SplitRows, load_rows
 from palf_dist.search.targets.snapshot import CARD, Snapshot, load_arrays, save_arrays
 from palf_dist.search.targets.softmax import SoftmaxTrainer
 from palf_dist.search.trial import ON_THE_FLY, Parameters, Report, TrialContext
-from palf_dist.tasks.cache import cache_folder
 
 BEST, CHECKPOINT = "best", "checkpoint"
 """Folders in that of a trial: its best model so far, and the newest state of a network's training."""
@@ -29,15 +29,18 @@ class LossWeightsTarget:
     """A trial is one training with the weights that it is given. The best artefact is the best snapshot: its weights,
     what they led to (weights.json) and the model itself (model.safetensors)."""
 
+    error_name = "validation_error"
+
     def __init__(self, config: LossWeightsConfig) -> None:
-        """Finds its files again from any working folder."""
-        places = {"dataset": absolute(config.dataset), "cache": str(cache_folder(config.cache))}
-        self.config = config.model_copy(update=places)
+        self.config = config
+        self.fingerprints: dict[str, str] = {}
         self._space = WeightSpace.of(config.ranges, REFERENCE)
 
     def check(self) -> None:
         """Raises the DataError or ConfigError that a trial would."""
-        self._trainer(load_rows(self.config))
+        data = load_rows(self.config)
+        self._trainer(data)
+        self.fingerprints = fingerprints({self.config.dataset.name: data.dataset})
 
     def space(self) -> dict[str, Domain]:
         return {name: LogRange(low=low, high=high) for name, (low, high) in self.config.ranges.items()}
@@ -46,9 +49,7 @@ class LossWeightsTarget:
         return self._space
 
     def reports(self) -> int:
-        """The most there are: softmax regression may converge in fewer iterations."""
-        config = self.config
-        return config.snapshots if config.is_softmax else min(config.snapshots, config.training.steps)
+        return self.config.reports
 
     def bundles(self) -> list[dict[str, float]]:
         return [{"CPU": 1.0}]
@@ -77,12 +78,13 @@ class LossWeightsTarget:
 
     def finish(self, best: Path) -> dict[str, Any]:
         """The share of test rows that the best model gets wrong, beside what is known of it from the validation rows,
-        and a certificate where there can be one. Raises CheckpointError where ``best`` cannot be read."""
+        the weights that it was trained with, and a certificate where there can be one. Raises CheckpointError where
+        ``best`` cannot be read."""
         model, card = load_arrays(best)
         with one_thread():
             trainer = self._trainer(load_rows(self.config))
-            final = {name: card[name] for name in ("weights", "validation_error", "validation_misclassified")}
-            final["test_error"] = trainer.misclassified(model, "test")
+            final = {name: card[name] for name in ("validation_error", "validation_misclassified")}
+            final |= {"best_parameters": card["weights"], "test_error": trainer.misclassified(model, "test")}
             if isinstance(trainer, SoftmaxTrainer):
                 proven = trainer.certificate(np.array(list(card["weights"].values())), model)
                 if proven is not None:
@@ -96,11 +98,12 @@ class LossWeightsTarget:
         return trainer.train(weights, load_arrays(source)[0] if (source / CARD).exists() else None)
 
     def _keep_best(self, folder: Path, weights: np.ndarray, snapshot: Snapshot) -> Path | None:
-        """Make ``folder`` the artefact of a snapshot that is at least as good as the one it holds."""
-        if (folder / CARD).exists() and not snapshot.error <= load_arrays(folder)[1]["validation_error"]:
-            return None
+        """The folder that holds the trial's best: the snapshot, unless what is there is better, which the search may
+        never have heard of. None where the training has failed."""
         if not np.isfinite(snapshot.error):
             return None
+        if (folder / CARD).exists() and load_arrays(folder)[1]["validation_error"] < snapshot.error:
+            return folder
         used = np.array(snapshot.details.get("weights", weights))
         card = {
             "weights": self._space.named(used),

@@ -17,14 +17,14 @@ from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config, load_config
 from palf_dist.distributed.cluster import worker_share
 from palf_dist.distributed.driver import evaluate_policy, train_policy
-from palf_dist.errors import ConfigError
+from palf_dist.distributed.meta_training import fingerprints
+from palf_dist.errors import ClusterError, ConfigError
 from palf_dist.evaluation.statistics import compare
 from palf_dist.evaluation.table import to_records
 from palf_dist.progress import Progress
 from palf_dist.run_directory import BEST, CONFIG
 from palf_dist.search.domains import Domain
-from palf_dist.search.targets.config import MetaTrainingConfig
-from palf_dist.search.targets.rows import absolute
+from palf_dist.search.targets.config import MetaTrainingConfig, absolute
 from palf_dist.search.trial import Parameters, Report, TrialContext
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
@@ -38,6 +38,8 @@ class MetaTrainingTarget:
     """A trial is one meta-training. Its error is minus the selection score: the mean accuracy of the policy above that
     of plain cross-entropy, which may well be negative. The best artefact is a policy with its configuration."""
 
+    error_name = "minus_selection_score"
+
     def __init__(self, config: MetaTrainingConfig) -> None:
         """Finds its files again from any working folder."""
         data = config.base.data
@@ -48,10 +50,13 @@ class MetaTrainingTarget:
         }
         base = config.base.model_copy(update={"data": data.model_copy(update=places)})
         self.config = config.model_copy(update={"base": base})
+        self.fingerprints: dict[str, str] = {}
 
     def check(self) -> None:
         """Raises the DataError or ConfigError that every trial would."""
-        check_tasks(self.config.base, load_all(self.config.base.data))
+        datasets = load_all(self.config.base.data)
+        check_tasks(self.config.base, datasets)
+        self.fingerprints = fingerprints(datasets)
 
     def space(self) -> dict[str, Domain]:
         return dict(self.config.space)
@@ -60,9 +65,7 @@ class MetaTrainingTarget:
         """The loss is not linear in any field of a configuration."""
 
     def reports(self) -> int:
-        """One for each selection."""
-        base = self.config.base
-        return -(-base.meta_learner.outer_steps // base.evaluation.select_every)
+        return self.config.reports
 
     def bundles(self) -> list[dict[str, float]]:
         """A process that drives, and one bundle for each of its workers, which then join the trial's placement group.
@@ -73,7 +76,10 @@ class MetaTrainingTarget:
         distributed = self.config.base.distributed
         if distributed.workers == 0:
             return [{"CPU": float(distributed.threads)}]
-        share = worker_share(distributed)
+        try:
+            share = worker_share(distributed)
+        except ClusterError as error:
+            raise ClusterError(str(error).replace("distributed.", "target.base.distributed.", 1)) from None
         worker = {"CPU": float(share.cpus)} | ({"GPU": share.gpus} if share.gpus else {})
         return [{"CPU": 1.0}, *(dict(worker) for _ in range(distributed.workers))]
 

@@ -10,7 +10,6 @@ from palf_dist.config import Architecture, DataConfig, DatasetSource, MLPConfig
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.randomness import random_generator
 from palf_dist.search.targets.config import LossWeightsConfig, RowsConfig, SoftmaxConfig
-from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.corruptions import add_label_noise
 from palf_dist.tasks.datasets import load_dataset
 from palf_dist.tasks.encoded import EncodedDataset
@@ -89,13 +88,6 @@ def load_rows(config: LossWeightsConfig) -> SplitRows:
         by_split["train"], noise.kind, noise.rate, len(kept), random_generator("loss_weights", config.seed, "noise")
     )
     return SplitRows(dataset, rows, by_split, len(kept))
-
-
-def absolute(source: DatasetSource) -> DatasetSource:
-    """The source as processes with another working folder find it."""
-    if source.path is None or "://" in source.path:
-        return source
-    return source.model_copy(update={"path": str(cache_folder(source.path))})
 
 
 def _sizes(config: RowsConfig, available: int, classes: int, name: str) -> dict[str, int]:

@@ -29,14 +29,13 @@ class Snapshot:
     error: float  # e on the validation rows
     model: dict[str, np.ndarray]  # what is needed to use it, or to train on
     misclassified: float  # share of the validation rows
-    cost: float | None = None  # gradient evaluations so far, where known
+    cost: float  # gradient evaluations so far
     details: dict[str, Any] = field(default_factory=dict)  # further fields of its Report
 
     @property
     def metrics(self) -> dict[str, float]:
         """Those of its Report."""
-        values = {"validation_misclassified": self.misclassified}
-        return values if self.cost is None else {**values, "cost": self.cost}
+        return {"validation_misclassified": self.misclassified, "cost": self.cost}
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> Path:

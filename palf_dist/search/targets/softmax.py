@@ -49,7 +49,8 @@ class SoftmaxTrainer:
     def train(self, weights: np.ndarray, on_the_fly: bool = False) -> Iterator[Snapshot]:
         """Snapshots of a training with weights [k]; those of ``on_the_fly`` are chosen anew every
         few iterations by LearnLoss on the training's own snapshots. The last one is the trained model and has the
-        derivatives of e: a trial cannot be asked for them later."""
+        derivatives of e: a trial cannot be asked for them later. All training is done, and counted, before the first
+        snapshot."""
         used = weights
         if on_the_fly:
             used, outcome = self.regression.train_on_the_fly(learn_on_the_fly(self.regression.space))
@@ -60,16 +61,16 @@ class SoftmaxTrainer:
         kept = np.unique(np.geomspace(1, count, min(self._count, count)).round().astype(int))
         for number, index in enumerate(kept - 1, 1):
             details: dict[str, Any] = {"weights": used.tolist()} if on_the_fly else {}
-            cost, last = None, bool(index == count - 1)
+            cost, last = outcome.cost, bool(index == count - 1)
             if last:
                 sensitivity = outcome.derivatives()
                 assert sensitivity is not None and sensitivity.curvature is not None
                 details |= {"gradient": sensitivity.gradient.tolist(), "curvature": sensitivity.curvature.tolist()}
-                cost = float(outcome.cost + sensitivity.cost)
+                cost += sensitivity.cost
             model = {COEFFICIENTS: models[index]}
             share = self.misclassified(model, "validation")
             error = float(outcome.errors[index])
-            yield Snapshot(number, last, outcome.features[index], error, model, share, cost, details)
+            yield Snapshot(number, last, outcome.features[index], error, model, share, float(cost), details)
 
     def certificate(self, weights: np.ndarray, model: dict[str, np.ndarray]) -> Certificate | None:
         """How far from the best possible the validation error of the best model can be, by further trainings; None

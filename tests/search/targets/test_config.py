@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
+from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config, load_config
 from palf_dist.errors import ConfigError
-from palf_dist.search.config import load_search_config
+from palf_dist.search.config import load_search_config, search_differences
 from palf_dist.search.targets import LossWeightsConfig, MetaTrainingConfig
 
 BASE = """
@@ -114,6 +115,66 @@ def test_a_trial_is_the_base_with_its_values(folder: Path) -> None:
     assert trial.data == config.base.data and not trial.tracking.enabled
 
 
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"searcher": "tuneloss"}, "searcher: tuneloss searches the weights of a loss that is linear in them"),
+        ({"scheduler": {"kind": "asha", "grace": 10}}, "scheduler.grace: a trial of this target gives 10 report(s)"),
+        ({"scheduler": {"kind": "pbt", "every": 10}}, "scheduler.every: a trial of this target gives 10 report(s)"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_without_its_datasets(
+    search: dict[str, Any], message: str, folder: Path
+) -> None:
+    base = {**BASE_DATA, "meta_learner": {"outer_steps": 20}, "evaluation": {"select_every": 2}}
+    base["data"] = {"train": [{"name": "own", "path": "nowhere.csv"}], "held_out": ["iris"]}
+    target = {"kind": "meta_training", "base": base, "space": {"meta_learner.learning_rate": RATE}}
+    assert message in refusal(folder, target, **search)
+
+
+def test_fields_of_a_base_that_is_a_file_can_be_overridden(folder: Path) -> None:
+    target = {"kind": "meta_training", "base": "base.yaml", "space": {"meta_learner.learning_rate": RATE}}
+    (folder / "search.yaml").write_text(yaml.safe_dump({"searcher": "random", "target": target}))
+
+    def base(*overrides: str) -> RunConfig:
+        config = load_search_config(folder / "search.yaml", overrides)
+        assert isinstance(config.target, MetaTrainingConfig)
+        return config.target.base
+
+    named = ["distributed.workers=3", "tasks.architectures.0={kind: mlp, hidden: [4]}"]
+    assert base(*(f"target.base.{text}" for text in named)) == load_config(folder / "base.yaml", named)
+    with pytest.raises(ConfigError, match=r"--set: target.base.inner.stops: unknown key; did you mean .*inner.steps"):
+        base("target.base.inner.stops=3")
+    with pytest.raises(ConfigError, match=r"nowhere.yaml cannot be read"):
+        base("target.base=nowhere.yaml", "target.base.inner.steps=3")
+
+
+def test_a_base_may_be_a_file_and_what_differs(folder: Path) -> None:
+    def target(**differs: Any) -> dict[str, Any]:
+        base = {"file": "base.yaml", **differs}
+        return {"kind": "meta_training", "base": base, "space": {"meta_learner.learning_rate": RATE}}
+
+    text = yaml.safe_dump({"searcher": "random", "target": target(distributed={"workers": 1}, name="other")})
+    (folder / "search.yaml").write_text(text)
+    config = load_search_config(folder / "search.yaml", ["target.base.inner.steps=13"])
+    assert isinstance(config.target, MetaTrainingConfig)
+    named = ["distributed.workers=1", "name=other", "inner.steps=13"]
+    assert config.target.base == load_config(folder / "base.yaml", named)
+    assert refusal(folder, target(inner={"stops": 3})) == (
+        "target.base.inner.stops: unknown key; did you mean inner.steps?"
+    )
+
+
+def test_a_resume_may_give_trials_other_workers(folder: Path) -> None:
+    target = {"kind": "meta_training", "base": "base.yaml", "space": {"meta_learner.learning_rate": RATE}}
+    (folder / "search.yaml").write_text(yaml.safe_dump({"searcher": "random", "target": target}))
+    old = load_search_config(folder / "search.yaml")
+    free = ["target.base.distributed.workers=3", "target.base.data.cache=elsewhere"]
+    assert search_differences(old, load_search_config(folder / "search.yaml", free)) == []
+    fixed = load_search_config(folder / "search.yaml", ["target.base.distributed.threads=2"])
+    assert search_differences(old, fixed) == ["target.base.distributed.threads: 1 in the run, 2 now"]
+
+
 BASE_DATA = yaml.safe_load(BASE)
 
 
@@ -122,4 +183,5 @@ def test_pbt_changes_only_what_can_change_in_the_middle(folder: Path) -> None:
     target = {"kind": "meta_training", "base": "base.yaml", "space": {"policy.hidden": hidden}}
     assert "scheduler: pbt cannot change policy.hidden in the middle" in refusal(folder, target, scheduler="pbt")
     target = {"kind": "loss_weights", "dataset": "wine"}
+    assert "scheduler: asha can save nothing with model softmax" in refusal(folder, target, scheduler="asha")
     assert "scheduler: pbt cannot change l1, l2," in refusal(folder, target, scheduler="pbt")

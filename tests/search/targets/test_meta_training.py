@@ -62,6 +62,14 @@ def test_the_placement_group_has_a_bundle_for_each_worker() -> None:
     assert bundles(workers=1, gpus_per_worker=0.5) == [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 0.5}]
 
 
+def test_too_many_workers_are_named_as_in_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("palf_dist.distributed.cluster.nodes", lambda: [{"CPU": 4.0}])
+    target = MetaTrainingTarget(config(small_config(distributed={"workers": 9})))
+    with pytest.raises(ClusterError, match=r"^target\.base\.distributed\.workers: 9 workers .* room for 4"):
+        target.bundles()
+
+
 @pytest.mark.parametrize(("steps", "every", "reports"), [(4, 2, 2), (5, 2, 3), (3, 20, 1)])
 def test_a_report_for_each_selection(steps: int, every: int, reports: int) -> None:
     base = small_config(meta_learner={"outer_steps": steps}, evaluation={"select_every": every})
