@@ -13,7 +13,8 @@ MARKS := $(if $(OFFLINE),and not network)
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
-	@echo "make bench        all benchmarks: so far bench-tuneloss, trainings that TuneLoss and common searchers need"
+	@echo "make bench        all benchmarks, one after the other: hours"
+	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
 	@echo "make lint         ruff and mypy only"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make clean        remove .venv and everything that tools left"
@@ -25,7 +26,8 @@ test: lint
 	$(BIN)/pytest -m "not slow $(MARKS)" --cov --cov-report=
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
-bench: bench-tuneloss
+bench: $(STAMP)
+	for name in learnloss_lp learnloss_certificates classifier online_learnloss tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 bench-tuneloss: $(STAMP)
 	$(BIN)/python -m benchmarks.tuneloss $(ARGS)

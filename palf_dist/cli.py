@@ -156,8 +156,9 @@ def evaluate(
         from palf_dist.run_directory import CONFIG
 
         load_policy(policy)  # a damaged file is the first thing to say
-        stored = (policy if policy.is_dir() else policy.parent).absolute().parent / CONFIG
-        settings = _load(config or (stored if stored.exists() else None), overrides, workers, address)
+        folder = (policy if policy.is_dir() else policy.parent).absolute()  # a search's best has its config beside it
+        stored = next((path for path in (folder / CONFIG, folder.parent / CONFIG) if path.exists()), None)
+        settings = _load(config or stored, overrides, workers, address)
         comparisons = compare(evaluate_policy(settings, policy))
         emit({"policy": str(policy), "held_out": to_records(comparisons)}, to_rich(comparisons))
 
