@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -136,6 +137,7 @@ def _finite(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _quiet() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process in the middle of a run, which is not kept
     import optuna
     import torch
 

@@ -224,7 +224,19 @@ def test_the_command_made_tiny(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_interrupted_command_keeps_what_is_done(tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    run = command(folder, "--problems", "wine_2,wine", "--methods", "random", "--seeds", "40", "--processes", "1")
+    run = command(
+        folder,
+        "--problems",
+        "wine_2,wine",
+        "--methods",
+        "random",
+        "--seeds",
+        "40",
+        "--trainings",
+        "10",
+        "--processes",
+        "1",
+    )
     with subprocess.Popen(
         run, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as process:
@@ -236,7 +248,7 @@ def test_an_interrupted_command_keeps_what_is_done(tmp_path: Path) -> None:
     assert b"interrupted: what is done is in" in said
     done = list(folder.glob("runs/random/*.parquet"))
     assert 1 <= len(done) < 80
-    assert all(pq.read_metadata(path).num_rows == 100 for path in done)
+    assert all(pq.read_metadata(path).num_rows == 10 for path in done)
 
 
 @pytest.mark.parametrize(
