@@ -53,7 +53,7 @@ class Proposal:
 
     identifier: int
     weights: np.ndarray  # [k] of the tuned features
-    kind: str  # why: start | on_the_fly | learn_loss | model | surrogate | explore | restart | retest
+    kind: str  # why: start | on_the_fly | learn_loss | model | surrogate | restart | retest
     predicted: float | None = None  # error that the model of the step promises, where there is one
 
 
