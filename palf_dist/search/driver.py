@@ -280,7 +280,7 @@ def _conclude(
     config: SearchConfig, ledger: Ledger, anytime: Anytime, searcher: Searcher, halt: Halt, result: SearchResult
 ) -> None:
     records = ledger.trials.values()
-    result.best, result.trainings, result.seconds = anytime.best, ledger.trainings, ledger.seconds
+    result.best, result.trainings, result.seconds = anytime.best, ledger.trainings, ledger.seconds_noted
     counts = Counter(record.ending or "unfinished" for record in records)
     result.trials = {ending: counts[ending] for ending in (*ENDINGS, "unfinished")}
     cost = sum(record.cost for record in records)

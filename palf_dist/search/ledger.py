@@ -80,23 +80,24 @@ class Ledger:
         self._path = run_dir / LEDGER
         self._file: BinaryIO | None = None
         data = self._path.read_bytes() if self._path.exists() else b""
-        self._began, self._seconds_before = time.monotonic(), 0.0
+        self.seconds_noted = 0.0  # of work up to the last event: a search that is resumed counts on from here
         for number, text in enumerate(data.splitlines(), 1):
             try:
                 for line in json_lines(text):
                     self._apply(line)
-                    self._seconds_before = max(self._seconds_before, line["seconds"])
+                    self.seconds_noted = max(self.seconds_noted, line["seconds"])
             except (KeyError, TypeError, ValueError) as error:
                 raise RunDirectoryError(
                     f"run directory: line {number} of {self._path} is damaged or does not follow from those before it "
                     f"({type(error).__name__}: {error}); restore the file, or search again in another folder"
                 ) from error
         self._torn = bool(data) and not data.endswith(b"\n")
+        self._began = time.monotonic() - self.seconds_noted
 
     @property
     def seconds(self) -> float:
         """Of work on the search so far, all its processes together."""
-        return self._seconds_before + time.monotonic() - self._began
+        return time.monotonic() - self._began
 
     @property
     def trainings(self) -> int:
@@ -159,6 +160,7 @@ class Ledger:
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+        self.seconds_noted = line["seconds"]
         self._apply(line)
 
     def _apply(self, line: dict[str, Any]) -> None:
