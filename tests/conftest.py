@@ -13,6 +13,9 @@ import torch
 from hypothesis import settings
 
 from tests.command import Command
+from tests.processes import spawn
+
+__all__ = ["spawn"]
 
 torch.set_num_threads(1)
 settings.register_profile("palf", deadline=None, database=None, derandomize="CI" in os.environ)

@@ -3,10 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from palf_dist.search.driver import SearchResult
 from palf_dist.search.ledger import LEDGER, Ledger
 from palf_dist.search.targets.snapshot import load_arrays
 from tests.command import Command
+from tests.processes import Process, Spawn, wait_until
 
 CONFIGS = Path(palf_dist.__file__).parent.parent / "configs"
 DIGITS = str(CONFIGS / "tune-digits.yaml")
@@ -96,42 +94,20 @@ SMALL: dict[str, Any] = {
 }
 
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Process]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the command in ``tmp_path``, in a session of its own."""
+def start(spawn: Spawn, tmp_path: Path) -> Start:
+    """Starts the command in ``tmp_path``."""
     (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "palf_dist", "tune", *arguments],
-                cwd=tmp_path,
-                env={**environment, "PYTHONPATH": str(CONFIGS.parent), "PALF_CACHE": str(tmp_path / "cache")},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        )
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    return lambda *arguments: spawn("palf_dist", "tune", *arguments, cwd=tmp_path)
 
 
 @pytest.mark.slow
 def test_a_search_by_command_is_interrupted_and_resumed(start: Start, tmp_path: Path) -> None:
     process = start("--config", "small.yaml", "--run-dir", "run", "--json", "--concurrent", "1")
-    end = time.monotonic() + 200
-    while read_best(tmp_path / "run") is None and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
+    assert wait_until(lambda: read_best(tmp_path / "run") is not None, process)
     children = psutil.Process(process.pid).children(recursive=True)
     assert any(child.name() == "raylet" for child in children), "the test sees too little"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
@@ -159,9 +135,7 @@ def test_a_search_by_command_is_interrupted_and_resumed(start: Start, tmp_path: 
 def test_a_search_that_is_killed_half_way_ends_as_if_it_had_not_been(start: Start, tmp_path: Path) -> None:
     undisturbed = start("--config", "small.yaml", "--run-dir", "undisturbed", "--json")
     process = start("--config", "small.yaml", "--run-dir", "run", "--json")
-    end = time.monotonic() + 200
-    while Ledger(tmp_path / "run").ended < 2 and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
+    wait_until(lambda: Ledger(tmp_path / "run").ended >= 2, process)
     process.kill()
     process.wait()
     killed = Ledger(tmp_path / "run")

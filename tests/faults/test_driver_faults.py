@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-import palf_dist
 from palf_dist import faults
 from palf_dist.config import RunConfig
 from palf_dist.distributed.driver import meta_train
 from tests.distributed.fingerprint import fingerprint
 from tests.distributed.small import fault, small_config
+from tests.processes import Process, Spawn, wait_until
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(palf_dist.__file__).parent.parent
-
-Drive = Callable[..., "subprocess.Popen[str]"]
+Drive = Callable[..., Process]
 
 
 @pytest.fixture(scope="module")
@@ -37,44 +33,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes | s
 
 
 @pytest.fixture
-def drive(tmp_path: Path) -> Iterator[Drive]:
-    """Starts a driver of its own session, whose home is the empty folder tmp_path/home."""
-    started: list[subprocess.Popen[str]] = []
+def drive(spawn: Spawn, tmp_path: Path) -> Drive:
+    """Starts a driver whose home is the empty folder tmp_path/home."""
     (tmp_path / "home").mkdir()
 
-    def start(config: RunConfig, how: str, injected: str = "") -> subprocess.Popen[str]:
+    def start(config: RunConfig, how: str, injected: str = "") -> Process:
         (tmp_path / "config.json").write_text(config.model_dump_json())
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PALF_"))}
-        environment |= {"HOME": str(tmp_path / "home"), "PALF_CACHE": str(tmp_path / "cache")}
-        environment |= {faults.VARIABLE: injected} if injected else {}
+        variables = {"HOME": str(tmp_path / "home")} | ({faults.VARIABLE: injected} if injected else {})
         arguments = [str(tmp_path / "config.json"), str(tmp_path / "run"), how]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.drive", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+        return spawn("tests.faults.drive", *arguments, variables=variables)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    return start
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], limit: float = 120.0) -> None:
-    end = time.monotonic() + limit
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.05)
+def wait_for(path: Path, process: Process) -> None:
+    assert wait_until(path.exists, process), process.communicate()
 
 
-def family(process: subprocess.Popen[str]) -> tuple[list[psutil.Process], list[Path]]:
+def family(process: Process) -> tuple[list[psutil.Process], list[Path]]:
     """The descendants of a driver, Ray's among them, and its temporary folder."""
     children = psutil.Process(process.pid).children(recursive=True)
     assert any(child.name() == "raylet" for child in children), "the test sees too little"
@@ -88,7 +64,7 @@ def assert_gone(processes: list[psutil.Process], timeout: float = 15) -> None:
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+def finish(process: Process) -> dict[str, object]:
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     result: dict[str, object] = json.loads(output)

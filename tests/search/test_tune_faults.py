@@ -4,56 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import palf_dist
 from palf_dist.randomness import random_generator
 from palf_dist.search.anytime import ANYTIME, read_best
 from palf_dist.search.ledger import LEDGER, Ledger
+from tests.processes import Process, Spawn, wait_until
 from tests.search.quadratic import WORK
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(palf_dist.__file__).parent.parent
 TRIALS, STEPS, DELAY = 6, 4, 0.1
 
-Drive = Callable[[str], "subprocess.Popen[str]"]
+Drive = Callable[[str], Process]
 
 
 @pytest.fixture
-def drive(tmp_path: Path) -> Iterator[Drive]:
-    """Starts a search of its own session."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(how: str) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        arguments = [str(tmp_path / "run"), how, *map(str, (TRIALS, STEPS, DELAY))]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.search.drive", *arguments],
-                cwd=ROOT,
-                env={**environment, "PALF_CACHE": str(tmp_path / "cache")},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        )
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+def drive(spawn: Spawn, tmp_path: Path) -> Drive:
+    return lambda how: spawn("tests.search.drive", str(tmp_path / "run"), how, *map(str, (TRIALS, STEPS, DELAY)))
 
 
 class Watch:
@@ -66,6 +40,15 @@ class Watch:
     def lines(self) -> int:
         path = self._run_dir / LEDGER
         return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def waits_for(self, process: Process, lines: int) -> bool:
+        """Look until the ledger has so many lines; False where the search ended before."""
+
+        def found() -> bool:
+            self.look()
+            return self.lines >= lines
+
+        return wait_until(found, process)
 
     def look(self) -> None:
         if not (self._run_dir / ANYTIME).exists():
@@ -92,22 +75,10 @@ class Watch:
         return ledger
 
 
-def wait(process: subprocess.Popen[str], watch: Watch, lines: int) -> bool:
-    """Until the ledger has so many lines; False where the search ended before."""
-    end = time.monotonic() + 200
-    while watch.lines < lines:
-        watch.look()
-        if process.poll() is not None:
-            return False
-        assert time.monotonic() < end, "the search does not go on"
-        time.sleep(0.1)
-    return True
-
-
 def test_a_search_that_is_killed_until_it_is_done(drive: Drive, tmp_path: Path) -> None:
     watch, generator = Watch(tmp_path / "run"), random_generator("kill")
     process, kills = drive("new"), 0
-    while wait(process, watch, watch.lines + int(generator.integers(6, 18))):
+    while watch.waits_for(process, watch.lines + int(generator.integers(6, 18))):
         time.sleep(generator.uniform(0.0, 2 * DELAY))
         process.kill()
         process.communicate()
