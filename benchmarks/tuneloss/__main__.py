@@ -135,7 +135,9 @@ def _report(console: Console, runs: list[Run], folder: Path, write_docs: bool) -
             continue
         names = [name for name in CASES if any(curve.problem == name for curve in there)]
         by_problem = {name: summarise([curve for curve in there if curve.problem == name], best) for name in names}
-        sheets = [*comparison_sheets("all together", summarise(there, best)), problem_sheet("by problem", by_problem)]
+        ratios = group != "control"  # there all are noise, and ratios would measure luck
+        sheets = comparison_sheets("all together", summarise(there, best), ratios=ratios)
+        sheets.append(problem_sheet("by problem", by_problem))
         console.rule(title)
         for sheet in sheets:
             console.print(sheet.to_rich())

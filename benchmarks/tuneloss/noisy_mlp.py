@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from palf_dist.learnloss.records import Choose, Outcome
+from palf_dist.learnloss.records import Choose, Outcome, Refine
 from palf_dist.learnloss.softmax import SMOOTHING, LabelledRows
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.randomness import random_generator
@@ -39,7 +39,8 @@ class NoisyMLP:
     def train(self, weights: np.ndarray) -> Outcome:
         return self._run(weights, None)[1]
 
-    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
+    def train_on_the_fly(self, choose: Choose, refine: Refine | None = None) -> tuple[np.ndarray, Outcome]:
+        """A fixed budget of steps: nothing to settle down to, so that ``refine`` is never asked."""
         return self._run(self.space.weights(self.space.centre), choose)
 
     def _run(self, weights: np.ndarray, choose: Choose | None) -> tuple[np.ndarray, Outcome]:

@@ -34,19 +34,22 @@ class Sheet:
         return "\n".join([f"### {self.title}", "", *lines, ""])
 
 
-def comparison_sheets(title: str, rows: Sequence[Row]) -> list[Sheet]:
-    """For trainings and for gradient evaluations: medians with solved counts, and the ratios to the reference."""
+def comparison_sheets(title: str, rows: Sequence[Row], *, ratios: bool) -> list[Sheet]:
+    """For trainings and for gradient evaluations: medians with solved counts and, where they mean anything, ``ratios``
+    to the reference."""
     header = ["method", "budget", *[f"to {near:.0%}" for near in NEAR]]
-    header += [f"{REFERENCE}/this {near:.0%}" for near in NEAR]
-    header += [f"paired {near:.0%}" for near in NEAR]
+    if ratios:
+        header += [f"{REFERENCE}/this {near:.0%}" for near in NEAR]
+        header += [f"paired {near:.0%}" for near in NEAR]
     sheets = []
     for unit in UNITS:
         lines = []
         for row in rows:
             needs = [row.needs[unit, near] for near in NEAR]
             line = [row.label, str(row.budget), *[_cell(row, unit, near) for near in NEAR]]
-            line += [("≥ " if need.understated else "") + _ratio(need.ratio) for need in needs]
-            line += [_ratio(need.paired) for need in needs]
+            if ratios:
+                line += [("≥ " if need.understated else "") + _ratio(need.ratio) for need in needs]
+                line += [_ratio(need.paired) for need in needs]
             lines.append(line)
         sheets.append(Sheet(f"{title}: median {unit} [cases solved]", header, lines))
     return sheets

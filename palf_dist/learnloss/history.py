@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from palf_dist.learnloss.records import Waypoint
+
 
 @dataclass(frozen=True)
 class Training:
@@ -22,6 +24,7 @@ class Training:
     cost: int  # gradient evaluations, those of the sensitivity included
     slope: np.ndarray | None = None  # [k] d e / d lambda
     curvature: np.ndarray | None = None  # [k, k]
+    waypoints: tuple[Waypoint, ...] = ()  # of a training on the fly
 
     @property
     def usable(self) -> bool:
@@ -33,6 +36,10 @@ class Training:
         for name in ("weights", "slope", "curvature"):
             if values[name] is not None:
                 values[name] = values[name].tolist()
+        values["waypoints"] = [
+            {name: part.tolist() if isinstance(part, np.ndarray) else part for name, part in waypoint.items()}
+            for waypoint in values["waypoints"]
+        ]
         return {**values, "error": repr(self.error)}
 
     @classmethod
@@ -41,7 +48,15 @@ class Training:
             name: None if state[name] is None else np.array(state[name], float)
             for name in ("weights", "slope", "curvature")
         }
-        return cls(**{**state, **arrays, "error": float(state["error"])})
+        waypoints = tuple(
+            Waypoint(
+                np.array(item["weights"], float),
+                item["error"],
+                None if item["gradient"] is None else np.array(item["gradient"], float),
+            )
+            for item in state["waypoints"]
+        )
+        return cls(**{**state, **arrays, "error": float(state["error"]), "waypoints": waypoints})
 
 
 @dataclass(frozen=True)

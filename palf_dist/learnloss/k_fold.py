@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
-from palf_dist.learnloss.records import Choose, Outcome, Problem, Sensitivity
+from palf_dist.learnloss.records import Choose, Outcome, Problem, Refine, Sensitivity
 
 
 class KFoldProblem:
@@ -20,32 +21,40 @@ class KFoldProblem:
     """
 
     def __init__(self, folds: Sequence[Problem]) -> None:
-        """``folds``: problems over the same space that ask ``choose`` equally often when trained on the fly."""
+        """``folds``: problems over the same space that ask equally often when trained on the fly."""
         assert folds, "no fold"
         self.folds, self.space = folds, folds[0].space
 
     def train(self, weights: np.ndarray) -> Outcome:
         return _mean_outcome([fold.train(weights) for fold in self.folds])
 
-    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
-        """Each fold runs in a thread of its own; where they ask, all wait for one answer from their mean snapshots."""
-        courses: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0))] * len(self.folds)
-        chosen = np.empty(0)
+    def train_on_the_fly(self, choose: Choose, refine: Refine | None = None) -> tuple[np.ndarray, Outcome]:
+        """Each fold runs in a thread of its own; where they ask, all wait for one answer to the mean of what they
+        show."""
+        shown: list[Any] = [None] * len(self.folds)
+        answer: Any = None
+        meeting = threading.Barrier(len(self.folds))
 
-        def decide() -> None:
-            nonlocal chosen
-            chosen = choose(*_mean_course(courses))
-
-        meeting = threading.Barrier(len(self.folds), decide)
+        def ask(index: int, what: Any, respond: Callable[[], Any]) -> Any:
+            nonlocal answer
+            shown[index] = what
+            if meeting.wait() == 0:  # in one of the threads
+                answer = respond()
+            meeting.wait()
+            return answer
 
         def train(index: int) -> tuple[np.ndarray, Outcome]:
-            def ask(features: np.ndarray, errors: np.ndarray) -> np.ndarray:
-                courses[index] = features, errors
-                meeting.wait()
-                return chosen
+            def ask_to_choose(features: np.ndarray, errors: np.ndarray) -> np.ndarray:
+                weights: np.ndarray = ask(index, (features, errors), lambda: choose(*_mean_course(shown)))
+                return weights
+
+            def ask_to_refine(settled: Outcome) -> tuple[np.ndarray, bool]:
+                assert refine is not None
+                following: tuple[np.ndarray, bool] = ask(index, settled, lambda: refine(_mean_outcome(shown)))
+                return following
 
             try:
-                return self.folds[index].train_on_the_fly(ask)
+                return self.folds[index].train_on_the_fly(ask_to_choose, None if refine is None else ask_to_refine)
             except BaseException:
                 meeting.abort()  # or the others would wait for ever
                 raise

@@ -48,6 +48,15 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Waypoint:
+    """A model that a training on the fly had settled down to before its weights changed again."""
+
+    weights: np.ndarray  # [k]
+    error: float
+    gradient: np.ndarray | None = None  # [k] d e / d lambda
+
+
+@dataclass(frozen=True)
 class Proposal:
     """Weights to train with."""
 
@@ -59,6 +68,9 @@ class Proposal:
 
 Choose = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """LearnLoss as a training sees it: (features [n, K], errors [n]) of all its snapshots so far -> weights [k]."""
+Refine = Callable[[Outcome], tuple[np.ndarray, bool]]
+"""What a training has settled down to (one row; the gradient is enough of a sensitivity) -> weights [k] to settle down
+to next, and whether to ask again then: if not, they are the last and the training converges with them."""
 
 
 class Problem(Protocol):
@@ -71,7 +83,7 @@ class Problem(Protocol):
         outcome whose last error is not finite is a failed training."""
         ...
 
-    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
-        """One training that asks ``choose`` for new weights every few iterations, then converges with the last ones
-        (which it returns)."""
+    def train_on_the_fly(self, choose: Choose, refine: Refine | None = None) -> tuple[np.ndarray, Outcome]:
+        """One training that asks ``choose`` for new weights every few iterations, then ``refine`` each time it has
+        settled down (where it can settle down early at all), and converges with the last weights, which it returns."""
         ...

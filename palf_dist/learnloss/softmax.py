@@ -12,14 +12,14 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import minimize
 
-from palf_dist.learnloss.records import Choose, Outcome, Sensitivity
+from palf_dist.learnloss.records import Choose, Outcome, Refine, Sensitivity
 from palf_dist.learnloss.space import WeightSpace
 
 SMOOTHING = 1e-3
 """|w| is smoothed to sqrt(w^2 + SMOOTHING^2) - SMOOTHING, so that the l1 feature has derivatives."""
 DENSE_SNAPSHOTS, SPARSE_EVERY = 30, 5  # every iterate at first, later each fifth one
-CHUNK, CHUNKS, LAST_CHOICE = 10, 10, 8  # on the fly: iterations between two choices; the last chunks keep theirs
-SOLVER_TOLERANCE, SOLVER_ITERATIONS = 1e-2, 60
+CHUNK, CHOICES, SEGMENT = 10, 8, 20  # on the fly: iterations to a choice, how many of these, iterations to settle down
+SOLVER_TOLERANCE, SOLVER_ITERATIONS = 3e-2, 60
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,24 @@ class SoftmaxRegression:
         snapshots, cost = self._minimise(weights, np.zeros(self.shape), self.max_iterations)
         return self._outcome(weights, snapshots, cost)
 
-    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
+    def train_on_the_fly(self, choose: Choose, refine: Refine | None = None) -> tuple[np.ndarray, Outcome]:
         weights, snapshots, cost = self.space.weights(self.space.centre), [np.zeros(self.shape)], 0
         features, errors = np.zeros((0, self.space.size + 1)), np.zeros(0)
-        for chunk in range(CHUNKS):
+        for _ in range(CHOICES):
             new, spent = self._minimise(weights, snapshots[-1], CHUNK)
             snapshots, cost = snapshots + new, cost + spent
             features = np.vstack([features, [self.features(w) for w in new]])
             errors = np.append(errors, [self.error(w) for w in new])
-            if chunk < LAST_CHOICE:
-                weights = choose(features, errors)
+            weights = choose(features, errors)
+        more = refine is not None
+        while more:
+            assert refine is not None
+            new, spent = self._minimise(weights, snapshots[-1], SEGMENT)
+            snapshots, cost = [*snapshots, new[-1]], cost + spent
+            weights, more, spent = self._refined(refine, weights, new[-1])
+            cost += spent
         new, spent = self._minimise(weights, snapshots[-1], self.max_iterations)
-        return weights, self._outcome(weights, snapshots[1:] + new, cost + spent)
+        return weights, self._outcome(weights, [*snapshots[1:], new[-1]], cost + spent)
 
     def fit(self, weights: np.ndarray) -> np.ndarray:
         """Coefficients [d, C] trained with the given weights [k]."""
@@ -170,18 +176,22 @@ class SoftmaxRegression:
 
     def sensitivity(self, weights: np.ndarray, coefficients: np.ndarray) -> Sensitivity:
         """d e / d lambda at a minimiser, and with ``derivatives="curvature"`` also V^T (d2e / dW2) V."""
-        gradients, validation = self.feature_gradients(coefficients), self.error_gradient(coefficients)
         if self.derivatives == "adjoint":
-            solved, iterations = self._solve(weights, coefficients, validation[None])
-            gradient = -(gradients * solved).sum((1, 2))
-            return Sensitivity(gradient, None, cost=2 * iterations)
-        solved, iterations = self._solve(weights, coefficients, gradients)
+            return self._adjoint(weights, coefficients)
+        gradients, validation = self.feature_gradients(coefficients), self.error_gradient(coefficients)
+        solved, products = self._solve(weights, coefficients, gradients)
         rows = self.validation.inputs
         moved = rows @ solved
         p = np.exp(_log_softmax(rows @ coefficients))
         curvature = np.einsum("inc,jnc->ij", moved, _fisher(p, moved)) / len(p)
         gradient = -np.einsum("kdc,dc->k", solved, validation)
-        return Sensitivity(gradient, 0.5 * (curvature + curvature.T), cost=2 * iterations * len(solved))
+        return Sensitivity(gradient, 0.5 * (curvature + curvature.T), cost=2 * products)
+
+    def _adjoint(self, weights: np.ndarray, coefficients: np.ndarray) -> Sensitivity:
+        """d e / d lambda alone, by one solve."""
+        solved, products = self._solve(weights, coefficients, self.error_gradient(coefficients)[None])
+        gradient = -(self.feature_gradients(coefficients) * solved).sum((1, 2))
+        return Sensitivity(gradient, None, cost=2 * products)
 
     def _outcome(self, weights: np.ndarray, snapshots: list[np.ndarray], cost: int) -> Outcome:
         last = snapshots[-1]
@@ -192,6 +202,22 @@ class SoftmaxRegression:
             cost=cost,
             models=snapshots,
         )
+
+    def _refined(self, refine: Refine, weights: np.ndarray, model: np.ndarray) -> tuple[np.ndarray, bool, int]:
+        """The answer of ``refine`` to a model with these weights, and the gradient evaluations that its derivatives
+        took: the gradient alone, since k solves would cost more than it takes to settle down."""
+        cost = 0
+
+        def derivatives() -> Sensitivity:
+            nonlocal cost
+            sensitivity = self._adjoint(weights, model)
+            cost += sensitivity.cost
+            return sensitivity
+
+        offered = None if self.derivatives == "none" else derivatives
+        settled = Outcome(np.array([self.features(model)]), np.array([self.error(model)]), offered)
+        following, more = refine(settled)
+        return following, more, cost
 
     def _minimise(self, weights: np.ndarray, start: np.ndarray, iterations: int) -> tuple[list[np.ndarray], int]:
         """Snapshots from ``start`` (left out) to the minimiser, and the gradient evaluations taken."""
@@ -214,7 +240,8 @@ class SoftmaxRegression:
         return snapshots, int(result.nfev)
 
     def _solve(self, weights: np.ndarray, coefficients: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, int]:
-        """H^{-1} of each of ``sides`` [k, d, C] by conjugate gradients with a diagonal preconditioner."""
+        """H^{-1} of each of ``sides`` [k, d, C] by conjugate gradients with a diagonal preconditioner, and the products
+        of H with one vector that it took."""
         tuned = self.space.named(weights)
         p = np.exp(_log_softmax(self.train_rows.inputs @ coefficients))
         smoothing, penalty = tuned.get("label_smoothing", 0.0), tuned.get("logit_penalty", 0.0)
@@ -223,18 +250,22 @@ class SoftmaxRegression:
         solved, residual = np.zeros_like(sides), sides.copy()
         direction = inverse * residual
         product = (residual * direction).sum((1, 2), keepdims=True)
-        target = SOLVER_TOLERANCE * np.sqrt((sides**2).sum((1, 2))) + 1e-300
-        iterations = 0
-        while iterations < SOLVER_ITERATIONS and (np.sqrt((residual**2).sum((1, 2))) > target).any():
-            moved = self.hessian_products(weights, coefficients, direction)
-            step = product / ((direction * moved).sum((1, 2), keepdims=True) + 1e-300)
-            solved += step * direction
-            residual -= step * moved
-            scaled = inverse * residual
-            before, product = product, (residual * scaled).sum((1, 2), keepdims=True)
-            direction = scaled + product / (before + 1e-300) * direction
-            iterations += 1
-        return solved, iterations
+        target = SOLVER_TOLERANCE * np.sqrt((sides**2).sum((1, 2)))
+        products = 0
+        for _ in range(SOLVER_ITERATIONS):
+            going = np.flatnonzero(np.sqrt((residual**2).sum((1, 2))) > target)
+            if not len(going):
+                break
+            along = direction[going]
+            moved = self.hessian_products(weights, coefficients, along)
+            step = product[going] / ((along * moved).sum((1, 2), keepdims=True) + 1e-300)
+            solved[going] += step * along
+            residual[going] -= step * moved
+            scaled = inverse * residual[going]
+            before, product[going] = product[going], (residual[going] * scaled).sum((1, 2), keepdims=True)
+            direction[going] = scaled + product[going] / (before + 1e-300) * along
+            products += len(going)
+        return solved, products
 
     def _l2(self, tuned: Mapping[str, float]) -> np.ndarray:
         zero = np.zeros_like(self._penalised)

@@ -6,6 +6,7 @@ are compressed by log1p first, so that bad regions do not set the scale of good 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from palf_dist.learnloss.space import WeightSpace
 LENGTH = 3.0  # log units: where the length scales are expected, as e folds thrice
 LENGTH_SPREAD, NOISE_SPREAD = 0.8, 1.0  # standard deviations of the log-normal priors
 VALUE_NOISE, SLOPE_NOISE = 1e-2, 3e-2  # expected, as shares of the process's standard deviation
+WAYPOINT_NOISE = 3.0  # times that of a final
 COMPRESSION = 2.0  # times the median excess error: below it errors count linearly, above in log
 SLOPES_KEPT = 24  # of the best trainings: the others only cost time
 WARM = 5
@@ -32,6 +34,19 @@ class Points:
     u: np.ndarray  # [n, k]
     errors: np.ndarray  # [n]
     slopes: np.ndarray  # [n, k] d e / d u; NaN where unknown
+    waypoints: int = 0  # the last rows, that many, are no finals: models that have but settled down
+
+    @classmethod
+    def of(
+        cls, trainings: Sequence[tuple[np.ndarray, float, np.ndarray | None]], size: int, waypoints: int = 0
+    ) -> Points:
+        """From (weights lambda [k], error, d e / d lambda [k] where it is known) of each; ``size`` is k."""
+        weights = np.reshape([row for row, _, _ in trainings], (len(trainings), size))
+        gradients = np.full(weights.shape, np.nan)
+        for row, (_, _, gradient) in zip(gradients, trainings, strict=True):
+            if gradient is not None:
+                row[:] = gradient
+        return cls(np.log(weights), np.array([error for _, error, _ in trainings]), gradients * weights, waypoints)
 
 
 class Surrogate:
@@ -43,6 +58,8 @@ class Surrogate:
         n, k = points.u.shape
         least = points.errors.min()
         self._u, self._k = points.u, k
+        self._finals = n - points.waypoints
+        self._looseness = np.repeat([1.0, WAYPOINT_NOISE**2], [self._finals, points.waypoints])
         excess = points.errors - least
         bend = COMPRESSION * float(np.median(excess)) + 1e-12
         values = np.log1p(excess / bend)
@@ -83,7 +100,7 @@ class Surrogate:
     def log_improvement(self, u: np.ndarray) -> np.ndarray:
         """log of the expected improvement over the best training, at u [m, k]."""
         mean, deviation = self.predict(u)
-        z = (self._data[: len(self._u)].min() - mean) / deviation
+        z = (self._data[: self._finals].min() - mean) / deviation
         near = np.maximum(z, -5.0)
         exact = np.log(near * ndtr(near) + np.exp(-0.5 * near**2) / np.sqrt(2 * np.pi))
         tail = log_ndtr(z) - np.log(np.maximum(-z, 1.0))  # to first order, where the exact form cancels
@@ -91,7 +108,7 @@ class Surrogate:
 
     def propose(self, space: WeightSpace, generator: np.random.Generator) -> np.ndarray:
         """u [k] of the greatest expected improvement in the box, as found by random search, wide and then narrow."""
-        best = self._u[self._data[: len(self._u)].argmin()]
+        best = self._u[self._data[: self._finals].argmin()]
         widths = generator.choice([0.1, 0.3, 1.0, 2.5], size=(CANDIDATES, 1))
         near = space.clip(best + widths * generator.normal(size=(CANDIDATES, space.size)))
         candidates = np.vstack([space.sample(generator, CANDIDATES), near])
@@ -101,6 +118,15 @@ class Surrogate:
             children = space.clip(np.repeat(best_candidates, OFFSPRING, 0) + moved)
             best_candidates = self._ranked(np.vstack([best_candidates, children]))
         return best_candidates[0]
+
+    def minimise(self, low: np.ndarray, high: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """u [k] of the least mean within [low, high] [k], found by random search likewise."""
+        found = generator.uniform(low, high, (CANDIDATES, len(low)))
+        for width in WIDTHS:
+            found = found[np.argsort(self.predict(found)[0], kind="stable")[:KEPT]]
+            moved = width * generator.normal(size=(KEPT * OFFSPRING, len(low)))
+            found = np.vstack([found, np.clip(np.repeat(found, OFFSPRING, 0) + moved, low, high)])
+        return found[self.predict(found)[0].argmin()]
 
     def _ranked(self, u: np.ndarray) -> np.ndarray:
         """The KEPT of u [m, k] that promise most, the best first."""
@@ -130,8 +156,8 @@ class Surrogate:
         value_noise, slope_noise = np.exp(hyperparameters[self._k :])
         self._length = length
         covariance = self._kernel(self._u, self._sloped)
-        noise = np.full(len(covariance), value_noise**2)
-        noise[len(self._u) :] = slope_noise**2 * np.tile(length**-2, len(self._sloped))
+        slopes = slope_noise**2 * np.outer(self._looseness[self._sloped], length**-2).ravel()
+        noise = np.concatenate([value_noise**2 * self._looseness, slopes])
         covariance[np.diag_indices(len(covariance))] += noise + 1e-8
         return length, covariance
 

@@ -6,7 +6,7 @@ the hypergradient (a surrogate that takes slopes), also its curvature (implicit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,8 @@ from palf_dist.errors import ConfigError
 from palf_dist.learnloss.history import Best, BestSnapshot, Training, TuneReport, best_of, promising
 from palf_dist.learnloss.learn_loss import LearnLoss, choose_weights
 from palf_dist.learnloss.observations import Observations
-from palf_dist.learnloss.records import Choose, Outcome, Problem, Proposal, Sensitivity
+from palf_dist.learnloss.on_the_fly import OnTheFly
+from palf_dist.learnloss.records import Outcome, Problem, Proposal, Sensitivity, Waypoint
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.learnloss.surrogate import Points, Surrogate
 from palf_dist.learnloss.trust_region import LARGEST_RADIUS, SMALLEST_STEP, LocalModel
@@ -28,7 +29,6 @@ TOO_CLOSE = 0.05  # log units: a training there would say nothing new
 SMALLEST_GAIN, SMALLEST_STEP_GAIN = 1e-2, 1e-3  # of the range of errors seen: what gains less has come to its end
 ENOUGH = 4  # finals before the surrogate is asked
 FIRST_RADIUS, RADIUS_ON_THE_FLY = 2.0, 1.0
-STRIDE = 1.0  # log units
 
 Found = tuple[np.ndarray, str, float | None]
 """u [k], the kind of the proposal and the error that its model predicts."""
@@ -68,12 +68,19 @@ class TuneLoss:
         return proposal
 
     def tell(
-        self, identifier: int, outcome: Outcome, *, weights: np.ndarray | None = None, complete: bool = True
+        self,
+        identifier: int,
+        outcome: Outcome,
+        *,
+        weights: np.ndarray | None = None,
+        complete: bool = True,
+        waypoints: Sequence[Waypoint] = (),
     ) -> None:
         """Take in what the training of a proposal showed; a second telling of the same one changes nothing.
 
         Args:
             weights: [k] those really used, where they are not the proposal's (on the fly).
+            waypoints: what the training had settled down to on its way (on the fly); the surrogate learns from it too.
             complete: False when the training was ended early: its snapshots count, but its last one is no final.
 
         Raises:
@@ -98,6 +105,7 @@ class TuneLoss:
                 outcome.cost + (sensitivity.cost if sensitivity else 0),
                 sensitivity.gradient if sensitivity else None,
                 sensitivity.curvature if sensitivity else None,
+                tuple(waypoints),
             )
         )
         self._learn_from(proposal, outcome.error, before)
@@ -205,10 +213,13 @@ class TuneLoss:
         if self.best is None:
             return [self._by_learn_loss]
         explores = identifier % EXPLORE_EVERY == EXPLORE_EVERY - 1
-        if any(training.slope is not None for training in self.trainings):
-            return [self._by_surrogate] if explores else [self._by_local_model, self._by_surrogate]
+        if explores:
+            return [self._by_surrogate]
+        steps: list[Strategy] = [self._by_local_model, self._by_local_surrogate, self._by_surrogate]
+        if any(training.slope is not None or training.waypoints for training in self.trainings):
+            return steps
         learns = self._fruitless < PATIENCE or identifier % EXPLORE_EVERY == 0
-        return [self._by_learn_loss, self._by_surrogate] if learns and not explores else [self._by_surrogate]
+        return [self._by_learn_loss, *steps] if learns else steps
 
     def _by_local_model(self, points: Points, generator: np.random.Generator) -> Found | None:
         """An implicit Gauss-Newton step from the best, where its curvature is known."""
@@ -224,13 +235,33 @@ class TuneLoss:
             return None
         return step.u, "model", training.error - step.gain
 
+    def _by_local_surrogate(self, points: Points, generator: np.random.Generator) -> Found | None:
+        """The least mean of the surrogate within the same radius of the best."""
+        surrogate, best = self._surrogate(points), self.best
+        assert best is not None
+        if surrogate is None:
+            return None
+        centre = np.log(best.weights)
+        region = self.space.clip(centre - self._radius), self.space.clip(centre + self._radius)
+        u = surrogate.minimise(*region, generator)
+        predicted = surrogate.error(u)
+        worthwhile = SMALLEST_STEP_GAIN * float(np.ptp(points.errors))
+        return None if best.error - predicted < worthwhile else (u, "model", predicted)
+
     def _by_surrogate(self, points: Points, generator: np.random.Generator) -> Found | None:
+        surrogate = self._surrogate(points)
+        if surrogate is None:
+            return None
+        u = surrogate.propose(self.space, generator)
+        return u, "surrogate", surrogate.error(u)
+
+    def _surrogate(self, points: Points) -> Surrogate | None:
+        """Fitted to the points, where they are enough for that."""
         if not np.isfinite(points.slopes).any() and len(points.errors) < ENOUGH:
             return None
         surrogate = Surrogate(points, self._hyperparameters)
         self._hyperparameters = surrogate.hyperparameters
-        u = surrogate.propose(self.space, generator)
-        return u, "surrogate", surrogate.error(u)
+        return surrogate
 
     def _by_learn_loss(self, points: Points, generator: np.random.Generator) -> Found | None:
         if not len(self.observations):
@@ -252,19 +283,23 @@ class TuneLoss:
         return self.space.clip(near), "restart", None
 
     def _points(self) -> Points:
-        """The finals; failed trainings count like the worst of them, those in flight like the median."""
+        """The finals, then those in flight, which count like the median, then waypoints; failed trainings count like
+        the worst."""
         usable = [training for training in self.trainings if training.usable]
         failed = [training for training in self.trainings if training.complete and not training.usable]
-        errors = np.array([training.error for training in usable])
-        flying = self._in_flight()
-        rows = [training.weights for training in usable + failed] + [proposal.weights for proposal in flying]
-        worst, median = (float(errors.max()), float(np.median(errors))) if usable else (0.0, 0.0)
-        values = [*errors, *[worst] * len(failed), *[median] * len(flying)]
-        slopes = np.full((len(rows), self.space.size), np.nan)
-        for row, training in zip(slopes, usable, strict=False):
-            if training.slope is not None:
-                row[:] = training.slope * training.weights
-        return Points(np.log(np.reshape(rows, slopes.shape)), np.array(values), slopes)
+        errors = [training.error for training in usable]
+        worst, median = (max(errors), float(np.median(errors))) if usable else (0.0, 0.0)
+        waypoints = [waypoint for training in self.trainings for waypoint in training.waypoints]
+        return Points.of(
+            [
+                *[(training.weights, training.error, training.slope) for training in usable],
+                *[(training.weights, worst, None) for training in failed],
+                *[(proposal.weights, median, None) for proposal in self._in_flight()],
+                *[(waypoint.weights, waypoint.error, waypoint.gradient) for waypoint in waypoints],
+            ],
+            self.space.size,
+            len(waypoints),
+        )
 
     def _distance(self, u: np.ndarray, points: Points) -> float:
         """To the nearest training, in log units of the coordinate that differs most."""
@@ -316,27 +351,11 @@ def tune_loss(
     for _ in range(trainings):
         proposal = search.ask()
         if proposal.kind == "on_the_fly":
-            weights, outcome = problem.train_on_the_fly(learn_on_the_fly(problem.space))
-            search.tell(proposal.identifier, outcome, weights=weights)
+            guide = OnTheFly(problem.space, seed)
+            weights, outcome = problem.train_on_the_fly(guide.choose, guide.refine)
+            search.tell(proposal.identifier, outcome, weights=weights, waypoints=guide.waypoints)
         else:
             search.tell(proposal.identifier, problem.train(proposal.weights))
         if callback is not None:
             callback(search)
     return search
-
-
-def learn_on_the_fly(space: WeightSpace) -> Choose:
-    """LearnLoss over the snapshots of one training, as its ``choose``. From one choice to the next the weights move by
-    STRIDE at most: snapshots of a model that is half trained would send them to the corners of the box."""
-    u = space.centre
-
-    def choose(features: np.ndarray, errors: np.ndarray) -> np.ndarray:
-        nonlocal u
-        observations = Observations()
-        observations.add(features, errors, 0, final_last=False)
-        if len(observations):
-            chosen = choose_weights(space, observations, LearnLoss(space).solve(observations), "margin")
-            u = u + np.clip(np.log(chosen) - u, -STRIDE, STRIDE)
-        return space.weights(u)
-
-    return choose

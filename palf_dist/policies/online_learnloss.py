@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from palf_dist.errors import ConfigError
-from palf_dist.learnloss.learn_loss import LearnLoss, choose_weights
-from palf_dist.learnloss.observations import Observations
+from palf_dist.learnloss.on_the_fly import learn_weights
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.policies.static import control_vector
 from palf_dist.training_state import SNAPSHOTS
@@ -65,14 +64,7 @@ class OnlineLearnLoss:
         """alpha [K] in the order of ``active_basis`` from snapshots [n, 1 + K] of one run. Those that are not finite
         (no validation error, a diverged model) are left out."""
         known = snapshots[np.isfinite(snapshots).all(1)]
-        weights = self.space.weights(self.space.centre) if len(known) < 2 else self._learn(known)
+        start = self.space.weights(self.space.centre)
+        weights = start if len(known) < 2 else learn_weights(self.space, known[:, 1:], known[:, 0])
         alpha = np.concatenate([[1.0], weights])
         return alpha / alpha.sum()
-
-    def _learn(self, snapshots: np.ndarray) -> np.ndarray:
-        """Weights [k] by LearnLoss. From scratch each time, so that they depend on the snapshots alone and a resumed
-        run continues exactly; with the tens of snapshots of a run that takes milliseconds."""
-        observations = Observations()
-        observations.add(snapshots[:, 1:], snapshots[:, 0], training=0, final_last=False)
-        solution = LearnLoss(self.space).solve(observations)
-        return choose_weights(self.space, observations, solution, "margin")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palf_dist.learnloss.k_fold import KFoldProblem, deal_folds, hold_out
-from palf_dist.learnloss.records import Choose, Outcome, Sensitivity
+from palf_dist.learnloss.records import Choose, Outcome, Refine, Sensitivity
 from palf_dist.learnloss.softmax import LabelledRows, SoftmaxRegression
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.randomness import random_generator
@@ -30,10 +30,14 @@ class Fold:
         steps = self.value * np.arange(1, self.length + 1)
         return Outcome(np.outer(steps, [1.0, 2.0, 3.0]), steps, self._sensitivity, cost=self.length)
 
-    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
+    def train_on_the_fly(self, choose: Choose, refine: Refine | None = None) -> tuple[np.ndarray, Outcome]:
         for count in range(1, self.asks + 1):
             steps = self.value * np.arange(1, count * self.length + 1)
             weights = choose(np.outer(steps, [1.0, 2.0, 3.0]), steps)
+        more = refine is not None
+        while more:
+            assert refine is not None
+            weights, more = refine(self.train(weights))
         return weights, self.train(weights)
 
     def _sensitivity(self) -> Sensitivity:
@@ -87,9 +91,25 @@ def test_on_the_fly_there_is_one_choice_for_all_folds() -> None:
     np.testing.assert_allclose(outcome.errors, asked[0])
 
 
+def test_on_the_fly_all_folds_settle_down_together() -> None:
+    folds = [Fold(1.0, 2), Fold(4.0, 3)]
+    asked: list[Outcome] = []
+
+    def refine(settled: Outcome) -> tuple[np.ndarray, bool]:
+        asked.append(settled)
+        return np.array([2.0, len(asked)]), len(asked) < 3
+
+    weights, _ = KFoldProblem(folds).train_on_the_fly(lambda features, errors: WEIGHTS, refine)
+    assert len(asked) == 3 and all(settled.error == 7.0 for settled in asked)
+    sensitivity = asked[-1].derivatives()
+    assert sensitivity is not None and sensitivity.cost == 14
+    for fold in folds:
+        np.testing.assert_array_equal(fold.trained, [WEIGHTS, [2.0, 1.0], [2.0, 2.0], weights])
+
+
 def test_what_goes_wrong_in_a_fold_or_a_choice_is_raised_as_it_is() -> None:
     class Broken(Fold):
-        def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
+        def train_on_the_fly(self, choose: Choose, refine: Refine | None = None) -> tuple[np.ndarray, Outcome]:
             raise RuntimeError("broken fold")
 
     def refuse(features: np.ndarray, errors: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 from scipy.special import log_softmax
 
 from palf_dist.learnloss import softmax
+from palf_dist.learnloss.records import Outcome
 from palf_dist.learnloss.softmax import SMOOTHING, LabelledRows, SoftmaxRegression
 from palf_dist.randomness import random_generator
 
@@ -192,3 +193,32 @@ def test_costs_are_the_evaluations_made(monkeypatch: pytest.MonkeyPatch) -> None
     made["loss"] = 0
     _, outcome = regression.train_on_the_fly(lambda features, errors: WEIGHTS)
     assert outcome.cost == made["loss"]
+    made["loss"], made["products"], rounds = 0, 0, 0
+
+    def refine(settled: Outcome) -> tuple[np.ndarray, bool]:
+        nonlocal rounds
+        rounds += 1
+        assert rounds == 2 or settled.derivatives() is not None, "the cost of what is not asked for does not count"
+        return WEIGHTS, rounds < 2
+
+    _, outcome = regression.train_on_the_fly(lambda features, errors: WEIGHTS, refine)
+    assert outcome.cost == made["loss"] + 2 * made["products"] and made["products"] > 0 and rounds == 2
+
+
+def test_what_has_settled_down_is_among_the_snapshots_and_has_the_gradient_of_the_error() -> None:
+    regression = problem()
+    other, asked = 3 * WEIGHTS, []
+
+    def refine(settled: Outcome) -> tuple[np.ndarray, bool]:
+        asked.append(settled)
+        return other, len(asked) < 3
+
+    weights, outcome = regression.train_on_the_fly(lambda features, errors: WEIGHTS, refine)
+    np.testing.assert_array_equal(weights, other)
+    for settled, expected in zip(asked, (WEIGHTS, other, other), strict=True):
+        assert (outcome.features == settled.features).all(1).any()
+        exact = regression.sensitivity(expected, regression.fit(expected))
+        sensitivity = settled.derivatives()
+        assert sensitivity is not None and sensitivity.curvature is None
+        scale = np.abs(exact.gradient * expected).max()
+        np.testing.assert_allclose(sensitivity.gradient * expected, exact.gradient * expected, atol=0.2 * scale)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palf_dist.errors import ConfigError
-from palf_dist.learnloss.records import Choose, Outcome, Proposal, Sensitivity
+from palf_dist.learnloss.records import Choose, Outcome, Proposal, Refine, Sensitivity, Waypoint
 from palf_dist.learnloss.space import WeightSpace
-from palf_dist.learnloss.tuning import EXPLORE_EVERY, TuneLoss, learn_on_the_fly, tune_loss
+from palf_dist.learnloss.tuning import EXPLORE_EVERY, TuneLoss, tune_loss
 from palf_dist.randomness import random_generator
 
 SPACE = WeightSpace.of({"a": (1e-3, 1e2), "b": (1e-3, 1e2)}, "ce")
@@ -60,9 +60,13 @@ class Quadratic:
             cost=8,
         )
 
-    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
+    def train_on_the_fly(self, choose: Choose, refine: Refine | None = None) -> tuple[np.ndarray, Outcome]:
         first = self.train(SPACE.weights(SPACE.centre))
-        weights = choose(first.features[:4], first.errors[:4])
+        weights, more = choose(first.features[:4], first.errors[:4]), refine is not None
+        while more:
+            assert refine is not None
+            settled = self.train(weights)
+            weights, more = refine(Outcome(settled.features[-1:], settled.errors[-1:], settled.sensitivity))
         last = self.train(weights)
         features, errors = np.vstack([first.features[:4], last.features]), np.r_[first.errors[:4], last.errors]
         return weights, Outcome(features, errors, last.sensitivity, cost=12)
@@ -80,9 +84,10 @@ def test_every_tier_finds_the_optimum(derivatives: str, trainings: int, on_the_f
 
 
 def test_the_tier_follows_what_trainings_offer() -> None:
-    kinds = {d: {t.kind for t in tune_loss(Quadratic(d), 8, on_the_fly=False).trainings} for d in ("none", "adjoint")}
-    assert "learn_loss" in kinds["none"] and "learn_loss" not in kinds["adjoint"] and "model" not in kinds["adjoint"]
-    assert "model" in {t.kind for t in tune_loss(Quadratic("curvature"), 6, on_the_fly=False).trainings}
+    offered = ("none", "adjoint", "curvature")
+    kinds = {d: {t.kind for t in tune_loss(Quadratic(d), 8, on_the_fly=False).trainings} for d in offered}
+    assert "learn_loss" in kinds["none"]
+    assert all("model" in kinds[d] and "learn_loss" not in kinds[d] for d in ("adjoint", "curvature"))
 
 
 @pytest.mark.parametrize("derivatives", ["none", "adjoint", "curvature"])
@@ -229,9 +234,26 @@ def test_report_compares_promise_and_gain() -> None:
     assert empty.best is None and empty.best_snapshot is None and empty.predicted_gain is None
 
 
-def test_on_the_fly_choice_of_useless_snapshots_is_the_centre() -> None:
-    nothing = learn_on_the_fly(SPACE)(np.full((3, 3), np.nan), np.full(3, np.nan))
-    np.testing.assert_allclose(nothing, SPACE.weights(SPACE.centre))
+@pytest.mark.parametrize("derivatives", ["none", "adjoint", "curvature"])
+def test_a_search_that_began_on_the_fly_goes_on_exactly_and_from_there(derivatives: str) -> None:
+    problem = Quadratic(derivatives)
+    search = tune_loss(problem, 3, on_the_fly=True)
+    assert len(search.trainings[0].waypoints) > 5 and search.best is not None and search.best.error < 0.1 * 1.05
+    restored = TuneLoss.from_state(SPACE, json.loads(json.dumps(search.state(), allow_nan=False)))
+    assert restored.state() == search.state()
+    np.testing.assert_array_equal(after(search, 4, problem), after(restored, 4, problem))
+
+
+def test_waypoints_teach_the_surrogate_but_are_never_the_best() -> None:
+    problem, grid = Quadratic(), SPACE.sample(random_generator("waypoints"), 30)
+    waypoints = [Waypoint(SPACE.weights(u), problem.train(SPACE.weights(u)).error - 0.05) for u in grid]
+    search = TuneLoss(SPACE, on_the_fly=True)
+    start = search.ask()
+    search.tell(start.identifier, problem.train(start.weights), waypoints=waypoints)
+    assert search.best is not None and search.best.error == problem.train(start.weights).error
+    proposal = search.ask()
+    assert proposal.kind == "model"
+    assert problem.train(proposal.weights).error < 0.1 + 0.5 * (search.best.error - 0.1)
 
 
 def test_derivatives_that_are_not_finite_are_left_out() -> None:
