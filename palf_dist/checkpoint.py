@@ -19,7 +19,9 @@ import safetensors.numpy
 
 from palf_dist.atomic import replacing_folder
 from palf_dist.errors import CheckpointError
+from palf_dist.faults import fault_point
 from palf_dist.run_directory import CHECKPOINTS
+from palf_dist.types import Unit
 
 FORMAT_VERSION = 1
 POLICY = "policy.safetensors"
@@ -69,6 +71,7 @@ def save_checkpoint(
     with replacing_folder(folder) as temporary:
         for name, data in files.items():
             (temporary / name).write_bytes(data)
+            fault_point("driver_in_checkpoint", Unit("driver", step, 0))
     return folder
 
 
@@ -153,8 +156,12 @@ def _verified(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         if content["format_version"] != FORMAT_VERSION:
             version = content["format_version"]
             raise _InvalidCheckpoint(f"its format version is {version}, this program reads {FORMAT_VERSION}")
+        if not {POLICY, LEARNER} <= set(content["files"]) <= {POLICY, LEARNER, CARRIED}:  # other names could lead out
+            raise _InvalidCheckpoint(f"it names the files {', '.join(map(repr, content['files']))}")
+        if type(content["step"]) is not int or content["step"] < 0:
+            raise _InvalidCheckpoint(f"it is of step {content['step']!r}")
         files = {name: (folder / name).read_bytes() for name in content["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _InvalidCheckpoint(f"{type(error).__name__}: {error}") from error
     for name, data in files.items():
         if _digest(data) != content["files"][name]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +15,18 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from palf_dist.cli_doctor import doctor
+from palf_dist.cli_jobs import OWN_OPTIONS_FIRST, jobs_app, submit
 from palf_dist.cli_shared import (
     Address,
     AsJson,
     ConfigFile,
     Overrides,
     Workers,
-    named,
+    config_of_policy,
+    load_run_config,
     near,
     new_folder,
-    option_overrides,
     output,
     refuse_differences,
     resumed_config,
@@ -45,19 +48,25 @@ app = typer.Typer(
 datasets_app = typer.Typer(help="List, describe and fetch the datasets that a config can name.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
 app.command()(tune)
+app.command(context_settings=OWN_OPTIONS_FIRST)(submit)
+app.command()(doctor)
+app.add_typer(jobs_app, name="jobs")
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message on stderr and exit code 2, without a traceback."""
+    """Entry point: a user's mistake is one message on stderr and exit code 2, without a traceback; anything else
+    has one. Neither shows secrets."""
     try:
         app(prog_name="palf-dist")
     except Exception as error:
         from palf_dist.errors import PalfError
+        from palf_dist.redaction import redact
 
-        if not isinstance(error, PalfError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if isinstance(error, PalfError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        sys.exit(1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -80,7 +89,8 @@ def meta_train(
     config: ConfigFile = None,
     overrides: Overrides = None,
     run_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the run; default runs/NAME-TIME. Must be empty.")
+        str | None,
+        typer.Option(metavar="DIR", help="Folder or URI (s3://...) of the run; default runs/NAME-TIME. Must be empty."),
     ] = None,
     workers: Workers = None,
     address: Address = None,
@@ -96,9 +106,10 @@ def meta_train(
     with output(as_json) as emit:
         from palf_dist.distributed.driver import meta_train as train
         from palf_dist.run_directory import CONFIG
+        from palf_dist.storage import is_uri
 
         if resume is None:
-            settings = _load(config, overrides, workers, address)
+            settings = load_run_config(config, overrides, workers, address)
             folder = run_dir or new_folder(settings.name)
         else:
             settings, folder = _resumed(resume, run_dir, config, overrides, workers, address), resume
@@ -106,7 +117,7 @@ def meta_train(
         try:
             result = train(settings, folder, resume=resume is not None)
         except KeyboardInterrupt:
-            if Path(folder, CONFIG).exists():
+            if is_uri(folder) or Path(folder, CONFIG).exists():
                 print(f"interrupted; {go_on}", file=sys.stderr)
             raise
         record = {
@@ -137,7 +148,7 @@ def meta_train(
 
 @app.command()
 def evaluate(
-    policy: Annotated[Path, typer.Argument(metavar="POLICY", help="Policy file, or the folder that holds it.")],
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or its folder; a path or a URI.")],
     config: ConfigFile = None,
     overrides: Overrides = None,
     workers: Workers = None,
@@ -153,31 +164,35 @@ def evaluate(
         from palf_dist.evaluation.statistics import compare
         from palf_dist.evaluation.table import to_records, to_rich
         from palf_dist.policies.policy_file import load_policy
-        from palf_dist.run_directory import CONFIG
 
         load_policy(policy)  # a damaged file is the first thing to say
-        folder = (policy if policy.is_dir() else policy.parent).absolute()  # a search's best has its config beside it
-        stored = next((path for path in (folder / CONFIG, folder.parent / CONFIG) if path.exists()), None)
-        settings = _load(config or stored, overrides, workers, address)
+        settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
         comparisons = compare(evaluate_policy(settings, policy))
         emit({"policy": str(policy), "held_out": to_records(comparisons)}, to_rich(comparisons))
 
 
 @app.command()
 def report(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a run.")], as_json: AsJson = False
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URI of a run.")], as_json: AsJson = False
 ) -> None:
     """Draw the plots of a run or a search and write its page again, also of one that is not finished.
 
-    What the run could not deliver to MLflow is delivered now, if the server answers.
+    What the run could not deliver to MLflow is delivered now, if the server answers; that of a run under a URI when it
+    is resumed.
     """
     with output(as_json) as emit:
-        from palf_dist.evaluation.report import make_report
+        from palf_dist.evaluation.report import make_remote_report, make_report
         from palf_dist.search.report import is_search, make_search_report
+        from palf_dist.storage import is_remote, local_path
         from palf_dist.tracking import deliver_spool
 
-        made = make_search_report(run_dir) if is_search(run_dir) else make_report(run_dir)
-        undelivered = deliver_spool(Path(run_dir))
+        if is_remote(run_dir):
+            remote = make_remote_report(run_dir)
+            emit(_report_record(remote), _report_table(remote), *_report_lines(remote))
+            return
+        folder = local_path(run_dir)
+        made = make_search_report(folder) if is_search(folder) else make_report(folder)
+        undelivered = deliver_spool(folder)
         if undelivered:
             print(f"{undelivered} records have not reached MLflow yet", file=sys.stderr)
         emit({**_report_record(made), "undelivered": undelivered}, _report_table(made), *_report_lines(made))
@@ -256,23 +271,13 @@ def _resumed(
     run_dir: str | None,
     config: Path | None,
     overrides: list[str] | None,
-    workers: int | None,
+    workers: str | None,
     address: str | None,
 ) -> RunConfig:
     """The configuration to go on with: the run's own, but for fields that touch no result."""
     from palf_dist.config_loading import config_differences, load_config
 
     own = resumed_config(resume, run_dir, "meta-train")
-    settings = _load(config or own, overrides, workers, address)
+    settings = load_run_config(config or own, overrides, workers, address)
     refuse_differences(resume, config_differences(load_config(own), settings))
-    return settings
-
-
-def _load(config: Path | None, overrides: list[str] | None, workers: int | None, address: str | None) -> RunConfig:
-    from palf_dist.config_loading import load_config
-    from palf_dist.evaluation.methods import select_methods
-
-    fields = {"distributed.workers": workers, "distributed.address": address}
-    settings = load_config(named(config, "configs/quick.yaml"), [*(overrides or ()), *option_overrides(fields)])
-    select_methods(settings.evaluation.methods)
     return settings

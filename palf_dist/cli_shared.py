@@ -9,17 +9,26 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console, RenderableType
+
+if TYPE_CHECKING:
+    from palf_dist.config import RunConfig
+    from palf_dist.search.config import SearchConfig
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of the run.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override one field, e.g. inner.steps=200; may be repeated."),
 ]
-Workers = Annotated[int | None, typer.Option("--workers", help="Ray workers; 0 runs the same code in process.")]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers", metavar="N|auto", help="Ray workers; 0 runs the same code in process, auto follows the cluster."
+    ),
+]
 Address = Annotated[
     str | None, typer.Option("--address", metavar="auto|HOST:PORT", help="A running Ray cluster; else a private one.")
 ]
@@ -36,7 +45,7 @@ def new_folder(name: str) -> str:
     return f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
-def named(config: Path | None, example: str) -> Path:
+def named(config: str | Path | None, example: str) -> str | Path:
     """The configuration file that has to be named. Raises ConfigError where it is not."""
     from palf_dist.errors import ConfigError
 
@@ -45,16 +54,55 @@ def named(config: Path | None, example: str) -> Path:
     return config
 
 
-def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-train", "tune"]) -> Path:
+def load_run_config(
+    config: str | Path | None, overrides: list[str] | None, workers: str | None, address: str | None
+) -> RunConfig:
+    """The configuration of a meta-training or an evaluation, from a file and the command's options."""
+    from palf_dist.config_loading import load_config
+    from palf_dist.evaluation.methods import select_methods
+
+    count = int(workers) if workers and workers.lstrip("-").isdecimal() else workers
+    fields = {"distributed.workers": count, "distributed.address": address}
+    settings = load_config(named(config, "configs/quick.yaml"), [*(overrides or ()), *option_overrides(fields)])
+    select_methods(settings.evaluation.methods)
+    return settings
+
+
+def load_search(config: Path | None, overrides: list[str]) -> SearchConfig:
+    """The configuration of a search."""
+    from palf_dist.search.config import load_search_config
+
+    return load_search_config(named(config, "configs/tune-digits.yaml"), overrides)
+
+
+def config_of_policy(policy: str | Path) -> str | Path | None:
+    """The configuration of the run that a policy file, or its folder, lies in; both may be URIs."""
+    from palf_dist.policies.policy_file import policy_folder
+    from palf_dist.run_directory import CONFIG
+    from palf_dist.storage import exists, is_uri, join, split
+
+    folder = policy_folder(policy)  # a search's best has its config beside it
+    folder = folder if is_uri(folder) else str(Path(folder).absolute())
+    return next((file for file in (join(folder, CONFIG), join(split(folder)[0], CONFIG)) if exists(file)), None)
+
+
+def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-train", "tune"]) -> str | Path:
     """The configuration file of the run to go on with. Raises ConfigError, and RunDirectoryError also for a run that
     ``command`` has not begun."""
     from palf_dist.config_loading import is_search_config
     from palf_dist.errors import ConfigError, RunDirectoryError
-    from palf_dist.run_directory import CONFIG, open_run_directory
+    from palf_dist.run_directory import CONFIG, no_run, open_run_directory
+    from palf_dist.storage import exists, is_remote, join
 
     if run_dir is not None:
         raise ConfigError(f"--run-dir {run_dir}: a resumed run goes on in its own folder; leave --run-dir out")
-    config = open_run_directory(resume) / CONFIG
+    config: str | Path
+    if command == "meta-train" and is_remote(resume):
+        config = join(resume, CONFIG)
+        if not exists(config):
+            raise no_run(resume)
+    else:
+        config = open_run_directory(resume) / CONFIG
     what, right = ("search", "tune") if is_search_config(config) else ("meta-training", "meta-train")
     if command != right:
         raise RunDirectoryError(f"--resume {resume}: holds a {what}; go on with palf-dist {right} --resume {resume}")
@@ -72,8 +120,10 @@ def refuse_differences(resume: str, differences: list[str]) -> None:
         )
 
 
-def near(path: Path) -> Path:
+def near(path: str | Path) -> str | Path:
     """The path as seen from the working folder, where it lies in there."""
+    if isinstance(path, str):  # a URI
+        return path
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

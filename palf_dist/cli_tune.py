@@ -16,7 +16,7 @@ from palf_dist.cli_shared import (
     AsJson,
     ConfigFile,
     Overrides,
-    named,
+    load_search,
     near,
     new_folder,
     option_overrides,
@@ -97,7 +97,7 @@ def _settings(
     from palf_dist.search.config import load_search_config, search_differences
 
     if resume is None:
-        settings = load_search_config(named(config, "configs/tune-digits.yaml"), overrides)
+        settings = load_search(config, overrides)
         return settings, run_dir or new_folder(settings.name)
     own = resumed_config(resume, run_dir, "tune")
     settings = load_search_config(config or own, overrides)

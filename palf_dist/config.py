@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
+from palf_dist.redaction import refuse_credentials
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 
 Positive = Annotated[FiniteFloat, Field(strict=True, gt=0)]
@@ -28,9 +29,15 @@ def _distinct(values: tuple[str | float, ...] | None) -> tuple[str | float, ...]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values are never coerced silently, objects are frozen."""
+    """Base of every section: unknown keys are refused, values are never coerced silently, objects are frozen, and none
+    of their texts holds the credentials of an address."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, hide_input_in_errors=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: object) -> object:
+        return refuse_credentials(value) if isinstance(value, str) else value
 
 
 class Columns(Section):
@@ -278,15 +285,20 @@ class MetaLearnerConfig(Section):
 
 
 class DistributedConfig(Section):
-    """``workers: 0`` runs the same code in process. Results do not depend on the number of workers."""
+    """``workers: 0`` runs the same code in process, ``workers: auto`` has as many as the cluster has room for and units
+    need, and follows it as nodes join and leave. Results do not depend on the number of workers."""
 
-    workers: Annotated[int, Field(strict=True, ge=0)] = 2
+    workers: Annotated[int, Field(strict=True, ge=0)] | Literal["auto"] = 2
     address: str | None = Field(default=None, description="none: a private Ray on this machine; auto; HOST:PORT")
     mode: Literal["sync", "async"] = "sync"
     max_staleness: Annotated[int, Field(strict=True, ge=0)] = Field(
         default=2, description="async: outer steps a gradient may lag"
     )
     threads: Count = Field(default=1, description="torch threads per worker; part of the result, unlike workers")
+    memory_per_worker: Positive = Field(
+        default=4.0,
+        description="GB that a unit of work may take; larger ones are done in parts; part of the result, unlike workers",
+    )
     gpus_per_worker: NonNegative | None = Field(default=None, description="none: one where the cluster has GPUs")
     unit_timeout: Positive = Field(default=300.0, description="seconds after which a unit is taken for stalled")
     max_attempts: Count = Field(default=5, description="times a unit is issued before the run gives up")

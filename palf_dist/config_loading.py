@@ -19,6 +19,8 @@ from pydantic_core import ErrorDetails
 
 from palf_dist.config import RunConfig, Section
 from palf_dist.errors import ConfigError
+from palf_dist.redaction import redact
+from palf_dist.storage import first_line, read_file
 from palf_dist.training_state import FEATURES
 
 Path_ = tuple[str | int, ...]
@@ -83,9 +85,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def read_config(path: str | Path) -> str:
     """The text of a configuration file. Raises ConfigError where it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_file(path).decode()
     except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read ({error.strerror}); name a YAML file") from None
+        raise ConfigError(f"config file {path} cannot be read ({first_line(error)}); name a YAML file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"config file {path} is not UTF-8 text; name a YAML file") from None
 
@@ -172,7 +174,7 @@ def _apply_override(
     dotted, equals, text = override.partition("=")
     names = dotted.strip().split(".")
     if not equals or not all(names):
-        raise ConfigError(f"--set {override}: write it as field=value, for instance --set inner.steps=200")
+        raise ConfigError(f"--set {redact(override)}: write it as field=value, for instance --set inner.steps=200")
     value = _parse_yaml(text, f"--set {dotted}")
     path: list[str | int] = []
     node: Any = data
@@ -323,5 +325,5 @@ def _dotted(path: Iterable[str | int]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    text = redact(json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) <= 80 else f"{text[:77]}..."

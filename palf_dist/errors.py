@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from palf_dist.redaction import redact
+
 
 class PalfError(Exception):
-    """A mistake the user can mend: one clear message that names field and remedy (exit code 2, no traceback)."""
+    """A mistake the user can mend: one clear message that names field and remedy (exit code 2, no traceback), and no
+    secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class ConfigError(PalfError):
@@ -21,6 +27,10 @@ class RunDirectoryError(PalfError):
 
 class RunInUseError(RunDirectoryError):
     """Another driver has the run directory, which may be about to end."""
+
+
+class StorageError(PalfError):
+    """The run's folder or storage took no writes for so long that the run had to end; the message says what is safe."""
 
 
 class CheckpointError(PalfError):

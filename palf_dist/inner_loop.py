@@ -111,9 +111,9 @@ class InnerLoop:
         self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
         self._keeps_snapshots = SNAPSHOTS in policy.features
         self._needs_validation = bool(set(VALIDATION_FEATURES) & set(policy.features))
-        self._probes = (
-            hutchinson_probes(group.theta0.shape[1], group.theta0.dtype) if "hessian_trace" in policy.features else None
-        )
+        self._probes = None
+        if "hessian_trace" in policy.features:
+            self._probes = hutchinson_probes(group.theta0.shape[1], group.theta0.dtype).to(group.theta0.device)
 
     def start(self) -> InnerState:
         """The state before the first step."""

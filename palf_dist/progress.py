@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from palf_dist.redaction import redact
+
 PLAIN_SECONDS = 2.0
 """Least time between two plain lines of one phase, so that a log stays readable."""
 
@@ -93,7 +95,7 @@ class Progress:
 
     def event(self, text: str) -> None:
         """Something happened that deserves a line of its own."""
-        self._console.print(f"[yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
+        self._console.print(f"[yellow]![/] {escape(redact(text))}", highlight=False, soft_wrap=True)
 
     def _plain_line(self, now: float) -> None:
         if self._console.is_terminal:

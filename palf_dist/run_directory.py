@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from palf_dist.atomic import exclusive
+from palf_dist.containment import link_out_of
 from palf_dist.errors import RunDirectoryError, RunInUseError
+from palf_dist.storage import local_path
 
 CONFIG = "config.yaml"
 METRICS = "metrics.parquet"
@@ -20,6 +22,7 @@ RESULTS = "results.parquet"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 TRAJECTORIES = "trajectories"
+TRACKING = "tracking"
 REPORT = "report"
 LOCK = ".lock"
 
@@ -27,19 +30,16 @@ LOCK = ".lock"
 def create_run_directory(path: str | Path) -> Path:
     """Make an empty run directory, with its parents, and return it absolute.
 
-    Raises RunDirectoryError when it holds files already, is a file, is a URI, or cannot be written.
+    Raises RunDirectoryError when it holds files already, is a file, is a URI but file://, or cannot be written.
     """
-    run_dir = _local(path)
+    run_dir = local_path(path)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         entries = sorted(entry.name for entry in run_dir.iterdir() if entry.name != LOCK)
     except OSError as error:
         raise _unusable(run_dir, error) from error
     if entries:
-        raise RunDirectoryError(
-            f"run directory: {run_dir} is not empty (it holds {', '.join(entries[:3])}); "
-            f"continue that run with --resume {run_dir}, or choose another folder with --run-dir"
-        )
+        raise not_empty(run_dir, entries)
     _check_writable(run_dir)
     return run_dir
 
@@ -49,14 +49,17 @@ def open_run_directory(path: str | Path) -> Path:
 
     Raises RunDirectoryError when there is none, when it has no config.yaml, or when it cannot be written.
     """
-    run_dir = _local(path)
+    run_dir = local_path(path)
     try:
         found = (run_dir / CONFIG).is_file()
     except OSError as error:
         raise _unusable(run_dir, error) from error
     if not found:
+        raise no_run(run_dir)
+    if link := link_out_of(run_dir):
         raise RunDirectoryError(
-            f"run directory: {run_dir} holds no run ({CONFIG} is missing); name the folder of an earlier run"
+            f"run directory: {link} is a link that leads out of {run_dir}, and a run works on nothing outside of its "
+            "folder; put what it points at in its place"
         )
     _check_writable(run_dir)
     return run_dir
@@ -85,12 +88,19 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _local(path: str | Path) -> Path:
-    if "://" in str(path):
-        raise RunDirectoryError(
-            f"run directory: {path} is a URI; name a local or mounted folder (datasets may be URIs, the run may not)"
-        )
-    return Path(path).expanduser().absolute()
+def not_empty(run_dir: str | Path, entries: Sequence[str]) -> RunDirectoryError:
+    """What is wrong with the folder or URI of a new run that holds ``entries``."""
+    return RunDirectoryError(
+        f"run directory: {run_dir} is not empty (it holds {', '.join(entries[:3])}); "
+        f"continue that run with --resume {run_dir}, or choose another folder with --run-dir"
+    )
+
+
+def no_run(run_dir: str | Path) -> RunDirectoryError:
+    """What is wrong with the folder or URI of an earlier run that is none."""
+    return RunDirectoryError(
+        f"run directory: {run_dir} holds no run ({CONFIG} is missing); name the folder of an earlier run"
+    )
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import palf_dist
 from palf_dist.atomic import exclusive
 from palf_dist.config import RunConfig, TrackingConfig
+from palf_dist.redaction import without_credentials
 from palf_dist.tracking_spool import Spool
 
 logger = logging.getLogger("palf_dist.tracking")
@@ -161,7 +162,10 @@ class _Run:
         self._append("metrics", step=step, time=time_of_step, values=values)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        self._append("artifact", path=str(path.absolute()), folder=folder)
+        path, run_dir = path.absolute(), self._log.spool.folder.parent.absolute()
+        if path.is_relative_to(run_dir):  # a resumed run may lie elsewhere
+            path = path.relative_to(run_dir)
+        self._append("artifact", path=str(path), folder=folder)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._append("tags", values=dict(tags))
@@ -289,6 +293,8 @@ class _DeliveryProcess:
 def _destination(tracking: TrackingConfig, name: str, before: dict[str, Any] | None) -> dict[str, Any]:
     """Where the run is tracked. A resumed run stays where it was unless another address is named now."""
     given = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    if given is not None:  # the delivery process finds the credentials in the environment again
+        given = without_credentials(given)
     if before is not None and given in (None, before["given"]):
         return before
     uri = given or DEFAULT_URI

@@ -12,12 +12,17 @@ import os
 import re
 import select
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from palf_dist.atomic import exclusive
+from palf_dist.containment import is_inside, link_out_of
+from palf_dist.redaction import HIDDEN, redact, without_credentials
 from palf_dist.tracking_spool import Spool
 
 POLL = 1.0  # seconds between two looks at the spool
@@ -78,7 +83,7 @@ class Delivery:
         assert destination is not None
         uri = destination["uri"]
         if self._uri != uri:
-            self._client, self._uri = _client(uri), uri
+            self._client, self._uri = _client(_with_credentials(uri)), uri
         known = self._spool.run
         if known is None or known["uri"] != uri:
             # A lost answer to an earlier attempt, or the same server under a new address: look before making another.
@@ -138,9 +143,12 @@ class Delivery:
             self._client.set_tag(run_id, name, value)
 
     def _send_artifact(self, run_id: str, records: list[dict[str, Any]]) -> None:
-        path = Path(records[0]["path"])
+        run_dir = self._spool.folder.parent
+        path = run_dir / records[0]["path"]
         if not path.exists():
             self._report(logging.WARNING, f"artifact {path} was gone before MLflow could take it")
+        elif not is_inside(run_dir, path) or link_out_of(path):
+            self._report(logging.WARNING, f"artifact {path} leads out of {run_dir}; MLflow is not given it")
         elif path.is_dir():
             self._client.log_artifacts(run_id, str(path), records[0]["folder"] or path.name)
         else:
@@ -182,7 +190,7 @@ def batches(pending: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[str
 
 def first_line(error: Exception) -> str:
     """The gist of an exception: MLflow's are many lines long."""
-    text = str(error).strip() or type(error).__name__
+    text = redact(str(error).strip()) or type(error).__name__
     return text.splitlines()[0][:200]
 
 
@@ -239,6 +247,41 @@ def _client(uri: str) -> Any:
     return client
 
 
+def _with_credentials(uri: str) -> str:
+    """The address as MLflow needs it: what is in the spool holds no credentials, MLFLOW_TRACKING_URI may hold them.
+
+    Those of a server go into MLflow's own variables, as it repeats its address when it complains.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if without_credentials(given) == uri:
+        uri = given
+    elif HIDDEN in uri:
+        raise OSError(f"the credentials for {uri} are not in MLFLOW_TRACKING_URI any more: set it as it was")
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.username is not None:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return uri
+
+
+def _redact_into(log: int) -> threading.Thread:
+    """Have all that this process prints written to the file ``log``, secrets hidden; ends when stdout and stderr do."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    os.close(writer)
+
+    def copy() -> None:
+        with os.fdopen(reader, errors="replace") as lines:
+            for line in lines:
+                os.write(log, redact(line).encode())
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread
+
+
 def _stdin_ended(seconds: float) -> bool:
     readable, _, _ = select.select([sys.stdin], [], [], seconds)
     return bool(readable) and not sys.stdin.read(1)
@@ -249,8 +292,7 @@ def main(run_dir: str, grace: str) -> int:
     spool = Spool(Path(run_dir))
     messages = os.fdopen(os.dup(1), "w")
     log = os.open(spool.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    copier = _redact_into(log)
     os.nice(5)
     for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -261,7 +303,17 @@ def main(run_dir: str, grace: str) -> int:
         except BrokenPipeError:
             print(message, file=sys.stderr)  # the driver is gone
 
-    return follow(spool, float(grace), report, _stdin_ended)
+    try:
+        return follow(spool, float(grace), report, _stdin_ended)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        copier.join(1.0)
 
 
 if __name__ == "__main__":

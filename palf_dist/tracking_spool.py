@@ -5,6 +5,7 @@ The driver only ever appends; the delivery process only ever reads and moves the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from palf_dist.atomic import json_lines, write_atomic
+from palf_dist.run_directory import TRACKING
 
-FOLDER = "tracking"
-"""Folder of the spool inside the run directory."""
+BUFFER_BYTES = 1 << 20
+"""Records that a full disk does not take wait in memory up to this size."""
 
 
 class Spool:
@@ -26,7 +28,7 @@ class Spool:
 
     def __init__(self, run_dir: Path) -> None:
         """Look at the spool of a run; nothing is made or changed."""
-        self.folder = run_dir / FOLDER
+        self.folder = run_dir / TRACKING
         self.lock = self.folder / ".lock"
         self.log = self.folder / "delivery.log"
         self._records = self.folder / "spool.jsonl"
@@ -38,19 +40,26 @@ class Spool:
     def open_for_append(self) -> None:
         """Make the folder where it is missing; start on a fresh line should a crash have torn the last one."""
         self.folder.mkdir(exist_ok=True)
-        self._file = self._records.open("ab")
+        self._file = self._records.open("ab", buffering=BUFFER_BYTES)
+        if self.delivered > self._file.tell():  # a copy that was made while records were delivered
+            self.delivered = 0
         if self._file.tell() > 0:
             self._file.write(b"\n")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Hand a record to the operating system: it survives this process, and costs microseconds."""
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        """Hand a record to the operating system: it survives this process, and costs microseconds. Where the disk is
+        full it waits in memory for the next one."""
+        with contextlib.suppress(OSError):
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the driver's end, with all records on the disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Close the driver's end, with all records on the disk, if that takes them: tracking ends no run."""
+        with contextlib.suppress(OSError):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def pending(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Undelivered records, each with the offset that marks it and all before it as delivered."""

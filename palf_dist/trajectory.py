@@ -1,12 +1,14 @@
 """The Arrow schema of what a worker reports, one row per task and recorded inner step, and its Parquet dataset.
 
-trajectories/step=000123/part-0.parquet is a hive-partitioned dataset that any Parquet reader understands; every column
-carries its description in the file.
+trajectories/step=000123/group-0000.parquet, one file a unit, is a hive-partitioned dataset that any Parquet reader
+understands; every column carries its description in the file.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,16 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from palf_dist.atomic import write_atomic
-from palf_dist.run_directory import TRAJECTORIES
+from palf_dist.errors import RunDirectoryError
+from palf_dist.run_directory import CONFIG, TRAJECTORIES
+from palf_dist.storage import Storage, is_uri
 from palf_dist.types import CONTROLS, HYPERPARAMETERS, NUM_BASIS, TaskSpec, Unit
+
+WRITE_SECONDS = 20.0
+"""How long a worker waits for the storage to take a trajectory."""
+
+QUIET_SECONDS = 60.0
+"""How long it leaves storage alone that did not."""
 
 
 def _column(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
@@ -94,28 +104,77 @@ def build_table(
     return pa.Table.from_arrays(arrays, schema=fields)
 
 
-def write_trajectory(run_dir: Path, outer_step: int, tables: Sequence[pa.Table]) -> Path:
-    """Write the tables of one outer step, given in key order. A step that is done again writes the same file."""
-    path = run_dir / TRAJECTORIES / f"step={outer_step:06d}" / "part-0.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def trajectory_name(unit: Unit) -> str:
+    """Where the trajectory of a unit lies in its run directory."""
+    return f"{TRAJECTORIES}/step={unit.outer_step:06d}/group-{unit.group:04d}.parquet"
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """The content of a trajectory's file; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
-    write_atomic(path, sink.getvalue().to_pybytes())
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def write_trajectory(run_dir: Path, unit: Unit, content: bytes) -> Path:
+    """Write the trajectory of one unit, from ``to_parquet``. A unit that is done again writes the same file."""
+    path = run_dir / trajectory_name(unit)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
     return path
 
 
-def read_trajectories(
-    run_dir: Path, columns: Sequence[str] | None = None, steps: Sequence[int] | None = None
-) -> pa.Table:
-    """Trajectories of a run, ordered by outer step: all, or some columns, or some outer steps.
+class TrajectoryWriter:
+    """Puts the trajectories of a worker's own units where every node can reach them, past the driver."""
 
-    A run without trajectories gives an empty table of SCHEMA.
+    def __init__(self, uri: str) -> None:
+        """``uri``: the run directory. Nothing is asked of it yet."""
+        self._uri = uri
+        self._storage: Storage | None = None
+        self._thread = ThreadPoolExecutor(1, "palf-trajectory")
+        self._quiet_until = 0.0
+
+    def write(self, unit: Unit, table: pa.Table) -> pa.Table | None:
+        """None once the storage has it; where it does not take it in time the table, which the driver then keeps."""
+        if time.monotonic() < self._quiet_until:
+            return table
+        try:
+            self._thread.submit(self._write, trajectory_name(unit), to_parquet(table)).result(WRITE_SECONDS)
+        except (OSError, RunDirectoryError):  # a timeout is an OSError too
+            self._quiet_until = time.monotonic() + QUIET_SECONDS
+            return table
+        return None
+
+    def _write(self, name: str, content: bytes) -> None:
+        if self._storage is None:
+            storage = Storage(self._uri)
+            storage.read(CONFIG)  # a node that lacks the mount would otherwise fill a folder of its own
+            self._storage = storage
+        self._storage.write(name, content)
+
+
+def trajectory_steps(run_dir: str | Path) -> list[int]:
+    """Outer steps of which there are trajectories, in order. ``run_dir`` may be a URI. Raises OSError."""
+    storage = Storage(_uri(run_dir))
+    folders = (name.rpartition("step=")[2] for name in storage.names(TRAJECTORIES, recursive=False))
+    return sorted(int(step) for step in folders if step.isdigit())
+
+
+def read_trajectories(
+    run_dir: str | Path, columns: Sequence[str] | None = None, steps: Sequence[int] | None = None
+) -> pa.Table:
+    """Trajectories of a run, ordered by outer step and group: all, or some columns, or some outer steps.
+
+    ``run_dir`` may be a URI. A run without trajectories gives an empty table of SCHEMA. Raises OSError.
     """
-    folder = run_dir / TRAJECTORIES
-    if not folder.is_dir():
+    storage = Storage(_uri(run_dir))
+    folders = [TRAJECTORIES] if steps is None else [f"{TRAJECTORIES}/step={step:06d}" for step in sorted(set(steps))]
+    names = [name for folder in folders for name in storage.names(folder) if name.endswith(".parquet")]
+    if not names:
         return SCHEMA.empty_table().select(columns or SCHEMA.names)
-    partitioning = ds.partitioning(pa.schema([("step", pa.int32())]), flavor="hive")
-    dataset = ds.dataset(folder, format="parquet", partitioning=partitioning)
-    wanted = columns or [name for name in dataset.schema.names if name != "step"]
-    chosen = None if steps is None else ds.field("step").isin(list(steps))
-    return dataset.to_table(columns=list(wanted), filter=chosen)
+    filesystem, paths = storage.open_dataset_files(names)
+    return ds.dataset(paths, format="parquet", filesystem=filesystem).to_table(columns=columns and list(columns))
+
+
+def _uri(run_dir: str | Path) -> str:
+    return str(run_dir) if is_uri(run_dir) else Path(run_dir).absolute().as_uri()

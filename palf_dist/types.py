@@ -101,6 +101,7 @@ class TaskGroup:
     log_prior_ratio: Tensor  # [G, C] log(pi_train / pi_target), 0 on padding and where target_prior is "train"
     learning_rate: Tensor  # [G, 1] peak learning rate
     weight_decay: Tensor  # [G, 1] L2 strength before the policy's multiplier
+    first: int = 0  # where these tasks are part of a larger group: how many of it come before them
 
     @property
     def size(self) -> int:
@@ -185,6 +186,7 @@ class Contribution:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # e.g. feature sums of calibrate
     trajectory: Any = None  # pyarrow.Table with palf_dist.trajectory.SCHEMA
     carried: dict[str, np.ndarray] | None = None  # next inner state of the windowed estimators
+    halvings: int = 0  # times that memory ran out and the tasks were done in twice as many parts
     seconds: float = 0.0
 
 
@@ -198,4 +200,7 @@ class UnitRunner(Protocol):
         policy_version: int,
         prepared: Mapping[str, Any],
         carried: dict[str, np.ndarray] | None = None,
-    ) -> Contribution: ...
+        halvings: int = 0,
+    ) -> Contribution:
+        """``halvings``: how often this unit has run out of memory before, each time killing its worker."""
+        ...

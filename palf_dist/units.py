@@ -13,19 +13,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from math import inf
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from palf_dist.config import RunConfig
-from palf_dist.estimators import make_estimator
 from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_policy, select_methods
 from palf_dist.faults import fault_point
-from palf_dist.inner_loop import InnerLoop, InnerState, StepResult, move_group
-from palf_dist.outer_loss import accuracy
+from palf_dist.group_work import Stretch, features_seen, final_accuracy, in_parts, join, meta_gradient, part_of
+from palf_dist.inner_loop import InnerLoop, move_group
+from palf_dist.memory import OutOfMemory, Plan, out_of_memory, release
 from palf_dist.policies import LearnedPolicy, Policy, policy_spec
+from palf_dist.rehearsal import Work
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
 from palf_dist.trajectory import build_table
@@ -33,7 +35,8 @@ from palf_dist.types import Contribution, TaskGroup, TaskSpec, Unit
 
 TUNING_GROUPS = 4  # task groups per grid point: fewer leave the choice to chance
 CALIBRATION_GROUPS = 2
-EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation accuracy
+
+Result = TypeVar("Result")
 
 
 def tune_units(config: RunConfig) -> list[Unit]:
@@ -146,6 +149,8 @@ class Runner:
         self.config, self.datasets = config, datasets
         gpu = torch.cuda.is_available() and config.distributed.gpus_per_worker != 0  # Ray hides those that are not ours
         self.device = torch.device("cuda" if gpu else "cpu")
+        self._plan = Plan(config, datasets, self._gpu_memory() if gpu else inf)
+        self._halvings = 0
         self._kinds: dict[str, Callable[..., Contribution]] = {
             "tune": self._tune,
             "calibrate": self._calibrate,
@@ -161,9 +166,15 @@ class Runner:
         policy_version: int,
         prepared: Mapping[str, Any],
         carried: dict[str, np.ndarray] | None = None,
+        halvings: int = 0,
     ) -> Contribution:
-        """The contribution of ``unit`` under policy parameters ``policy``; equal arguments give equal bytes."""
+        """The contribution of ``unit`` under policy parameters ``policy``; equal arguments give equal bytes, unless
+        memory runs out, which ``Contribution.halvings`` tells. Raises OutOfMemory where one task alone takes too much.
+
+        ``halvings``: how often this unit ran out of memory before, each time killing its worker.
+        """
         began = time.perf_counter()
+        self._halvings = halvings
         fault_point("before_unit", unit)
         phi = torch.from_numpy(np.array(policy, np.float32)).to(self.device)
         settings = json.loads(unit.settings) if unit.settings else {}
@@ -173,6 +184,7 @@ class Runner:
         finally:
             torch.set_flush_denormal(False)
         contribution.policy_version = policy_version
+        contribution.halvings = self._halvings
         contribution.seconds = time.perf_counter() - began
         if fault_point("after_unit", unit) == "nan" and contribution.gradient is not None:
             contribution.gradient[:] = np.nan
@@ -189,23 +201,16 @@ class Runner:
         specs = tuple(replace(spec, architecture=index) for spec in specs)
         chosen = {name: settings[name] for name in ("learning_rate", "weight_decay")}
         group = self._build(specs, {f"{index}/{settings['optimiser']}": chosen})
-        result = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
-        return Contribution(unit, 0, metrics={"accuracy": float(result.double().mean())})
+        result = self._train("train", group, baseline_policy(METHODS[REFERENCE]), phi)
+        return Contribution(unit, 0, metrics={"accuracy": float(result.mean())})
 
     def _calibrate(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
         group = self._group(("calibrate", self.config.seed, unit.group), prepared)
         policy = _unnormalised(self.config)
-        seen: list[Tensor] = []
-
-        def after_step(state: InnerState, result: StepResult) -> None:
-            if result.refreshed and state.features is not None:
-                seen.append(state.features)
-
-        loop = InnerLoop(group, policy, self.config.inner)
-        loop.run(loop.start(), torch.from_numpy(policy.initial()).to(phi), loop.steps, after_step=after_step)
-        values = torch.cat(seen).double().cpu().numpy()
+        untrained = torch.from_numpy(policy.initial()).to(phi)
+        values = np.concatenate(self._in_parts("train", group, policy, lambda loop, _: features_seen(loop, untrained)))
         known = np.isfinite(values)
         values = np.where(known, values, 0.0)
         arrays = {"count": known.sum(0).astype(float), "sum": values.sum(0), "square": (values**2).sum(0)}
@@ -219,42 +224,37 @@ class Runner:
         prepared: Mapping[str, Any],
         carried: dict[str, np.ndarray] | None,
     ) -> Contribution:
-        config = self.config
-        windowed = config.estimator.window is not None
-        run = settings["run"] if windowed else unit.outer_step
+        config, window = self.config, self.config.estimator.window
+        run, start, stop = unit.outer_step, 0, config.inner.steps
+        if window is not None:
+            run, start = settings["run"], settings["window"] * window
+            stop = min(stop, start + window)
         group = self._group(("meta_gradient", config.seed, run, unit.group), prepared)
-        loop = InnerLoop(group, learned_policy(config, prepared), config.inner)
-        state, stop, memory = loop.start(), loop.steps, None
-        if windowed:
-            assert config.estimator.window is not None
-            stop = min(loop.steps, (settings["window"] + 1) * config.estimator.window)
-            if settings["window"] > 0:
-                assert carried is not None, f"{unit}: a window after the first needs the carried inner state"
-                state = InnerState.from_arrays(_part(carried, "state/"), self.device)
-                memory = _part(carried, "estimator/")
-        estimator = make_estimator(config.estimator, config.outer_loss)
-        fault_point("in_unit", unit)
+        policy = learned_policy(config, prepared)
         keys = (config.seed, unit.outer_step, unit.group)
-        estimate = estimator.estimate(loop, phi, state, stop, keys, memory)
-        onward = None
-        if windowed and stop < loop.steps:
-            onward = {f"state/{name}": value for name, value in state.to_arrays().items()}
-            onward |= {f"estimator/{name}": value for name, value in estimate.carried.items()}
+
+        def stretch(loop: InnerLoop, part: TaskGroup) -> Stretch:
+            fault_point("in_unit", unit)
+            return meta_gradient(config, loop, phi, start, stop, keys, part_of(carried, part))
+
+        parts = self._in_parts("meta_gradient", group, policy, stretch)
+        whole = join(parts)
+        estimate = whole.estimate
         return Contribution(
             unit,
             0,
             metrics={"outer_loss": estimate.outer_loss, **{f"outer_{n}": term for n, term in estimate.terms.items()}},
             gradient=estimate.gradient,
-            trajectory=build_table(unit, group.specs, estimate.records, loop.policy.features),
-            carried=onward,
+            trajectory=build_table(unit, group.specs, estimate.records, policy.features),
+            carried=whole.carried,
         )
 
     def _select(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
         group = self._group(("select", self.config.seed, unit.group), prepared)
-        ours = self._train(group, learned_policy(self.config, prepared), phi).double()
-        reference = self._train(group, baseline_policy(METHODS[REFERENCE]), phi).double()
+        ours = self._train("train", group, learned_policy(self.config, prepared), phi)
+        reference = self._train("train", group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(ours.mean()), "reference": float(reference.mean())})
 
     def _evaluate(
@@ -264,9 +264,14 @@ class Runner:
         group = self._build(specs, prepared["reference"])
         method = METHODS[settings["method"]]
         policy: Policy = learned_policy(self.config, prepared) if method.uses_policy else baseline_policy(method)
-        result = self._train(group, policy, phi, early_stopping=method.early_stopping)
+        result = self._train("evaluate", group, policy, phi, early_stopping=method.early_stopping)
         rows = [self._row(method, spec, value) for spec, value in zip(specs, result.tolist(), strict=True)]
-        return Contribution(unit, 0, metrics={"accuracy": float(result.double().mean())}, rows=rows)
+        return Contribution(unit, 0, metrics={"accuracy": float(result.mean())}, rows=rows)
+
+    def _gpu_memory(self) -> float:
+        """Bytes of this worker's share of its GPU."""
+        share = min(1.0, self.config.distributed.gpus_per_worker or 1.0)
+        return share * torch.cuda.get_device_properties(self.device).total_memory
 
     def _row(self, method: Method, spec: TaskSpec, value: float) -> dict[str, Any]:
         condition = "balanced" if spec.imbalance == 1 else "matched" if spec.target_prior == "train" else "shifted"
@@ -290,36 +295,42 @@ class Runner:
     def _build(self, specs: Sequence[TaskSpec], reference: Mapping[str, Mapping[str, float]]) -> TaskGroup:
         return move_group(build_group(self.config, self.datasets, specs, reference), device=self.device)
 
-    def _train(self, group: TaskGroup, policy: Policy, phi: Tensor, *, early_stopping: bool = False) -> Tensor:
+    def _train(
+        self, kind: str, group: TaskGroup, policy: Policy, phi: Tensor, *, early_stopping: bool = False
+    ) -> np.ndarray:
         """Clean test accuracy [G] after a whole inner run under ``policy``."""
-        loop = InnerLoop(group, policy, self.config.inner)
-        state = loop.start()
-        best = torch.full_like(state.theta[:, 0], -1.0)
-        kept = state.theta
+        return np.concatenate(
+            self._in_parts(
+                kind, group, policy, lambda loop, _: final_accuracy(loop, phi, early_stopping=early_stopping)
+            )
+        )
 
-        def after_step(now: InnerState, result: StepResult) -> None:
-            nonlocal best, kept
-            if now.step % EARLY_STOPPING_EVERY and now.step < loop.steps:
-                return
-            rows = group.validation
-            score = accuracy(loop.evaluate(now.theta, rows), rows.labels, rows.mask, group.class_mask)
-            better = score >= best
-            best = torch.where(better, score, best)
-            kept = torch.where(better[:, None], now.theta, kept)
-
-        loop.run(state, phi, loop.steps, after_step=after_step if early_stopping else None)
-        theta = kept if early_stopping else state.theta
-        return accuracy(loop.evaluate(theta, group.test), group.test.labels, group.test.mask, group.class_mask)
+    def _in_parts(
+        self, kind: str, group: TaskGroup, policy: Policy, work: Callable[[InnerLoop, TaskGroup], Result]
+    ) -> list[Result]:
+        """``work`` on the inner runs of all tasks at once, or of a part of them after the other where that is what the
+        memory takes; where it runs out all the same, anew in twice as many parts."""
+        spec = group.specs[0]
+        planned = self._plan.parts(Work(kind, spec.architecture, spec.optimiser), group.size)
+        while True:
+            parts = min(planned << self._halvings, group.size)
+            try:
+                return [work(InnerLoop(part, policy, self.config.inner), part) for part in in_parts(group, parts)]
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                if parts == group.size:
+                    raise OutOfMemory(
+                        f"tasks.group_size: memory ran out with one of {group.size} tasks at a time ({error})"
+                    ) from error
+            self._halvings += 1
+            release(self.device)  # after the error, whose frames hold what the work had made
 
 
 def _unnormalised(config: RunConfig) -> LearnedPolicy:
     """The run's policy before calibration; its initial parameters ignore the state."""
     spec = policy_spec(config.policy)
     return LearnedPolicy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
-
-
-def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def _canonical(settings: Mapping[str, Any]) -> str:

@@ -96,7 +96,11 @@ def test_unknown_dataset_names_the_nearest(cli: Command, command: str) -> None:
         (("--config", SMOKE, "--set", "inner.stepz=3"), "inner.stepz: unknown key; did you mean inner.steps?"),
         (("--config", SMOKE, "--set", "inner.steps=-3"), "inner.steps: must be greater than or equal to 1, not -3"),
         (("--config", SMOKE, "--set", "meta_learner.clip=.nan"), "meta_learner.clip: must be a finite number, not NaN"),
-        (("--config", SMOKE, "--workers", "-1"), "distributed.workers: must be greater than or equal to 0, not -1"),
+        (("--config", SMOKE, "--workers", "-1"), "workers: must be greater than or equal to 0 or 'auto', not -1"),
+        (
+            ("--config", SMOKE, "--workers", "all"),
+            "distributed.workers: must be a valid integer or 'auto', not \"all\"",
+        ),
         (("--config", SMOKE, "--set", "data.train=[mars]"), "unknown dataset mars"),
         (("--config", SMOKE, "--set", "evaluation.methods=[policy, tuned]"), "tuned"),
         (("--config", SMOKE, "--set", "tasks.train_size=[900, 900]"), "lower tasks.train_size"),
@@ -153,4 +157,5 @@ def test_run_directories_that_hold_something_are_left_alone(cli: Command) -> Non
     assert "is not empty (it holds notes.txt)" in cli.refused(*start, "full")
     assert "cannot be used (Not a directory)" in cli.refused(*start, "file/run")
     assert "cannot be used (File exists)" in cli.refused(*start, "file")
-    assert "is a URI; name a local or mounted folder" in cli.refused(*start, "s3://bucket/run")
+    assert "Unrecognized filesystem type" in cli.refused(*start, "nowhere://bucket/run")
+    assert "only meta-train, evaluate and report work on a URI" in cli.refused("tune", "--resume", "s3://bucket/run")

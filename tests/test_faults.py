@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,10 +60,27 @@ def test_a_misspelt_fault_is_noticed(fault: dict[str, object], monkeypatch: pyte
         fault_point("in_unit", HERE)
 
 
-def test_kill_is_kill(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, {"point": "in_unit", "action": "kill"})
+@pytest.mark.parametrize("action", ["kill", "kill_soon"])
+def test_kill_is_kill(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, {"point": "in_unit", "action": action})
     child = os.fork()
     if child == 0:
         fault_point("in_unit", HERE)
+        time.sleep(20 if action == "kill_soon" else 0)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_signal_can_go_to_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    inject(monkeypatch, {"point": "driver_before_take", "action": "stop", "once_file": str(tmp_path / "fired")})
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert fault_point("driver_before_take", HERE, sleeper.pid) == "stop"
+        assert os.WIFSTOPPED(os.waitpid(sleeper.pid, os.WUNTRACED)[1])
+        (tmp_path / "fired").unlink()  # armed once more
+        monkeypatch.setenv(VARIABLE, os.environ[VARIABLE].replace("stop", "kill"))
+        assert fault_point("driver_before_take", HERE, sleeper.pid) == "kill"
+        assert sleeper.wait() == -signal.SIGKILL
+    finally:
+        sleeper.kill()
+        sleeper.wait()

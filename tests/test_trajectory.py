@@ -10,7 +10,16 @@ import pyarrow.dataset as ds
 import pytest
 
 from palf_dist.randomness import random_generator
-from palf_dist.trajectory import SCHEMA, build_table, read_trajectories, schema, write_trajectory
+from palf_dist.trajectory import (
+    SCHEMA,
+    TrajectoryWriter,
+    build_table,
+    read_trajectories,
+    schema,
+    to_parquet,
+    trajectory_steps,
+    write_trajectory,
+)
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, HYPERPARAMETERS, TaskSpec, Unit
 
 FEATURES = ("entropy", "gradient_norm", "time_left")
@@ -90,12 +99,17 @@ def test_shapes_are_checked() -> None:
 
 
 def test_dataset_round_trip(tmp_path: Path) -> None:
-    tables = {step: [build_table(unit(step), specs(2), records(3, 2), FEATURES)] * 2 for step in (12, 0, 5)}
-    for step, parts in tables.items():
-        write_trajectory(tmp_path, step, parts)
-    assert (tmp_path / "trajectories" / "step=000012" / "part-0.parquet").is_file()
+    units = [Unit("meta_gradient", step, group) for step in (12, 0, 5) for group in (1, 0)]
+    tables = {unit: build_table(unit, specs(2), records(3, 2), FEATURES) for unit in units}
+    for unit, table in tables.items():
+        write_trajectory(tmp_path, unit, to_parquet(table))
+    assert (tmp_path / "trajectories" / "step=000012" / "group-0001.parquet").is_file()
+    ordered = pa.concat_tables([tables[unit] for unit in sorted(tables)])
+    for place in (tmp_path, str(tmp_path), tmp_path.as_uri()):
+        assert trajectory_steps(place) == [0, 5, 12]
+        assert read_trajectories(place).equals(ordered)
     found = read_trajectories(tmp_path)
-    assert found.equals(pa.concat_tables([table for step in sorted(tables) for table in tables[step]]))
+    assert found.schema.equals(schema(FEATURES), check_metadata=True)
     few = read_trajectories(tmp_path, columns=["outer_loss", "task"], steps=[5, 12])
     assert few.column_names == ["outer_loss", "task"]
     assert few.num_rows == 24
@@ -103,15 +117,44 @@ def test_dataset_round_trip(tmp_path: Path) -> None:
     assert anybody.num_rows == 36 and sorted(set(anybody["step"].to_pylist())) == [0, 5, 12]
 
 
-def test_a_step_done_again_writes_the_same_file(tmp_path: Path) -> None:
+def test_a_unit_done_again_writes_the_same_file(tmp_path: Path) -> None:
     table = build_table(unit(), specs(2), records(3, 2), FEATURES)
-    path = write_trajectory(tmp_path, 3, [table])
+    path = write_trajectory(tmp_path, unit(), to_parquet(table))
     before = path.read_bytes()
-    path.with_name(".part-0.parquet.tmp").write_bytes(b"torn by kill -9")
+    path.with_name(".group-0001.parquet.tmp").write_bytes(b"torn by kill -9")
     assert read_trajectories(tmp_path).num_rows == 6, "leftovers are not read"
-    assert write_trajectory(tmp_path, 3, [table]) == path
+    assert write_trajectory(tmp_path, unit(), to_parquet(table)) == path
     assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["part-0.parquet"]
+    assert [file.name for file in path.parent.iterdir()] == ["group-0001.parquet"]
+
+
+def test_runs_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They have one file an outer step."""
+    tables = [build_table(Unit("meta_gradient", 3, group), specs(2), records(3, 2), FEATURES) for group in (0, 1)]
+    path = tmp_path / "trajectories" / "step=000003" / "part-0.parquet"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(to_parquet(pa.concat_tables(tables)))
+    assert trajectory_steps(tmp_path) == [3]
+    assert read_trajectories(tmp_path, steps=[3]).equals(pa.concat_tables(tables))
+
+
+def test_workers_write_where_every_node_can_reach(tmp_path: Path) -> None:
+    """The same bytes as the driver; a node that lacks the folder leaves the trajectory to the driver."""
+    table = build_table(unit(), specs(2), records(3, 2), FEATURES)
+    there, missing = tmp_path / "a b%", tmp_path / "not mounted"
+    there.mkdir()
+    (there / "config.yaml").touch()
+    assert TrajectoryWriter(there.as_uri()).write(unit(), table) is None
+    written = there / "trajectories" / "step=000003" / "group-0001.parquet"
+    assert written.read_bytes() == write_trajectory(tmp_path, unit(), to_parquet(table)).read_bytes()
+    assert [file.name for file in written.parent.iterdir()] == [written.name]
+    writer = TrajectoryWriter(missing.as_uri())
+    assert writer.write(unit(), table) is table
+    missing.mkdir()
+    (missing / "config.yaml").touch()
+    assert writer.write(unit(), table) is table, "storage that failed is left alone for a while"
+    assert not (missing / "trajectories").exists()
+    assert TrajectoryWriter("nowhere://x/y").write(unit(), table) is table
 
 
 def test_a_run_without_trajectories(tmp_path: Path) -> None:

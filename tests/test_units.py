@@ -14,6 +14,7 @@ from palf_dist import units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
 from palf_dist.evaluation.methods import METHODS, baseline_policy
+from palf_dist.group_work import EARLY_STOPPING_EVERY
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.outer_loss import accuracy
 from palf_dist.tasks.datasets import load_all
@@ -205,11 +206,11 @@ def test_early_stopping_keeps_the_parameters_of_the_best_validation_accuracy(
     work, ce = units.Runner(config, datasets), baseline_policy(METHODS["ce"])
     group = work._group(("early stopping", 0), prepared)
     phi = torch.zeros(0)
-    got = work._train(group, ce, phi, early_stopping=True)
+    got = work._train("train", group, ce, phi, early_stopping=True)
     looks = []
     loop = InnerLoop(group, ce, config.inner)
     state = loop.start()
-    for stop in range(units.EARLY_STOPPING_EVERY, loop.steps + 1, units.EARLY_STOPPING_EVERY):
+    for stop in range(EARLY_STOPPING_EVERY, loop.steps + 1, EARLY_STOPPING_EVERY):
         loop.run(state, phi, stop)
         looks.append(
             [

@@ -14,22 +14,23 @@ import math
 import os
 import secrets
 import shutil
-import socket
-import struct
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.services import canonicalize_bootstrap_address
+from ray._private.state import state
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 
 from palf_dist.config import DistributedConfig
+from palf_dist.distributed import authentication
 from palf_dist.errors import ClusterError
 
-PROBE_SECONDS = 5.0
 WORKERS_PER_CORE = 4
 MINIMUM_STORE_BYTES = 100_000_000
 FOLDER_PREFIX = "palf-ray-"
@@ -50,21 +51,22 @@ class Share:
 
 @contextlib.contextmanager
 def connect(config: DistributedConfig, object_bytes: int = 0) -> Iterator[Share]:
-    """Be connected to Ray inside the block; gives what each of ``config.workers`` workers takes of it.
+    """Be connected to Ray inside the block; gives what each of ``config.workers`` workers takes of it. With ``auto`` a
+    private Ray has room for a worker for each of the machine's cores; a cluster may have none yet.
 
     ``object_bytes``: size of the datasets, which a private Ray makes room for. A process that is connected already
     stays so, before and after. Raises ClusterError where the cluster cannot be reached or is too small for the workers.
     """
-    assert config.workers > 0, "workers: 0 needs no Ray"
+    assert config.workers != 0, "workers: 0 needs no Ray"
     most = _most_cpus()
-    needed = config.workers * config.threads
+    needed = config.threads * (1 if config.workers == "auto" else config.workers)
     if config.address is None and not ray.is_initialized() and needed > most:
         raise ClusterError(
             f"distributed.workers: {config.workers} workers of {config.threads} thread(s) are more than this machine's "
             f"{most // WORKERS_PER_CORE} cores can carry; the most is {most // config.threads} workers"
         )
     with connected(config.address, needed, object_bytes):
-        yield share_of(config, _room())
+        yield share_of(config, _places())
 
 
 @contextlib.contextmanager
@@ -72,6 +74,7 @@ def connected(address: str | None, cpus: int, object_bytes: int = 0) -> Iterator
     """As ``connect``, for whoever counts resources himself. A private Ray has ``cpus`` CPUs or as many as the machine
     has, whichever is more, but never more than the machine can carry."""
     if ray.is_initialized():
+        _refuse_open()
         yield
     elif address is None:
         with _private_ray(max(os.cpu_count() or 1, min(cpus, _most_cpus())), object_bytes):
@@ -184,50 +187,61 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _existing_cluster(address: str) -> Iterator[None]:
-    if address != "auto":
-        _probe(address)
-    with changed_environment({**QUIET, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE") or _cluster_auth_mode()}):
+    head = _head(address)
+    authentication.protect_token_file()
+    mode = authentication.auth_mode(head)
+    with changed_environment({**QUIET, "RAY_AUTH_MODE": mode}):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=head, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"distributed.address: cannot connect to a Ray cluster at {address!r}: {str(error).splitlines()[0]}; "
                 "start one with `ray start --head`, or leave distributed.address out for a private Ray"
             ) from error
         try:
+            _refuse_open()
             yield
         finally:
             ray.shutdown()
 
 
-def _cluster_auth_mode() -> str:
-    """Token where one is at hand, as ``ray start`` decides it."""
-    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    return "token" if named or (Path.home() / ".ray" / "auth_token").exists() else "disabled"
+def _head(address: str) -> str:
+    """HOST:PORT of the head that ``address`` stands for."""
+    found: str | None = address
+    if address == "auto":
+        try:
+            found = canonicalize_bootstrap_address("auto")
+        except (ConnectionError, ValueError):
+            found = None
+        if found is None or found == "auto":
+            raise ClusterError(
+                "distributed.address: no Ray cluster runs on this machine and RAY_ADDRESS names none; start one with "
+                "`ray start --head`, give its HOST:PORT, or leave distributed.address out for a private Ray"
+            )
+    assert found is not None
+    host, _, port = found.rpartition(":")
+    if not host or not port.isdigit() or "://" in found:
+        raise ClusterError(f"distributed.address: {found!r} is neither 'auto' nor HOST:PORT of a Ray head")
+    return found
 
 
-def _probe(address: str) -> None:
-    """Fail within seconds where no Ray head answers; ray.init alone would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "://" in address:
-        raise ClusterError(f"distributed.address: {address!r} is neither 'auto' nor HOST:PORT of a Ray head")
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + struct.pack(">HBBBI", 0, 0, 4, 0, 0)  # and an empty SETTINGS frame
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS) as connection:
-            connection.sendall(preface)
-            answer = connection.recv(9)  # a gRPC server's first frame is SETTINGS (type 4)
-    except (OSError, OverflowError) as error:
-        raise ClusterError(
-            f"distributed.address: no Ray head answers at {address} ({error}); check the address and the network, "
-            "or leave distributed.address out for a private Ray"
-        ) from error
-    if len(answer) < 4 or answer[3] != 4:
-        raise ClusterError(f"distributed.address: what listens at {address} is no Ray head; give the head's GCS port")
+def _refuse_open() -> None:
+    """Raises ClusterError where this process is connected to a cluster that others can reach and that asks nobody for a
+    token."""
+    hosts = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    authentication.refuse_open(ray.get_runtime_context().gcs_address, hosts)
+
+
+def staying() -> list[dict[str, Any]]:
+    """Ray's records of the nodes that are alive and not drained: by hand, by an autoscaler or as they are about to be
+    preempted."""
+    drained = state.get_draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in drained]
 
 
 def nodes() -> list[dict[str, float]]:
-    """The resources of each node that is alive, as Ray names them."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """The resources of each node that work may go to, as Ray names them."""
+    return [node["Resources"] for node in staying()]
 
 
 def worker_share(config: DistributedConfig) -> Share:
@@ -238,29 +252,35 @@ def worker_share(config: DistributedConfig) -> Share:
     return Share(cpus=config.threads, gpus=config.gpus_per_worker or 0.0)
 
 
-def _room() -> Sequence[Mapping[str, float]]:
+def _places() -> Sequence[Mapping[str, float]]:
     """Where workers may go: anywhere; but where this process belongs to a placement group (a trial of Ray Tune, which
     its workers join by themselves), in that group's bundles but the first, which this process has."""
     group = ray.util.get_current_placement_group()
     return nodes() if group is None else group.bundle_specs[1:]
 
 
+def room(share: Share) -> int:
+    """How many workers the nodes that there are now can carry, were there nothing else on them."""
+    return sum(_workers_that_fit(place, share) for place in _places())
+
+
 def share_of(config: DistributedConfig, nodes: Sequence[Mapping[str, float]]) -> Share:
     """CPUs and GPUs of one worker; raises ClusterError where the cluster can never give them to all workers.
 
     ``nodes``: the resources of each node, as Ray names them.
-    ``gpus_per_worker`` none: a whole GPU each, or an equal part where there are fewer GPUs than workers.
+    ``gpus_per_worker`` none: a whole GPU each, or an equal part where there are fewer GPUs than workers; a whole one
+    with ``workers: auto``, where there are any now.
     """
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if config.gpus_per_worker is not None:
         each = config.gpus_per_worker
-    elif gpus >= config.workers or not gpus:
+    elif config.workers == "auto" or gpus >= config.workers or not gpus:
         each = min(1.0, gpus)
     else:
         each = 1.0 / math.ceil(config.workers / gpus)
     share = Share(cpus=config.threads, gpus=each)
     room = sum(_workers_that_fit(node, share) for node in nodes)
-    if config.workers > room:
+    if config.workers != "auto" and config.workers > room:
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
         raise ClusterError(
             f"distributed.workers: {config.workers} workers ({share.cpus} CPU and {share.gpus:g} GPU each) are more "

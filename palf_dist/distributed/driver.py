@@ -26,19 +26,13 @@ from palf_dist.errors import DataError, PolicyFileError
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import load_policy
 from palf_dist.progress import Progress
-from palf_dist.run_directory import (
-    CONFIG,
-    RESULTS,
-    create_run_directory,
-    discard_unused,
-    locked,
-    open_run_directory,
-)
+from palf_dist.run_directory import CONFIG, REPORT, RESULTS
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import check_tasks
 from palf_dist.tracking import NullTracker, Tracker, open_tracker
+from palf_dist.workplace import Workplace, open_workplace
 
 if TYPE_CHECKING:
     from palf_dist.evaluation.report import ReportPaths
@@ -46,11 +40,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunResult:
-    """What a run came to. ``policy`` is None and ``rows`` empty where it was interrupted before there were any."""
+    """What a run came to. ``policy`` is None and ``rows`` empty where it was interrupted before there were any.
 
-    run_dir: Path
+    Where the run directory is a URI, so are ``run_dir``, ``policy`` and the paths in ``report``.
+    """
+
+    run_dir: Path | str
     outer_steps: int = 0  # taken since the run began
-    policy: Path | None = None
+    policy: Path | str | None = None
     contributions: dict[str, Any] = field(default_factory=lambda: {"applied": 0, "reissued": 0, "refused": {}})
     rows: list[dict[str, Any]] = field(default_factory=list)  # of results.parquet
     report: ReportPaths | None = None
@@ -67,22 +64,27 @@ def meta_train(
     stop: threading.Event | None = None,
     make_runner: RunnerFactory = units.Runner,
 ) -> RunResult:
-    """Meta-train, evaluate and report in ``run_dir``: a new or empty folder, or with ``resume`` that of an earlier run.
+    """Meta-train, evaluate and report in ``run_dir``: a new or empty folder or URI, or with ``resume`` that of an
+    earlier run.
 
     The first SIGINT or SIGTERM, or ``stop``, ends the run with a checkpoint and ``interrupted`` set; ``resume`` goes
     on. In synchronous mode the result is then what it would have been. The caller sees to it that a resumed run has the
-    configuration it began with. Raises the PalfErrors of the configuration, the data, the directory and the cluster.
+    configuration it began with. Raises the PalfErrors of the configuration, the data, the directory and the cluster,
+    and StorageError where the results could not be written.
     """
-    result = RunResult(open_run_directory(run_dir) if resume else create_run_directory(run_dir))
-    with _open(config, result.run_dir, resume, progress, stop, make_runner) as (session, checkpoint):
-        tracker = open_tracker(result.run_dir, config)
+    with _open(config, run_dir, resume, progress, stop, make_runner) as (session, place, checkpoint):
+        result = RunResult(place.location)
+        tracker = open_tracker(place.folder, config)
+        if place.shared:
+            tracker.set_tags({"palf_dist.run_dir": place.shared})
         status = "FAILED"
         try:
-            _train_and_report(session, tracker, checkpoint, result)
+            _train_and_report(session, place, tracker, checkpoint, result)
             status = "KILLED" if result.interrupted else "FINISHED"
         finally:
             tracker.close(status)
             result.mlflow_run_id = tracker.run_id
+        place.finish()
     return result
 
 
@@ -101,10 +103,9 @@ def train_policy(
     Raises as ``meta_train``.
     """
     resume = (Path(run_dir) / CONFIG).is_file()
-    run_dir = open_run_directory(run_dir) if resume else create_run_directory(run_dir)
-    with _open(config, run_dir, resume, progress, stop, make_runner) as (session, checkpoint):
+    with _open(config, run_dir, resume, progress, stop, make_runner) as (session, place, checkpoint):
         try:
-            training = MetaTraining(session, run_dir, NullTracker(), checkpoint)
+            training = MetaTraining(session, place, NullTracker(), checkpoint)
             with contextlib.closing(training.run()) as selections:
                 for selection in selections:
                     training.keep()
@@ -116,27 +117,29 @@ def train_policy(
 @contextlib.contextmanager
 def _open(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: str | Path,
     resume: bool,
     progress: Progress | None,
     stop: threading.Event | None,
     make_runner: RunnerFactory,
-) -> Iterator[tuple[Session, Checkpoint | None]]:
+) -> Iterator[tuple[Session, Workplace, Checkpoint | None]]:
     """A session on a run directory that is held for it, and the checkpoint to go on from."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(run_dir))
-        stack.callback(discard_unused, run_dir)  # a mistake found before the run began leaves nothing behind
         shown = stack.enter_context(progress or Progress())
+        cache = cache_folder(config.data.cache)
+        place = stack.enter_context(open_workplace(run_dir, resume=resume, cache=cache, on_event=shown.event))
         shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
         datasets = load_all(config.data)
-        checkpoint = latest_checkpoint(run_dir)
+        checkpoint = latest_checkpoint(place.folder)
         if checkpoint:
             _check_unchanged(checkpoint, datasets)
         check_tasks(config, datasets)
-        session = stack.enter_context(open_session(config, datasets, shown, stop or threading.Event(), make_runner))
+        stop = stop or threading.Event()
+        session = stack.enter_context(open_session(config, datasets, shown, stop, make_runner, place.shared))
         if not resume:
-            write_atomic(run_dir / CONFIG, dump_config(config).encode())
-        yield session, checkpoint
+            place.insist(lambda: write_atomic(place.folder / CONFIG, dump_config(config).encode()))
+            place.publish()
+        yield session, place, checkpoint
 
 
 def evaluate_policy(
@@ -191,19 +194,21 @@ def _check_held_out(held_out: Sequence[EncodedDataset], card: Mapping[str, Any])
             )
 
 
-def _train_and_report(session: Session, tracker: Tracker, checkpoint: Checkpoint | None, result: RunResult) -> None:
+def _train_and_report(
+    session: Session, place: Workplace, tracker: Tracker, checkpoint: Checkpoint | None, result: RunResult
+) -> None:
     """Fill ``result``, also when the user stops the run half-way."""
-    run_dir = result.run_dir
+    run_dir = place.folder
     for message in checkpoint.skipped if checkpoint else ():
         session.progress.event(message)
     training: MetaTraining | None = None
     try:
-        training = MetaTraining(session, run_dir, tracker, checkpoint)
+        training = MetaTraining(session, place, tracker, checkpoint)
         for _ in training.run():
             pass
         best = training.best
         result.rows = phases.evaluate(session, Broadcast(best.policy, best.version, training.prepared))
-        _write_rows(run_dir / RESULTS, result.rows)
+        place.insist(lambda: _write_rows(run_dir / RESULTS, result.rows))
     except Stopped:
         result.interrupted = True
     if training is None:
@@ -216,19 +221,21 @@ def _train_and_report(session: Session, tracker: Tracker, checkpoint: Checkpoint
         "refused": dict(learner.refused),
     }
     if training.policy_file.exists():
-        result.policy = training.policy_file
+        result.policy = place.at(training.policy_file)
     if not result.interrupted:
-        result.report = _report(session.config, run_dir)
-        for path in (run_dir / CONFIG, training.policy_file.parent, result.report.folder):
+        place.finish()  # the report reads trajectories from there
+        place.insist(lambda: _report(session.config, place, result))
+        for path in (run_dir / CONFIG, training.policy_file.parent, run_dir / REPORT):
             tracker.log_artifact(path, path.name if path.is_dir() else "")
 
 
-def _report(config: RunConfig, run_dir: Path) -> ReportPaths:
+def _report(config: RunConfig, place: Workplace, result: RunResult) -> None:
     # Unless told otherwise, matplotlib writes its list of fonts into the home folder when it is imported.
     os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(config.data.cache) / "matplotlib"))
     from palf_dist.evaluation.report import make_report
 
-    return make_report(run_dir)
+    made = make_report(place.folder, place.location)
+    result.report = made.moved(place.at)
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

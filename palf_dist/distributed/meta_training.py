@@ -18,7 +18,7 @@ from palf_dist import units
 from palf_dist.checkpoint import Checkpoint, prune, save_checkpoint
 from palf_dist.distributed import phases
 from palf_dist.distributed.pool import Broadcast
-from palf_dist.distributed.session import Session
+from palf_dist.distributed.session import Session, Stopped
 from palf_dist.faults import fault_point
 from palf_dist.meta_learner import MetaLearner, StepReport
 from palf_dist.metrics_log import MetricsLog
@@ -27,10 +27,14 @@ from palf_dist.policies.policy_file import PolicyArtefact, save_policy
 from palf_dist.run_directory import BEST
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tracking import Tracker
-from palf_dist.trajectory import write_trajectory
+from palf_dist.trajectory import to_parquet, write_trajectory
 from palf_dist.types import Contribution, Unit
+from palf_dist.workplace import Workplace
 
 SELECTION_SCORE = "selection_score"
+
+UNWRITTEN_BYTES = 256 << 20
+"""Trajectories that wait in memory for a disk that takes nothing: thousands of units. With more the run has to end."""
 
 
 def fingerprints(datasets: Mapping[str, EncodedDataset]) -> dict[str, str]:
@@ -74,21 +78,26 @@ class MetaTraining:
     Asynchronous mode: an outer step is one contribution, applied as it arrives.
     """
 
-    def __init__(self, session: Session, run_dir: Path, tracker: Tracker, checkpoint: Checkpoint | None) -> None:
-        self._session, self._run_dir, self._tracker = session, run_dir, tracker
+    def __init__(self, session: Session, place: Workplace, tracker: Tracker, checkpoint: Checkpoint | None) -> None:
+        self._session, self._place, self._tracker = session, place, tracker
+        self._run_dir = place.folder
         self._config = session.config
+        self._unwritten: dict[Unit, bytes] = {}  # trajectories that the disk did not take
+        session.on_arrival = self._keep_trajectory
         self.learner = MetaLearner(self._config, units.initial_policy(self._config))
         self._carried: dict[int, dict[str, np.ndarray]] = {}
         self._best: Best | None = None
+        self._best_written: Best | None = None
         self._issued = 0  # asynchronous mode: units issued since the run began
         if checkpoint is None:
             self.prepared: dict[str, Any] = phases.prepare(session)
         else:
             self._restore(checkpoint)
-        self._log = MetricsLog(run_dir, next_step=self.learner.version)
+        self._log = MetricsLog(place.folder, next_step=self.learner.version)
         self._whole = self._snapshot()
         self._saved = None if checkpoint is None else self._whole
-        self._save()
+        if checkpoint is None:
+            self._save()
         self._reissued_logged = session.reissued
         self._refused_logged = dict(self.learner.refused)
 
@@ -103,9 +112,11 @@ class MetaTraining:
 
     def run(self) -> Generator[Selection, None, None]:
         """Take all outer steps that are left, with a pause after each that ends with a selection; a run that goes on
-        first gives the last one again. Raises Stopped, with everything saved, when the user wants to end."""
+        first gives the last one again. Raises Stopped, with everything saved, when the user wants to end, and
+        StorageError where the disk does not take the last checkpoint."""
         config = self._config
         steps = config.meta_learner.outer_steps
+        orderly = False
         try:
             self._session.progress.begin("meta-training", steps, self.learner.version)
             if self._best is None:
@@ -123,15 +134,18 @@ class MetaTraining:
                 metrics = self._finish_step(contributions, report, began)
                 if SELECTION_SCORE in metrics:
                     yield self._selection(report.outer_step, metrics)
-            save_policy(self.policy_file.parent, self._artefact())
+            orderly = True
+        except Stopped:
+            orderly = True
+            raise
         finally:
-            self._save()
-            self._log.close()
+            self._save(insist=orderly)
+            self._place.attempt(self._log.close)
 
     def keep(self) -> None:
-        """Have the newest whole step and the best policy on the disk. To be called while ``run`` pauses."""
-        self._save()
-        save_policy(self.policy_file.parent, self._artefact())
+        """Have the newest whole step and the best policy on the disk. To be called while ``run`` pauses. Raises
+        StorageError where it does not take them."""
+        self._save(insist=True)
 
     def _sync_step(self) -> tuple[list[Contribution], StepReport]:
         work = units.meta_gradient_units(self._config, self.learner.version)
@@ -145,7 +159,7 @@ class MetaTraining:
         broadcast = self._broadcast()
         while True:
             # never more than there are steps left, so that no work is in flight when the last one is taken
-            room = min(max(1, self._config.distributed.workers), self._config.meta_learner.outer_steps - version)
+            room = min(self._session.pool.capacity, self._config.meta_learner.outer_steps - version)
             while self._session.in_flight < room:
                 self._session.pool.submit(self._next_unit(), broadcast)
             contribution = self._session.next()
@@ -163,7 +177,6 @@ class MetaTraining:
         """Write down an outer step that was taken, select and save where it is time for that; the step's metrics."""
         step, version = report.outer_step, self.learner.version
         fault_point("driver_after_apply", Unit("driver", step, 0))
-        write_trajectory(self._run_dir, step, [item.trajectory for item in contributions])
         status = self._session.progress.status
         status.outer_loss, status.refused = report.outer_loss, dict(self.learner.refused)
         metrics = self._metrics(report)
@@ -171,6 +184,7 @@ class MetaTraining:
             metrics[SELECTION_SCORE] = self._select()
         metrics["seconds"] = time.monotonic() - began
         self._log.append(step, metrics)
+        self._session.metrics.outer_step(metrics, [step - item.policy_version for item in contributions])
         self._tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step)
         self._whole = self._snapshot()
         if version % self._config.checkpoint.every == 0:
@@ -205,7 +219,7 @@ class MetaTraining:
         self._session.progress.status.selection_score = score
         if self._best is None or score >= self._best.score:
             self._best = Best(broadcast.policy, broadcast.version, score)
-            save_policy(self.policy_file.parent, self._artefact())
+            self._place.attempt(self._write_best)
         return score
 
     def _broadcast(self) -> Broadcast:
@@ -243,16 +257,43 @@ class MetaTraining:
             arrays["best_policy"] = best.policy
         return _Snapshot(self.learner.version, arrays, state, {str(g): inner for g, inner in self._carried.items()})
 
-    def _save(self) -> None:
-        """Write the newest whole step as a checkpoint, once. What was logged before it is durable first."""
-        whole = self._whole
-        if whole is self._saved:
+    def _keep_trajectory(self, contribution: Contribution) -> None:
+        """Write down what a contribution brings along, applied or refused later, so that nobody has to hold it."""
+        table, contribution.trajectory = contribution.trajectory, None
+        if table is None:  # of another kind of unit, or the worker has written it
             return
-        fault_point("driver_before_checkpoint", Unit("driver", whole.version, 0))
-        self._log.compact()
-        save_checkpoint(self._run_dir, whole.version, whole.arrays, whole.state, whole.carried)
-        prune(self._run_dir, self._config.checkpoint.keep)
-        self._saved = whole
+        content = to_parquet(table)
+        if not self._place.attempt(lambda: write_trajectory(self._run_dir, contribution.unit, content)):
+            self._unwritten[contribution.unit] = content
+            if sum(map(len, self._unwritten.values())) > UNWRITTEN_BYTES:
+                self._place.insist(self._write)
+
+    def _save(self, *, insist: bool = False) -> None:
+        """Write the newest whole step as a checkpoint, once, and all that could not be written before. A disk that
+        takes nothing is only told, unless we ``insist``: the next checkpoint tries again."""
+        if self._whole is not self._saved:
+            fault_point("driver_before_checkpoint", Unit("driver", self._whole.version, 0))
+        if not self._place.attempt(self._write, whole=True) and insist:
+            self._place.insist(self._write)
+        self._place.publish()
+
+    def _write(self) -> None:
+        """What was logged before a checkpoint is durable first."""
+        for unit in list(self._unwritten):
+            write_trajectory(self._run_dir, unit, self._unwritten[unit])
+            del self._unwritten[unit]
+        whole = self._whole
+        if whole is not self._saved:
+            self._log.compact()
+            save_checkpoint(self._run_dir, whole.version, whole.arrays, whole.state, whole.carried)
+            prune(self._run_dir, self._config.checkpoint.keep)
+            self._saved = whole
+        self._write_best()
+
+    def _write_best(self) -> None:
+        if self._best is not self._best_written:
+            save_policy(self.policy_file.parent, self._artefact())
+            self._best_written = self._best
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.learner.load_state(checkpoint.learner)

@@ -13,6 +13,7 @@ import torch
 
 from palf_dist.config import RunConfig
 from palf_dist.errors import PalfError
+from palf_dist.redaction import redact
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.types import Contribution, Unit, UnitRunner
 
@@ -30,6 +31,9 @@ class UnitError(PalfError):
 class UnitBug(RuntimeError):
     """A unit of work raised something that is no user's mistake; the message names it. Shown with its traceback."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
+
 
 @dataclass(frozen=True, eq=False)
 class Broadcast:
@@ -43,11 +47,16 @@ class Broadcast:
 class WorkerPool(Protocol):
     """Takes units in any number and gives each one's contribution once, in the order in which they are done."""
 
-    reissued: int  # units that were issued again, for whatever reason
+    reissued: int  # units that were issued again as their worker was lost, for whatever reason
 
     @property
     def alive(self) -> int:
         """Workers that are at work or ready for it."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Units worth having in flight at once, where the caller may choose; at least 1."""
         ...
 
     @property
@@ -73,6 +82,7 @@ class InProcessPool:
     """No workers: each unit is run here, when its contribution is asked for (``distributed.workers: 0``)."""
 
     alive = 0
+    capacity = 1
     reissued = 0
 
     def __init__(self, config: RunConfig, datasets: Mapping[str, EncodedDataset], make_runner: RunnerFactory) -> None:

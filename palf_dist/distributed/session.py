@@ -6,14 +6,16 @@ import contextlib
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
 import numpy as np
 
 from palf_dist.config import RunConfig
+from palf_dist.distributed.metrics import RunMetrics
 from palf_dist.distributed.pool import Broadcast, InProcessPool, RunnerFactory, WorkerPool
+from palf_dist.memory import Plan, halved, machine_memory, share_of_nodes
 from palf_dist.progress import Progress
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.types import Contribution, Unit
@@ -39,6 +41,8 @@ class Session:
     progress: Progress
     stop: threading.Event
     reissued_before: int = 0  # by the processes that worked on this run before
+    on_arrival: Callable[[Contribution], None] = lambda _: None  # takes from a contribution what nobody should hold
+    metrics: RunMetrics = field(default_factory=RunMetrics)
     _backlog: deque[Contribution] = field(default_factory=deque)
 
     @property
@@ -86,8 +90,13 @@ class Session:
             contribution = self.pool.next_completed(POLL_SECONDS)
             status.workers = self.pool.alive if self.config.distributed.workers else None
             status.reissued = self.reissued
+            self.metrics.workers()
             if contribution is not None:
                 status.contributions += 1
+                self.metrics.contribution(contribution)
+                if contribution.halvings:
+                    self.progress.event(halved(contribution))
+                self.on_arrival(contribution)
                 return contribution
 
 
@@ -98,23 +107,36 @@ def open_session(
     progress: Progress,
     stop: threading.Event,
     make_runner: RunnerFactory,
+    run_uri: str | None = None,
 ) -> Iterator[Session]:
-    """A session with its pool, and with Ray where there are workers. Inside, the first Ctrl-C only sets ``stop``."""
+    """A session with its pool, and with Ray where there are workers. Inside, the first Ctrl-C only sets ``stop``.
+
+    ``run_uri``: where Ray's workers write the trajectories of their own units.
+    """
     with contextlib.ExitStack() as stack:
         pool: WorkerPool
+        metrics = RunMetrics()
         if config.distributed.workers == 0:
+            Plan(config, datasets, machine_memory()).check()
             pool = InProcessPool(config, datasets, make_runner)
         else:
-            from palf_dist.distributed.cluster import connect  # importing ray takes a while
-            from palf_dist.distributed.ray_pool import RayPool
+            from palf_dist.distributed.cluster import connect, nodes  # importing ray takes a while
+            from palf_dist.distributed.dispatcher import Dispatcher
+            from palf_dist.distributed.ray_fleet import RayFleet
 
             size = sum(array.nbytes for dataset in datasets.values() for array in dataset.to_arrays().values())
-            progress.begin("starting workers", config.distributed.workers)
+            wanted = config.distributed.workers
+            progress.begin("starting workers", 1 if wanted == "auto" else wanted)
             share = stack.enter_context(connect(config.distributed, size))
-            pool = RayPool(config, datasets, make_runner, share, progress.event)
+            if not share.gpus:  # else each worker knows what its GPU has
+                Plan(config, datasets, share_of_nodes(nodes(), 1 if wanted == "auto" else wanted)).check()
+            fleet = RayFleet(config, datasets, make_runner, share, run_uri)
+            steady = config.meta_learner.outer_steps if config.distributed.mode == "async" else 0
+            pool = Dispatcher(fleet, config.distributed, progress.event, steady)
+            metrics = RunMetrics.on_ray(config.name, pool)
         stack.callback(pool.close)
         stack.enter_context(signals_stop(stop, progress))
-        yield Session(config, datasets, pool, progress, stop)
+        yield Session(config, datasets, pool, progress, stop, metrics=metrics)
 
 
 @contextlib.contextmanager

@@ -48,8 +48,9 @@ class ES:
         return Estimate(gradient, float(objective.mean()), recorder.arrays(), terms=recorder.terms())
 
     def _perturbation(self, loop: InnerLoop, phi: Tensor, keys: tuple[int | str, ...]) -> Tensor:
-        draws = random_generator("perturbation", *keys).standard_normal((loop.group.size, phi.shape[-1]))
-        return torch.from_numpy(draws).to(phi)
+        group = loop.group  # perhaps a part of the unit's tasks: the draws are those of the whole
+        draws = random_generator("perturbation", *keys).standard_normal((group.first + group.size, phi.shape[-1]))
+        return torch.from_numpy(draws[group.first :]).to(phi)
 
     def _run(
         self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder | None = None

@@ -6,7 +6,8 @@ Everything is read from the run directory, so a report can be made at any time, 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,20 @@ from palf_dist.evaluation.methods import REFERENCE
 from palf_dist.evaluation.page import render_page
 from palf_dist.evaluation.statistics import Comparison, compare
 from palf_dist.evaluation.table import is_policy, label_of, table_notes, to_cells, to_markdown, to_records
-from palf_dist.run_directory import BEST, CONFIG, METRICS, REPORT, RESULTS, TRAJECTORIES, open_run_directory
-from palf_dist.trajectory import read_trajectories
+from palf_dist.run_directory import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    REPORT,
+    RESULTS,
+    TRAJECTORIES,
+    no_run,
+    open_run_directory,
+)
+from palf_dist.storage import Storage, first_line, join
+from palf_dist.storage_mirror import pull
+from palf_dist.trajectory import read_trajectories, trajectory_steps
 from palf_dist.usage import usage
 
 PAGE, TABLE_MARKDOWN, TABLE_JSON = "index.html", "table.md", "table.json"
@@ -46,16 +59,23 @@ CAPTIONS = {
 class ReportPaths:
     """What ``make_report`` wrote. Pictures and tables that a partial run cannot give yet are left out."""
 
-    folder: Path
-    page: Path
-    pictures: tuple[Path, ...]
-    tables: tuple[Path, ...]  # table.md and table.json, or nothing
+    folder: Path | str
+    page: Path | str
+    pictures: tuple[Path | str, ...]
+    tables: tuple[Path | str, ...]  # table.md and table.json, or nothing
     comparisons: tuple[Comparison, ...]  # the held-out comparison, for those who print it
 
+    def moved(self, to: Callable[[Path], Path | str]) -> ReportPaths:
+        """The same files at another place: ``to`` gives where each one of this machine is there, a path or a URI."""
+        folder, page, *files = (to(Path(path)) for path in (self.folder, self.page, *self.pictures, *self.tables))
+        pictures = len(self.pictures)
+        return ReportPaths(folder, page, tuple(files[:pictures]), tuple(files[pictures:]), self.comparisons)
 
-def make_report(run_dir: str | Path) -> ReportPaths:
+
+def make_report(run_dir: str | Path, location: str | Path | None = None) -> ReportPaths:
     """Write the report of a run into its folder ``report``, which is replaced as a whole.
 
+    ``location``: the URI of the run, where ``run_dir`` is a copy without the trajectories, which are read from there.
     Raises RunDirectoryError when the folder is not a run or one of its files cannot be read, ConfigError when its
     configuration is damaged.
     """
@@ -70,8 +90,8 @@ def make_report(run_dir: str | Path) -> ReportPaths:
     if comparisons:
         pictures["held_out"] = plots.to_png(plots.plot_held_out(comparisons))
         pictures["noise"] = plots.to_png(plots.plot_noise(comparisons))
-    if (trajectories := _last_trajectories(run_dir)) is not None:
-        pictures["alpha"] = plots.to_png(plots.plot_alpha(trajectories))
+    if (last := _last_trajectories(location or run_dir)) is not None:
+        pictures["alpha"] = plots.to_png(plots.plot_alpha(last))
     if metrics is not None and metrics.num_rows:
         pictures["outer_loss"] = plots.to_png(plots.plot_outer_loss(metrics))
 
@@ -79,7 +99,7 @@ def make_report(run_dir: str | Path) -> ReportPaths:
     if comparisons:
         files[TABLE_MARKDOWN] = to_markdown(comparisons).encode()
         files[TABLE_JSON] = (json.dumps({"held_out": to_records(comparisons)}, indent=2) + "\n").encode()
-    files[PAGE] = _page(run_dir, config, metrics, comparisons, card, pictures).encode()
+    files[PAGE] = _page(run_dir, location or run_dir, config, metrics, comparisons, card, pictures).encode()
     folder = run_dir / REPORT
     with replacing_folder(folder) as temporary:
         for name, data in files.items():
@@ -91,6 +111,25 @@ def make_report(run_dir: str | Path) -> ReportPaths:
         tables=tuple(folder / name for name in files if name.startswith("table.")),
         comparisons=tuple(comparisons),
     )
+
+
+def make_remote_report(uri: str) -> ReportPaths:
+    """As ``make_report``, for a run under a URI, which may be at work.
+
+    Raises RunDirectoryError also where the storage gives or takes nothing.
+    """
+    storage = Storage(uri)
+    with tempfile.TemporaryDirectory(prefix="palf-report-") as folder:
+        pull(storage, Path(folder), leave_out=(TRAJECTORIES, REPORT, CHECKPOINTS))
+        if not Path(folder, CONFIG).exists():
+            raise no_run(uri)
+        made = make_report(folder, uri)
+        try:
+            for path in (*made.pictures, *made.tables, made.page):  # the page shows what lies beside it
+                storage.write(f"{REPORT}/{Path(path).name}", Path(path).read_bytes())
+        except OSError as error:
+            raise RunDirectoryError(f"run directory: {uri} takes no report ({first_line(error)}); try again") from error
+        return made.moved(lambda path: join(uri, path.relative_to(folder).as_posix()))
 
 
 def read_table(path: Path) -> pa.Table | None:
@@ -105,21 +144,26 @@ def read_table(path: Path) -> pa.Table | None:
         ) from error
 
 
-def _last_trajectories(run_dir: Path) -> pa.Table | None:
-    files = (run_dir / TRAJECTORIES).glob("step=*/*.parquet")
-    steps = sorted({int(file.parent.name.removeprefix("step=")) for file in files})
-    return read_trajectories(run_dir, steps=steps[-LAST_STEPS:]) if steps else None
+def _last_trajectories(run_dir: str | Path) -> pa.Table | None:
+    try:
+        steps = trajectory_steps(run_dir)
+        table = read_trajectories(run_dir, steps=steps[-LAST_STEPS:])
+    except (OSError, pa.ArrowException) as error:
+        place = f"{run_dir}, {TRAJECTORIES}"
+        raise RunDirectoryError(f"run directory: {place} cannot be read ({first_line(error)}); try again") from error
+    return table if table.num_rows else None
 
 
 def _page(
     run_dir: Path,
+    location: str | Path,
     config: RunConfig,
     metrics: pa.Table | None,
     comparisons: Sequence[Comparison],
     card: dict[str, Any] | None,
     pictures: dict[str, bytes],
 ) -> str:
-    policy_file = run_dir / BEST / "policy.safetensors"
+    policy = f"{BEST}/policy.safetensors"
     header, rows = to_cells(comparisons) if comparisons else ([], [])
     return render_page(
         "report.html.j2",
@@ -134,7 +178,7 @@ def _page(
             for item, cells in zip(comparisons, rows, strict=True)
         ],
         notes=table_notes(comparisons) if comparisons else [],
-        usage=usage(policy_file) if policy_file.exists() else None,
+        usage=usage(join(location, policy)) if (run_dir / policy).exists() else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
         configuration=dump_config(config),
     )

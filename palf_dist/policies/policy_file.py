@@ -20,6 +20,7 @@ from palf_dist.atomic import write_atomic
 from palf_dist.config import PolicyConfig
 from palf_dist.errors import ConfigError, PolicyFileError
 from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, start_values
+from palf_dist.storage import first_line, is_uri, join, read_file, split
 
 FORMAT_VERSION = 2  # 2 added policy.start
 TENSORS = "policy.safetensors"
@@ -62,19 +63,26 @@ def digest(tensors: bytes, card: dict[str, Any]) -> str:
 
 
 def load_policy(path: str | Path) -> PolicyArtefact:
-    """Read a policy from its folder or from its policy.safetensors, beside which policy.json must stand.
+    """Read a policy from its folder or from its policy.safetensors, beside which policy.json must stand; the path may
+    be a URI (s3://, gs://, file://).
 
     Raises:
         PolicyFileError: a file is missing, not a policy, of a newer format, or not what was saved.
     """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    tensors_file, card_file = folder / TENSORS, folder / CARD
-    for file in (tensors_file, card_file):
-        if not file.is_file():
-            raise PolicyFileError(f"{path}: there is no {file.name} in {folder}; name a folder with both policy files")
+    folder = policy_folder(path)
+    card_file = join(folder, CARD)
+    contents = {}
+    for name in (TENSORS, CARD):
+        try:
+            contents[name] = read_file(join(folder, name))
+        except (FileNotFoundError, NotADirectoryError):
+            raise PolicyFileError(
+                f"{path}: there is no {name} in {folder}; name a folder with both policy files"
+            ) from None
+        except OSError as error:
+            raise PolicyFileError(f"{path}: {name} cannot be read ({first_line(error)})") from error
     try:
-        card = json.loads(card_file.read_bytes())
+        card = json.loads(contents[CARD])
         if card["format"] != "palf_dist policy":
             raise KeyError("format")
         version = int(card["format_version"])
@@ -85,7 +93,7 @@ def load_policy(path: str | Path) -> PolicyArtefact:
             f"{card_file}: format_version {version} is newer than {FORMAT_VERSION}, the newest that this palf_dist "
             "reads; upgrade palf_dist"
         )
-    data = tensors_file.read_bytes()
+    data = contents[TENSORS]
     if digest(data, card) != card.get("sha256"):
         raise PolicyFileError(f"{folder}: {TENSORS} and {CARD} are not as they were saved together; restore both")
     try:
@@ -94,6 +102,14 @@ def load_policy(path: str | Path) -> PolicyArtefact:
         raise PolicyFileError(
             f"{folder}: not a policy that works ({error}); restore both files or train anew"
         ) from error
+
+
+def policy_folder(path: str | Path) -> str | Path:
+    """The folder of a policy: ``path``, a path or a URI, or where it is policy.safetensors what that lies in."""
+    if is_uri(path):
+        folder, name = split(path)
+        return folder if name == TENSORS else str(path)
+    return path if Path(path).is_dir() else Path(path).parent
 
 
 def _artefact(tensors: bytes, card: dict[str, Any]) -> PolicyArtefact:

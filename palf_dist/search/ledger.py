@@ -166,7 +166,7 @@ class Ledger:
     def _apply(self, line: dict[str, Any]) -> None:
         event, number = line["event"], line["trial"]
         if event == "created":
-            if number != len(self.trials) + 1:
+            if type(number) is not int or number != len(self.trials) + 1:  # it names a folder
                 raise ValueError(f"trial {number} comes after {len(self.trials)}")
             self.trials[number] = TrialRecord(number, line["parameters"])
             self.moves.append((event, self.trials[number]))

@@ -17,6 +17,7 @@ from ray.tune import Trainable
 
 from palf_dist.atomic import replacing_folder
 from palf_dist.errors import CheckpointError, PalfError, PolicyFileError, RunInUseError
+from palf_dist.redaction import redact
 from palf_dist.run_directory import CONFIG
 from palf_dist.search.ledger import trial_name
 from palf_dist.search.trial import Parameters, Report, Target, TrialContext
@@ -80,7 +81,7 @@ class TrialProcess(Trainable):
         except PalfError as error:
             return {"done": True, FATAL: str(error)}
         except Exception:
-            return {"done": True, FAILURE: traceback.format_exc()}
+            return {"done": True, FAILURE: redact(traceback.format_exc())}  # it is written down
         shutil.rmtree(self._start, ignore_errors=True)  # the trial has a state of its own now
         done = report.done or not math.isfinite(report.error)
         return {**result_of(report.step, report.error), REPORT: report, "done": done}
@@ -97,6 +98,9 @@ class TrialProcess(Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing: the trial's folder holds its own state, and any that was handed over to it."""
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """As ``load_checkpoint``. Ray's own would unpickle a file that was put into the checkpoint's folder."""
 
     def cleanup(self) -> None:
         self._ended.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ def build_group(
             log_prior_ratio[g, : task.num_classes] = np.log(prior * task.num_classes)
 
     model = build_model(architecture, shape, num_classes)
-    splits = {
+    splits: dict[str, Any] = {
         split: Rows(tuple(map(torch.from_numpy, inputs[split])), *map(torch.from_numpy, (labels[split], masks[split])))
         for split in SPLITS
     }

@@ -20,7 +20,7 @@ from benchmarks.tuneloss.plot import LOOKS, plot_anytime
 from benchmarks.tuneloss.problems import CASES, FIVE, standardise
 from benchmarks.tuneloss.results import Curve, Run
 from benchmarks.tuneloss.summary import NEAR, UNITS, Need, summarise
-from palf_dist.learnloss.records import Choose, Outcome, Sensitivity
+from palf_dist.learnloss.records import Choose, Outcome, Refine, Sensitivity
 from palf_dist.learnloss.softmax import LabelledRows, SoftmaxRegression
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.randomness import random_generator
@@ -40,7 +40,7 @@ class Bowl:
         error = np.array([1 + 0.5 * float(away @ away)])
         return Outcome(np.ones((1, 3)), error, lambda: Sensitivity(away / weights, cost=7), cost=10)
 
-    def train_on_the_fly(self, choose: Choose) -> tuple[np.ndarray, Outcome]:
+    def train_on_the_fly(self, choose: Choose, refine: Refine | None = None) -> tuple[np.ndarray, Outcome]:
         raise NotImplementedError
 
 

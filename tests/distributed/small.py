@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
 class ToyRunner:
     """Contributions that depend on the unit, the policy and the datasets, after some float32 torch work.
 
-    The unit's settings may ask for an exception: {"raise": "ValueError" | "DataError"}.
+    The unit's settings may ask for an exception, {"raise": "ValueError" | "DataError"}, or for time, {"seconds": 2.5}.
     """
 
     def __init__(self, config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
@@ -63,7 +64,9 @@ class ToyRunner:
         carried: dict[str, np.ndarray] | None = None,
     ) -> Contribution:
         fault_point("before_unit", unit)
-        match json.loads(unit.settings or "{}").get("raise"):
+        settings = json.loads(unit.settings or "{}")
+        time.sleep(settings.get("seconds", 0.0))
+        match settings.get("raise"):
             case "ValueError":
                 raise ValueError("the toy broke")
             case "DataError":

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -68,10 +69,13 @@ def test_more_workers_than_this_machine_can_carry_are_refused() -> None:
         ([{"CPU": 8, "GPU": 2}], {"workers": 3, "gpus_per_worker": 1}, "2 GPUs, room for 2"),
         ([{"CPU": 8, "GPU": 2}], {"workers": 8, "gpus_per_worker": 0}, (1, 0)),
         ([{"CPU": 8}], {"workers": 1, "gpus_per_worker": 1}, "0 GPUs, room for 0"),
+        ([{"CPU": 8, "GPU": 2}], {"workers": "auto"}, (1, 1)),
+        ([{"CPU": 2}, {"CPU": 2, "GPU": 1}], {"workers": "auto", "gpus_per_worker": 0.25, "threads": 2}, (2, 0.25)),
+        ([], {"workers": "auto"}, (1, 0)),
     ],
 )
 def test_share_of_a_worker(
-    nodes: list[dict[str, float]], distributed: dict[str, float], expected: tuple[int, float] | str
+    nodes: list[dict[str, float]], distributed: dict[str, Any], expected: tuple[int, float] | str
 ) -> None:
     config = DistributedConfig.model_validate(distributed)
     if isinstance(expected, str):
@@ -80,6 +84,15 @@ def test_share_of_a_worker(
         assert expected in str(caught.value)
     else:
         assert cluster.share_of(config, nodes) == cluster.Share(*expected)
+
+
+@pytest.mark.parametrize(
+    ("share", "room"), [(cluster.Share(1, 0), 7), (cluster.Share(2, 0), 3), (cluster.Share(1, 1), 2)], ids=str
+)
+def test_room_for_workers(share: cluster.Share, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"CPU": 3}, {"CPU": 4, "GPU": 2}])
+    monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
+    assert cluster.room(share) == room
 
 
 def test_a_folder_that_a_killed_driver_left_is_removed(tmp_path: Path) -> None:
@@ -176,7 +189,7 @@ try:
 finally:
     here.shutdown()
 """
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ""}
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64, "RAY_ADDRESS": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -162,7 +162,10 @@ def test_asynchronous_steps_in_process(tmp_path: Path) -> None:
     train(config, tmp_path / "run", **stop_after(("meta_gradient", 1, 0)))
     result, _ = train(config, tmp_path / "run", resume=True)
     assert result.outer_steps == 5 and result.contributions["applied"] == 5
-    assert [len(list(folder.iterdir())) for folder in (tmp_path / "run" / "trajectories").iterdir()] == [1] * 5
+    files = sorted((tmp_path / "run" / "trajectories").glob("*/*"))
+    assert [f"{path.parent.name}/{path.stem}" for path in files] == [
+        f"step={step:06d}/group-{group:04d}" for step, group in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    ]
 
 
 def test_evaluate_policy_gives_the_rows_of_the_run(undisturbed: Path) -> None:
@@ -211,8 +214,10 @@ def test_a_dataset_that_changed_is_noticed_on_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_number_of_workers_changes_nothing(share: Share, workers: int, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 3, "auto"])
+def test_the_number_of_workers_changes_nothing(
+    share: Share, workers: int | str, undisturbed: Path, tmp_path: Path
+) -> None:
     result, _ = train(small_config(distributed={"workers": workers}), tmp_path / "run")
     assert fingerprint(tmp_path / "run") == fingerprint(undisturbed)
     assert result.contributions["reissued"] == 0

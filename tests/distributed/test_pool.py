@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from palf_dist import faults
-from palf_dist.config import RunConfig
+from palf_dist.distributed import dispatcher
 from palf_dist.distributed.cluster import Share
+from palf_dist.distributed.dispatcher import Dispatcher
 from palf_dist.distributed.pool import Broadcast, InProcessPool, UnitBug, UnitError, WorkerPool, describe
-from palf_dist.distributed.ray_pool import RayPool
+from palf_dist.distributed.ray_fleet import RayFleet
 from palf_dist.errors import ClusterError, DataError
 from palf_dist.tasks.datasets import load_all
 from palf_dist.types import Contribution, Unit
@@ -25,7 +26,7 @@ UNITS = [Unit("meta_gradient", 3, group) for group in range(7)]
 BROADCAST = Broadcast(np.linspace(-1, 1, 5, dtype=np.float32), 3, {"scale": 0.5})
 CARRIED = {"state": np.arange(3.0)}
 
-MakePool = Callable[..., RayPool]
+MakePool = Callable[..., Dispatcher]
 
 
 @pytest.fixture
@@ -36,11 +37,12 @@ def events() -> list[str]:
 @pytest.fixture
 def make_pool(share: Share, events: list[str]) -> Iterator[MakePool]:
     """A pool of real workers with the given distributed settings, closed at the end."""
-    pools: list[RayPool] = []
+    pools: list[Dispatcher] = []
 
-    def make(runner: type[ToyRunner] = ToyRunner, **distributed: object) -> RayPool:
+    def make(runner: type[ToyRunner] = ToyRunner, **distributed: object) -> Dispatcher:
         config = small_config(distributed=distributed)
-        pools.append(RayPool(config, load_all(config.data), runner, share, events.append))
+        fleet = RayFleet(config, load_all(config.data), runner, share)
+        pools.append(Dispatcher(fleet, config.distributed, events.append))
         return pools[-1]
 
     yield make
@@ -76,11 +78,11 @@ def contents(contributions: list[Contribution]) -> list[tuple[Unit, int, bytes, 
     ]
 
 
-def in_process(config: RunConfig | None = None) -> list[tuple[Unit, int, bytes, bytes]]:
-    config = config or small_config()
+def in_process(units: list[Unit] = UNITS) -> list[tuple[Unit, int, bytes, bytes]]:
+    config = small_config()
     pool = InProcessPool(config, load_all(config.data), ToyRunner)
     try:
-        return contents(drain(pool, UNITS))
+        return contents(drain(pool, units))
     finally:
         pool.close()
 
@@ -136,6 +138,7 @@ def test_a_worker_killed_in_mid_unit_is_replaced(
     given += collect(pool, len(UNITS) - len(given))
     assert contents(sorted(given, key=lambda item: item.unit)) == in_process()
     assert pool.reissued == 1 and pool.alive == 1 and pool.pids != [victim]
+    assert len(pool.recoveries) == 1 and pool.recoveries[0] > 0
     assert events == [
         f"worker 0 (pid {victim}) died; it is replaced, and unit meta_gradient 3/2 is issued again (2 of 5)"
     ]
@@ -157,6 +160,29 @@ def test_a_stalled_worker_is_timed_out_and_killed(
     assert stalled not in pool.pids
     psutil.wait_procs([psutil.Process(stalled)] if psutil.pid_exists(stalled) else [], timeout=15)
     assert not psutil.pid_exists(stalled)
+
+
+@pytest.mark.slow
+def test_the_unit_of_a_stopped_worker_is_done_by_another_one(
+    make_pool: MakePool, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, as a machine that swaps or a process that a debugger holds; what it says in the end is dropped."""
+    monkeypatch.setattr(dispatcher, "STRAGGLER_SECONDS", 3.0)
+    units = [*UNITS[:6], Unit("meta_gradient", 3, 6, '{"seconds":1.0}')]
+    pool = make_pool(workers=2)
+    given = drain(pool, units[:6])
+    pool.submit(units[6], BROADCAST, CARRIED)
+    assert pool.next_completed(0.1) is None
+    (stopped,) = [seat.ready.pid for seat in pool._seats if seat.issue is not None and seat.ready is not None]
+    os.kill(stopped, signal.SIGSTOP)
+    given += collect(pool, 1)
+    assert contents(given) == in_process(units)
+    assert pool.duplicated == 1 and pool.reissued == 0 and len(events) == 1
+    assert f"unit meta_gradient 3/6 (seconds 1.0) has been with worker 0 (pid {stopped}) for" in events[0]
+    os.kill(stopped, signal.SIGCONT)
+    while any(seat.issue is not None for seat in pool._seats):
+        assert pool.next_completed(1.0) is None, "a unit was given twice"
+    assert contents(drain(pool, UNITS)) == in_process() and stopped in pool.pids
 
 
 @pytest.mark.slow
@@ -198,10 +224,12 @@ def test_workers_that_cannot_start_end_the_run(make_pool: MakePool) -> None:
 def test_a_broadcast_goes_to_the_object_store_once(make_pool: MakePool) -> None:
     pool = make_pool(workers=1)
     drain(pool, UNITS)
-    assert len(pool._broadcasts) == 1
+    assert isinstance(pool._fleet, RayFleet)
+    kept = pool._fleet._broadcasts
+    assert len(kept) == 1
     other = Broadcast(BROADCAST.policy + 1, 4)
     pool.submit(UNITS[0], other)
     (contribution,) = collect(pool, 1)
-    assert contribution.policy_version == 4 and len(pool._broadcasts) == 2
+    assert contribution.policy_version == 4 and len(kept) == 2
     del other
-    assert len(pool._broadcasts) == 1, "the policy of a version that is done with is kept"
+    assert len(kept) == 1, "the policy of a version that is done with is kept"

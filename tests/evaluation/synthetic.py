@@ -20,7 +20,7 @@ from palf_dist.policies.meta_learned import LearnedPolicy, policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
 from palf_dist.randomness import random_generator
 from palf_dist.run_directory import BEST, CONFIG
-from palf_dist.trajectory import build_table, write_trajectory
+from palf_dist.trajectory import build_table, to_parquet, write_trajectory
 from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, TaskSpec, Unit
 
 GAINS = {
@@ -154,7 +154,7 @@ def write_run(
     for step in range(outer_steps):
         log.append(step, metrics(step))
         if step >= outer_steps - trajectories:
-            write_trajectory(folder, step, [trajectory(step)])
+            write_trajectory(folder, Unit("meta_gradient", step, 0), to_parquet(trajectory(step)))
     log.close()
     if results is not None:
         spec = policy_spec(PolicyConfig())

@@ -147,6 +147,7 @@ ENDED = '{"event": "finished", "trial": 1, "seconds": 0.5, "message": ""}'
     [
         '{"event": "created", "trial": 3, "seconds": 1.0, "parameters": {}}',
         '{"event": "created", "trial": 2, "seconds": "?", "parameters": {}}',
+        '{"event": "created", "trial": 2.0, "seconds": 1.0, "parameters": {}}',
         '{"event": "report", "trial": 2, "seconds": 1.0}',
         '{"event": "finished", "trial": 1, "seconds": 1.0, "message": ""}',
         '{"seconds": 1.0}',

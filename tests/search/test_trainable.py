@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune.trainable.trainable import _DICT_CHECKPOINT_FILE_NAME
 
 from palf_dist.errors import CheckpointError, ConfigError, DataError, PolicyFileError
 from palf_dist.run_directory import CONFIG, locked
@@ -90,3 +92,22 @@ def test_a_node_without_the_run_directory_says_so_and_leaves_nothing(tmp_path: P
     result = first_result(tmp_path / "elsewhere", Quadratic())
     assert "search in a folder that all nodes share" in result[FATAL] and result["done"]
     assert not (tmp_path / "elsewhere").exists()
+
+
+class Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.mark,)
+
+
+def test_a_pickle_in_a_checkpoint_of_tune_is_left_alone(run_dir: Path, tmp_path: Path) -> None:
+    """Tune restores a trial whose state another one takes over, from a folder that others can write to."""
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / _DICT_CHECKPOINT_FILE_NAME).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    process = TrialProcess.__new__(TrialProcess)
+    process.setup({"number": 1, "parameters": MIDDLE}, Quadratic(), run_dir)
+    process.restore(str(tmp_path / "checkpoint"))
+    process.cleanup()
+    assert not (tmp_path / "exploded").exists()

@@ -76,6 +76,7 @@ class MetaTrainingTarget:
         distributed = self.config.base.distributed
         if distributed.workers == 0:
             return [{"CPU": float(distributed.threads)}]
+        assert distributed.workers != "auto", "MetaTrainingConfig refuses it"
         try:
             share = worker_share(distributed)
         except ClusterError as error:

@@ -9,8 +9,8 @@ import numpy as np
 
 from palf_dist.errors import ConfigError
 from palf_dist.learnloss.certificates import BallCertificate, Certificate
+from palf_dist.learnloss.on_the_fly import OnTheFly
 from palf_dist.learnloss.softmax import LabelledRows, SoftmaxRegression
-from palf_dist.learnloss.tuning import learn_on_the_fly
 from palf_dist.search.targets.config import L2_PARTS, LossWeightsConfig, SoftmaxConfig
 from palf_dist.search.targets.rows import SplitRows
 from palf_dist.search.targets.snapshot import Snapshot
@@ -48,12 +48,13 @@ class SoftmaxTrainer:
 
     def train(self, weights: np.ndarray, on_the_fly: bool = False) -> Iterator[Snapshot]:
         """Snapshots of a training with weights [k]; those of ``on_the_fly`` are chosen anew every
-        few iterations by LearnLoss on the training's own snapshots. The last one is the trained model and has the
+        few iterations from what the training itself has shown. The last one is the trained model and has the
         derivatives of e: a trial cannot be asked for them later. All training is done, and counted, before the first
         snapshot."""
         used = weights
         if on_the_fly:
-            used, outcome = self.regression.train_on_the_fly(learn_on_the_fly(self.regression.space))
+            guide = OnTheFly(self.regression.space)
+            used, outcome = self.regression.train_on_the_fly(guide.choose, guide.refine)
         else:
             outcome = self.regression.train(weights)
         assert outcome.models is not None

@@ -107,6 +107,13 @@ def test_what_may_not_be_searched_is_said_before_any_work(path: str, domain: Any
     assert message in refusal(folder, {"kind": "meta_training", "base": "base.yaml", "space": {path: domain}})
 
 
+def test_the_workers_of_a_trial_are_a_number(folder: Path) -> None:
+    base = {"file": "base.yaml", "distributed": {"workers": "auto"}}
+    space = {"meta_learner.learning_rate": RATE}
+    message = refusal(folder, {"kind": "meta_training", "base": base, "space": space})
+    assert "target: base.distributed.workers: may not be auto" in message and "give a number" in message
+
+
 def test_a_trial_is_the_base_with_its_values(folder: Path) -> None:
     space = {"meta_learner.learning_rate": RATE, "policy.kind": {"kind": "choice", "values": ["robust", "palf"]}}
     config = MetaTrainingConfig.model_validate({"base": BASE_DATA, "space": space})

@@ -1,0 +1,347 @@
+"""The pool of workers that outlives the death and the stalling of any of them: who does what, and when it is late.
+
+Every submitted unit is given exactly once. A worker that dies, stalls or cannot be reached is killed and replaced, and
+its unit goes back to the front of the queue; what it might still have answered is never asked for. A unit that takes
+far longer than its kind does, while another worker has nothing to do, is issued a second time: the first answer is
+given, the other one dropped. Units are pure functions, so that it does not matter which.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from palf_dist.config import DistributedConfig
+from palf_dist.distributed.fleet import Answer, Fleet, Handle, Ready, WorkerDied, WorkerRaised
+from palf_dist.distributed.pool import Broadcast, OnEvent, UnitBug, UnitError, describe
+from palf_dist.errors import ClusterError, PalfError
+from palf_dist.faults import fault_point
+from palf_dist.types import Contribution, Unit
+
+STARTING_SECONDS = 300.0
+"""How long a worker may take to become ready, the wait for room included; then another one is started in its place."""
+
+PATIENCE, PATIENCE_OF_AUTO = 900.0, 1800.0
+"""Seconds that units may wait while no worker is ready: with ``auto`` a cluster without a node is nothing unusual."""
+
+RAISING_ATTEMPTS = 2
+"""Times a unit that raises an exception is tried: were the fault the worker's own, another one would not have it."""
+
+STRAGGLER_FACTOR, STRAGGLER_AFTER, STRAGGLER_SECONDS = 3.0, 5, 5.0
+"""A unit is late once it has taken this many times the median of its kind, known from so many units at least, and this
+many seconds in any case."""
+
+REMEMBERED = 64
+"""Units of each kind whose durations make the median: the newest ones."""
+
+LOOK_SECONDS = 3.0
+"""Between two looks at what the cluster has room for and which nodes are leaving."""
+
+IDLE_SECONDS = 60.0
+"""``workers: auto`` gives back a worker that has had nothing to do for so long."""
+
+
+@dataclass(eq=False)
+class _Issue:
+    """A unit on its way through the pool."""
+
+    unit: Unit
+    broadcast: Broadcast
+    carried: dict[str, np.ndarray] | None
+    attempts: int = 0
+    raised: int = 0
+    seats: list[_Seat] = field(default_factory=list)  # those at work on it now: two where it was late
+    given: bool = False
+
+
+@dataclass(eq=False)
+class _Seat:
+    """One worker, from its start to its end."""
+
+    number: int
+    handle: Handle
+    answer: Answer | None  # to its start, to the unit it works on, or to nothing
+    since: float  # when it began what it does now, be it nothing
+    deadline: float
+    lost: float | None = None  # when its forerunner was found lost
+    ready: Ready | None = None  # None while it starts
+    issue: _Issue | None = None
+    leaving: bool = False  # its node is gone or soon will be: it gets no more work
+
+    @property
+    def idle(self) -> bool:
+        return self.ready is not None and self.issue is None and not self.leaving
+
+    def __str__(self) -> str:
+        return f"worker {self.number}" + (f" (pid {self.ready.pid})" if self.ready else "")
+
+
+class Dispatcher:
+    """``settings.workers`` workers of a fleet, or as many as it has room for and units need. Implements WorkerPool."""
+
+    def __init__(self, fleet: Fleet, settings: DistributedConfig, on_event: OnEvent, steady: int = 0) -> None:
+        """``steady``: units that the caller keeps in flight as far as ``capacity`` goes (asynchronous mode); with
+        ``workers: auto`` this many workers are worth having, however few units are pending."""
+        self.reissued = 0
+        self.duplicated = 0  # units that were issued a second time while the first was still at work
+        self.recoveries: list[float] = []  # seconds from each loss of a worker to the moment its successor was ready
+        self._fleet, self._settings, self._on_event, self._steady = fleet, settings, on_event, steady
+        self._queue: deque[_Issue] = deque()
+        self._arrived: deque[Contribution] = deque()
+        self._unfinished = 0  # units submitted that have not arrived
+        self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._seats: list[_Seat] = []
+        self._room: int | None = None
+        self._failed_starts: dict[int, int] = {}  # in a row, by the worker's number
+        self._given_up = 0  # workers that never started
+        self._last_ready = self._next_look = fleet.clock()
+        self._look()
+
+    @property
+    def alive(self) -> int:
+        return sum(seat.ready is not None for seat in self._seats)
+
+    @property
+    def capacity(self) -> int:
+        """Units worth having in flight, where the caller chooses how many."""
+        if self._settings.workers != "auto":
+            return self._settings.workers
+        return max(1, sum(seat.ready is not None and not seat.leaving for seat in self._seats))
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are ready."""
+        return [seat.ready.pid for seat in self._seats if seat.ready is not None]
+
+    @property
+    def pending(self) -> int:
+        return self._unfinished + len(self._arrived)
+
+    def submit(self, unit: Unit, broadcast: Broadcast, carried: dict[str, np.ndarray] | None = None) -> None:
+        self._queue.append(_Issue(unit, broadcast, carried))
+        self._unfinished += 1
+
+    def next_completed(self, timeout: float) -> Contribution | None:
+        end = self._fleet.clock() + timeout
+        while True:
+            if self._fleet.clock() >= self._next_look:
+                self._look()
+            self._hand_out()
+            if self._arrived:
+                return self._arrived.popleft()
+            waiting = {seat.answer: seat for seat in self._seats if seat.answer is not None}
+            if not waiting and not self._unfinished:
+                return None
+            soonest = min(end, self._next_look, self._next_straggler(), *(seat.deadline for seat in waiting.values()))
+            for answer in self._fleet.wait(list(waiting), max(0.0, soonest - self._fleet.clock())):
+                self._take(waiting[answer])
+            self._expire()
+            if not self._arrived and self._fleet.clock() >= end:
+                return None
+
+    def close(self) -> None:
+        self._queue.clear()
+        self._arrived.clear()
+        self._unfinished = 0
+        for seat in self._seats:
+            self._fleet.kill(seat.handle)
+        self._seats = []
+
+    def _hand_out(self) -> None:
+        """Queued units go to idle workers; what then is idle does once more what is late elsewhere."""
+        if self._queue and self._settings.workers == "auto":
+            self._fill()
+        idle = deque(seat for seat in self._seats if seat.idle)
+        while self._queue and idle:
+            self._give(self._queue.popleft(), idle.popleft())
+        if not idle:
+            return
+        now = self._fleet.clock()
+        for late_from, seat in sorted(self._stragglers(), key=lambda pair: pair[1].since):
+            if late_from <= now and idle and seat.issue is not None:
+                text = f"{describe(seat.issue.unit)} has been with {seat} for {now - seat.since:.0f} s"
+                self._on_event(f"{text}, far longer than its kind takes; it is issued a second time")
+                self.duplicated += 1
+                self._give(seat.issue, idle.popleft())
+
+    def _give(self, issue: _Issue, seat: _Seat) -> None:
+        issue.attempts += 1
+        issue.seats.append(seat)
+        seat.issue, seat.since = issue, self._fleet.clock()
+        seat.deadline = seat.since + self._settings.unit_timeout
+        seat.answer = self._fleet.run(seat.handle, issue.unit, issue.broadcast, issue.carried)
+
+    def _stragglers(self) -> list[tuple[float, _Seat]]:
+        """Workers whose unit could be issued a second time, each with the moment from which it is late."""
+        limits = {
+            kind: max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(durations))
+            for kind, durations in self._durations.items()
+            if len(durations) >= STRAGGLER_AFTER
+        }
+        return [
+            (seat.since + limits[issue.unit.kind], seat)
+            for seat in self._seats
+            if (issue := seat.issue) is not None
+            and issue.unit.kind in limits
+            and not issue.given
+            and len(issue.seats) == 1
+            and issue.attempts < self._settings.max_attempts
+        ]
+
+    def _next_straggler(self) -> float:
+        """When there is next something to do for an idle worker."""
+        if not any(seat.idle for seat in self._seats):
+            return float("inf")
+        return min((late_from for late_from, _ in self._stragglers()), default=float("inf"))
+
+    def _take(self, seat: _Seat) -> None:
+        """What a worker has answered, be it that it is dead."""
+        if seat.issue is not None and seat.ready is not None:
+            fault_point("driver_before_take", seat.issue.unit, seat.ready.pid)
+        try:
+            result = self._fleet.take(seat.answer)
+        except WorkerRaised as error:
+            self._raised(seat, error)
+        except WorkerDied as error:
+            if seat.ready is None:
+                self._failed_to_start(seat, error)
+            else:
+                self._lose(seat, f"{seat} died")
+        else:
+            now = self._fleet.clock()
+            issue, began = seat.issue, seat.since
+            seat.issue, seat.answer, seat.since, seat.deadline = None, None, now, float("inf")
+            if isinstance(result, Ready):
+                seat.ready = result
+                self._failed_starts.pop(seat.number, None)
+                if seat.lost is not None:
+                    self.recoveries.append(now - seat.lost)
+                    self._on_event(f"{seat} is ready, {now - seat.lost:.1f} s after a worker was lost")
+                return
+            assert issue is not None
+            issue.seats.remove(seat)
+            if not issue.given:
+                issue.given = True
+                self._durations[issue.unit.kind].append(now - began)
+                self._arrived.append(result)
+                self._unfinished -= 1
+
+    def _raised(self, seat: _Seat, error: WorkerRaised) -> None:
+        """A worker that raised is replaced too: its process may be what is broken."""
+        issue = seat.issue
+        if isinstance(error.cause, PalfError):
+            raise error.cause
+        assert issue is not None, error
+        issue.raised += 1
+        if issue.raised >= RAISING_ATTEMPTS and not issue.given:
+            raise UnitBug(f"{describe(issue.unit)} failed on {issue.raised} workers: {error}") from error
+        self._lose(seat, f"{seat} raised {error}")
+
+    def _failed_to_start(self, seat: _Seat, error: WorkerDied) -> None:
+        failed = self._failed_starts[seat.number] = self._failed_starts.get(seat.number, 0) + 1
+        if failed < self._settings.max_attempts:
+            self._lose(seat, f"{seat} died while starting")
+        elif self.alive:  # something is wrong with the place that it goes to
+            self._given_up += 1
+            self._remove(seat)
+            self._on_event(f"{seat} died while starting {failed} times in a row; the run goes on without it")
+        else:
+            raise ClusterError(
+                f"distributed.workers: {failed} workers in a row died while starting; the last one said: {error}"
+            ) from error
+
+    def _expire(self) -> None:
+        now = self._fleet.clock()
+        patience = PATIENCE_OF_AUTO if self._settings.workers == "auto" else PATIENCE
+        if self.alive or not self._unfinished:
+            self._last_ready = now
+        elif now - self._last_ready > patience:
+            raise ClusterError(
+                f"distributed.workers: no worker has become ready within {patience:g} s; "
+                "is the cluster busy with other work?"
+            )
+        for seat in [seat for seat in self._seats if seat.deadline <= now]:
+            if seat.ready is None:
+                self._lose(seat, f"{seat} did not start within {STARTING_SECONDS:g} s")
+            else:
+                self._lose(seat, f"{seat} stalled (distributed.unit_timeout = {self._settings.unit_timeout:g} s)")
+
+    def _lose(self, seat: _Seat, what: str) -> None:
+        """Kill what is left of a worker, start another one in its place, and put its unit back."""
+        self._remove(seat)
+        issue = seat.issue
+        again = issue is not None and not issue.given and not issue.seats
+        if issue is not None and again and issue.attempts >= self._settings.max_attempts:
+            raise UnitError(
+                f"{describe(issue.unit)} was issued {issue.attempts} times (distributed.max_attempts) without an "
+                f"answer; at last {what}"
+            )
+        self._fill(lost=self._fleet.clock())
+        if issue is None or not again:
+            self._on_event(f"{what}; it is replaced")
+            return
+        attempt = f"{issue.attempts + 1} of {self._settings.max_attempts}"
+        self._on_event(f"{what}; it is replaced, and {describe(issue.unit)} is issued again ({attempt})")
+        self.reissued += 1
+        self._queue.appendleft(issue)
+
+    def _remove(self, seat: _Seat) -> None:
+        self._fleet.kill(seat.handle)
+        self._seats.remove(seat)
+        if seat.issue is not None:
+            seat.issue.seats.remove(seat)
+
+    def _look(self) -> None:
+        """Follow the cluster: leave the nodes that are leaving, and have as many workers as are worth it."""
+        now = self._fleet.clock()
+        self._next_look = now + LOOK_SECONDS
+        nodes = self._fleet.nodes()
+        for seat in list(self._seats):
+            if seat.ready is not None and seat.ready.node not in nodes and not seat.leaving:
+                seat.leaving = True
+                self._on_event(f"the node of {seat} is leaving or gone; it is replaced")
+            if seat.leaving and seat.issue is None:
+                self._remove(seat)
+        if self._settings.workers == "auto":
+            room = self._fleet.room()
+            if room != self._room:
+                before = "" if self._room is None else f" ({self._room} before)"
+                self._on_event(f"distributed.workers auto: the cluster has room for {room}{before}")
+                self._room, self._given_up = room, 0
+            self._retire()
+        self._fill()
+
+    def _worth(self) -> int:
+        """``workers: auto``: the workers that could have something to do."""
+        return max(self._unfinished, self._steady)
+
+    def _most(self) -> int:
+        """``workers: auto``: the workers there may be. Those that wait for room are what an autoscaler goes by."""
+        assert self._room is not None
+        return self._room + (max(1, self._room) if self._fleet.grows else 0)
+
+    def _fill(self, lost: float | None = None) -> None:
+        """Start workers until there are as many as there should be. ``lost``: when one was lost."""
+        workers = self._settings.workers
+        wanted = min(self._worth(), self._most()) if workers == "auto" else workers
+        now = self._fleet.clock()
+        taken = {seat.number for seat in self._seats}
+        missing = wanted - self._given_up - sum(not seat.leaving for seat in self._seats)
+        for number in itertools.islice((n for n in itertools.count() if n not in taken), max(0, missing)):
+            handle, answer = self._fleet.start(number)
+            self._seats.append(_Seat(number, handle, answer, now, now + STARTING_SECONDS, lost))
+
+    def _retire(self) -> None:
+        """Let go of workers that found no room, as it has shrunk, and of those that long had nothing to do."""
+        now = self._fleet.clock()
+        staying = [seat for seat in self._seats if not seat.leaving]
+        surplus, spare = len(staying) - self._most(), len(staying) - self._worth()
+        for seat in reversed(staying):
+            homeless = surplus > 0 and seat.ready is None
+            if homeless or (spare > 0 and seat.issue is None and now - seat.since > IDLE_SECONDS):
+                self._remove(seat)
+                surplus, spare = surplus - 1, spare - 1

@@ -1,0 +1,147 @@
+"""What units of work do with a group of tasks, or with some of its tasks: everything between building the group and
+making the contribution. The tasks of a group share nothing but their padding, so that a group too large for a worker's
+memory is done in parts, whose results join to what the whole gives, up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palf_dist.config import RunConfig
+from palf_dist.estimators import Estimate, make_estimator
+from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
+from palf_dist.outer_loss import accuracy
+from palf_dist.types import Rows, TaskGroup
+
+EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation accuracy
+
+Carried = dict[str, np.ndarray]
+"""Inner state and estimator's memory between two windows; axis 0 of every array but ``state/step`` is the task."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A meta-gradient, and the state that the next window of the inner run starts from (None after the last one)."""
+
+    estimate: Estimate
+    carried: Carried | None
+
+
+def meta_gradient(
+    config: RunConfig, loop: InnerLoop, phi: Tensor, start: int, stop: int, keys: tuple[int | str, ...], carried: Any
+) -> Stretch:
+    """The meta-gradient of inner steps ``start`` to ``stop``; ``carried`` is needed where ``start`` > 0."""
+    state, memory = loop.start(), None
+    if start > 0:
+        assert carried is not None, "a window after the first needs the carried inner state"
+        state = InnerState.from_arrays(_named(carried, "state/"), phi.device)
+        memory = _named(carried, "estimator/")
+    estimate = make_estimator(config.estimator, config.outer_loss).estimate(loop, phi, state, stop, keys, memory)
+    onward = None
+    if stop < loop.steps:
+        onward = {f"state/{name}": value for name, value in state.to_arrays().items()}
+        onward |= {f"estimator/{name}": value for name, value in estimate.carried.items()}
+    return Stretch(estimate, onward)
+
+
+def features_seen(loop: InnerLoop, phi: Tensor) -> np.ndarray:
+    """Raw state features [refreshes * G, S] float64 of a whole inner run."""
+    seen: list[Tensor] = []
+
+    def after_step(state: InnerState, result: StepResult) -> None:
+        if result.refreshed and state.features is not None:
+            seen.append(state.features)
+
+    loop.run(loop.start(), phi, loop.steps, after_step=after_step)
+    return torch.cat(seen).double().cpu().numpy()
+
+
+def final_accuracy(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> np.ndarray:
+    """Clean test accuracy [G] float64 after a whole inner run."""
+    group, state = loop.group, loop.start()
+    best = torch.full_like(state.theta[:, 0], -1.0)
+    kept = state.theta
+
+    def after_step(now: InnerState, result: StepResult) -> None:
+        nonlocal best, kept
+        if now.step % EARLY_STOPPING_EVERY and now.step < loop.steps:
+            return
+        rows = group.validation
+        score = accuracy(loop.evaluate(now.theta, rows), rows.labels, rows.mask, group.class_mask)
+        better = score >= best
+        best = torch.where(better, score, best)
+        kept = torch.where(better[:, None], now.theta, kept)
+
+    loop.run(state, phi, loop.steps, after_step=after_step if early_stopping else None)
+    theta = kept if early_stopping else state.theta
+    right = accuracy(loop.evaluate(theta, group.test), group.test.labels, group.test.mask, group.class_mask)
+    return right.double().cpu().numpy()
+
+
+def in_parts(group: TaskGroup, parts: int) -> list[TaskGroup]:
+    """The tasks of ``group`` in ``parts`` runs of nearly equal length, as views. They stay padded as the whole group
+    is: the width of an inner model decides what it starts from."""
+    if parts == 1:
+        return [group]
+    edges = [round(group.size * part / parts) for part in range(parts + 1)]
+    return [_tasks(group, slice(a, b)) for a, b in pairwise(edges)]
+
+
+def part_of(carried: Mapping[str, np.ndarray] | None, part: TaskGroup) -> Carried | None:
+    """What is carried of the tasks of ``part``."""
+    if carried is None:
+        return None
+    tasks = slice(part.first, part.first + part.size)
+    return {name: value[tasks] if value.ndim else value for name, value in carried.items()}
+
+
+def join(stretches: Sequence[Stretch]) -> Stretch:
+    """The stretch of a whole group from those of its parts, in order: means over tasks are weighted by the sizes of the
+    parts, in float64; what is kept for each task is put one after the other."""
+    if len(stretches) == 1:
+        return stretches[0]
+    estimates = [stretch.estimate for stretch in stretches]
+    sizes = [estimate.records["outer_loss"].shape[1] for estimate in estimates]
+    shares = [size / sum(sizes) for size in sizes]
+
+    def mean(values: Sequence[Any]) -> Any:
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
+    def joined(arrays: Sequence[Carried], axis: int) -> Carried:
+        return {
+            name: np.concatenate([each[name] for each in arrays], axis) if value.ndim > axis else value
+            for name, value in arrays[0].items()
+        }
+
+    whole = Estimate(
+        gradient=mean([estimate.gradient for estimate in estimates]),
+        outer_loss=mean([estimate.outer_loss for estimate in estimates]),
+        records=joined([estimate.records for estimate in estimates], axis=1),
+        terms={name: mean([estimate.terms[name] for estimate in estimates]) for name in estimates[0].terms},
+    )
+    onward = [stretch.carried for stretch in stretches if stretch.carried is not None]
+    return Stretch(whole, joined(onward, axis=0) if onward else None)
+
+
+def _tasks(group: TaskGroup, tasks: slice) -> TaskGroup:
+    def cut(rows: Rows) -> Rows:
+        return Rows(tuple(column[tasks] for column in rows.inputs), rows.labels[tasks], rows.mask[tasks])
+
+    changed: dict[str, Any] = {"specs": group.specs[tasks], "batches": group.batches[:, tasks]}
+    for item in fields(group):
+        value = getattr(group, item.name)
+        if isinstance(value, Rows):
+            changed[item.name] = cut(value)
+        elif isinstance(value, Tensor) and item.name not in changed:
+            changed[item.name] = value[tasks]
+    return replace(group, **changed, first=group.first + tasks.start)
+
+
+def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> Carried:
+    return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}

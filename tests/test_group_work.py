@@ -1,0 +1,195 @@
+"""A group done in parts gives what the whole gives, and memory that runs out makes parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from palf_dist import units
+from palf_dist.config import EstimatorConfig, OuterLossConfig, RunConfig
+from palf_dist.faults import VARIABLE
+from palf_dist.group_work import Stretch, features_seen, final_accuracy, in_parts, join, meta_gradient, part_of
+from palf_dist.inner_loop import InnerLoop
+from palf_dist.memory import GB, OutOfMemory
+from palf_dist.rehearsal import Work, need
+from palf_dist.types import Contribution
+from tests import memory_cases
+from tests.groups import make_group
+from tests.test_inner_loop import full_policy
+
+ESTIMATORS = {
+    "adjoint": EstimatorConfig(),
+    "unroll": EstimatorConfig(kind="unroll"),
+    "one_step": EstimatorConfig(kind="one_step"),
+    "es": EstimatorConfig(kind="es", pairs=2),
+    "pes": EstimatorConfig(kind="pes", pairs=2, window=3),
+    "window": EstimatorConfig(window=3),
+}
+
+
+def stretches(estimator: EstimatorConfig, parts: int, dtype: torch.dtype, name: str = "mlp") -> list[Stretch]:
+    """All windows of an inner run of five tasks, each done in ``parts`` parts."""
+    config = RunConfig.model_validate(
+        {
+            "data": {"train": ["iris"], "held_out": ["wine"]},
+            "estimator": estimator,
+            "outer_loss": OuterLossConfig(every=2, running_sum=0.5, information=0.5, gamma=0.1),
+        }
+    )
+    policy, phi = full_policy()
+    group = make_group(name, size=5, steps=7, dtype=dtype)
+    done: list[Stretch] = []
+    while not done or done[-1].carried is not None:
+        start = len(done) * (estimator.window or 7)
+        stop = min(7, start + (estimator.window or 7))
+        carried = done[-1].carried if done else None
+        loops = [InnerLoop(part, policy, config.inner) for part in in_parts(group, parts)]
+        made = [
+            meta_gradient(config, loop, phi.to(dtype), start, stop, ("k",), part_of(carried, loop.group))
+            for loop in loops
+        ]
+        done.append(join(made))
+    return done
+
+
+def gap(first: np.ndarray, second: np.ndarray) -> float:
+    """Largest difference relative to the largest entry; unknown entries must be the same ones."""
+    assert first.shape == second.shape and first.dtype == second.dtype
+    first, second = (np.asarray(array, np.float64) for array in (first, second))
+    assert np.array_equal(np.isnan(first), np.isnan(second))
+    scale = np.nanmax(np.abs(first), initial=1e-30)
+    return float(np.nanmax(np.abs(first - second), initial=0.0) / scale)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 5])
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_parts_join_to_the_whole(kind: str, parts: int) -> None:
+    """To 1e-12 in float64: they differ by rounding alone, whatever the estimator keeps or carries."""
+    whole, joined = (stretches(ESTIMATORS[kind], n, torch.float64) for n in (1, parts))
+    assert len(whole) == len(joined) == (3 if ESTIMATORS[kind].window else 1)
+    for a, b in zip(whole, joined, strict=True):
+        assert np.linalg.norm(a.estimate.gradient) > 0
+        assert gap(a.estimate.gradient, b.estimate.gradient) < 1e-12
+        assert a.estimate.outer_loss == pytest.approx(b.estimate.outer_loss, rel=1e-12)
+        assert a.estimate.terms == pytest.approx(b.estimate.terms, rel=1e-12)
+        assert all(gap(value, b.estimate.records[name]) < 1e-6 for name, value in a.estimate.records.items())
+        assert (a.carried is None) == (b.carried is None)
+        for name, value in (a.carried or {}).items():
+            assert b.carried is not None and gap(value, b.carried[name]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["mlp_deep_categorical", "conv", "transformer"])
+def test_in_float32_parts_differ_by_rounding(name: str) -> None:
+    (whole,), (joined,) = (stretches(ESTIMATORS["adjoint"], n, torch.float32, name) for n in (1, 3))
+    assert gap(whole.estimate.gradient, joined.estimate.gradient) < 1e-4
+
+
+def test_the_other_work_in_parts() -> None:
+    policy, phi = full_policy()
+    group = make_group(size=5)
+    config = memory_cases.case("mlp adjoint adam")[0]
+    parts = [InnerLoop(part, policy, config.inner) for part in in_parts(group, 2)]
+    whole = InnerLoop(group, policy, config.inner)
+    accuracies = [final_accuracy(loop, phi, early_stopping=True) for loop in parts]
+    assert np.array_equal(np.concatenate(accuracies), final_accuracy(whole, phi, early_stopping=True))
+    seen, of_parts = features_seen(whole, phi), [features_seen(loop, phi) for loop in parts]
+    assert len(np.concatenate(of_parts)) == len(seen)
+    assert np.nansum(np.concatenate(of_parts), 0) == pytest.approx(np.nansum(seen, 0), rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[RunConfig, dict[str, Any]]:
+    config, datasets, _ = memory_cases.case("mlp adjoint adam")
+    tasks = config.tasks.model_copy(update={"group_size": 6})
+    inner = config.inner.model_copy(update={"steps": 10})
+    return config.model_copy(update={"tasks": tasks, "inner": inner}), datasets
+
+
+def contribution(
+    small: tuple[RunConfig, dict[str, Any]], halvings: int = 0, memory: float | None = None
+) -> Contribution:
+    config, datasets = small
+    if memory is not None:
+        limited = config.distributed.model_copy(update={"memory_per_worker": memory})
+        config = config.model_copy(update={"distributed": limited})
+    (unit, *_) = units.meta_gradient_units(config, 0)
+    runner = units.Runner(config, datasets)
+    phi = units.initial_policy(config)
+    return runner.run(unit, phi, 0, memory_cases.prepared(config), halvings=halvings)
+
+
+def same(first: Contribution, second: Contribution) -> bool:
+    assert first.gradient is not None and second.gradient is not None
+    return first.gradient.tobytes() == second.gradient.tobytes() and first.trajectory.equals(second.trajectory)
+
+
+def test_memory_that_runs_out_halves_the_batch(
+    small: tuple[RunConfig, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contribution(small)
+    faults = [
+        {"point": "in_unit", "action": "oom", "once_file": str(tmp_path / "first")},
+        {"point": "in_unit", "action": "oom", "once_file": str(tmp_path / "second")},
+    ]
+    monkeypatch.setenv(VARIABLE, json.dumps(faults))
+    quarters = contribution(small)
+    monkeypatch.delenv(VARIABLE)
+    assert (whole.halvings, quarters.halvings) == (0, 2)
+    assert same(quarters, contribution(small, halvings=2)), "the parts decide the bytes, not how they came about"
+    assert whole.gradient is not None and quarters.gradient is not None
+    assert gap(whole.gradient, quarters.gradient) < 2e-3, "float32; either is 8e-3 away from float64's here"
+    assert quarters.trajectory.num_rows == whole.trajectory.num_rows
+    assert quarters.trajectory.column("task").equals(whole.trajectory.column("task"))
+
+
+def test_parts_that_the_configuration_asks_for_are_no_halvings(small: tuple[RunConfig, dict[str, Any]]) -> None:
+    needed = need(*small, Work("meta_gradient", 0, "adam")).total(6)
+    planned = contribution(small, memory=0.7 * needed / GB)
+    assert planned.halvings == 0
+    assert same(planned, contribution(small, halvings=1))
+
+
+def test_one_task_that_takes_too_much_ends_it(
+    small: tuple[RunConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, json.dumps([{"point": "in_unit", "action": "oom"}]))
+    with pytest.raises(OutOfMemory, match=r"tasks\.group_size: memory ran out with one of 6 tasks at a time"):
+        contribution(small)
+
+
+REAL = """
+import resource, numpy as np, torch
+from palf_dist import units
+from tests import memory_cases
+torch.set_num_threads(1)
+config, datasets, unit = memory_cases.case("mlp unroll")
+runner = units.Runner(config, datasets)
+few = units.Runner(config.model_copy(update={"tasks": config.tasks.model_copy(update={"group_size": 2})}), datasets)
+phi, prepared = units.initial_policy(config), memory_cases.prepared(config)
+few.run(unit, phi, 0, prepared)
+limit = memory_cases.memory_line("VmSize") + 60_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+made = runner.run(unit, phi, 0, prepared)
+assert np.isfinite(made.gradient).all()
+print(made.halvings)
+"""
+
+
+@pytest.mark.slow
+def test_a_real_lack_of_memory_halves_the_batch() -> None:
+    """The whole needs some 80 MB beyond what is loaded, and the process may have 60."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", REAL], cwd=root, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) in (1, 2, 3)
