@@ -27,6 +27,5 @@ def test_this_machine(cli: Command) -> None:
     assert ended.code == 0, ended
     found = {finding["check"]: finding for finding in json.loads(ended.out)["findings"]}
     assert found["authentication"]["message"] == "token on every node"
-    assert found["ports"]["status"] == "ok", "a private Ray listens on loopback only"
     assert found["mlflow"]["status"] == "warning" and "127.0.0.1:1" in found["mlflow"]["message"]
     assert found["storage"]["status"] == "ok" and not (cli.folder / "runs").exists()

@@ -177,7 +177,7 @@ def test_a_run_is_stopped_resumed_killed_and_lost_and_ends_as_if_nothing_had_bee
     jobs = json.loads(cli("jobs", "list", "--address", head.url, "--json").out)["jobs"]
     assert [job["status"] for job in jobs if job["run_dir"] == str(run_dir)] == ["SUCCEEDED", "FAILED", "STOPPED"]
     assert begun["job"] in cli("jobs", "list", "--address", head.url).out
-    described = json.dumps([job.dict() for job in JobsClient(head.url).jobs()], default=str)
+    described = json.dumps([job.model_dump() for job in JobsClient(head.url).jobs()], default=str)
     assert head.token not in described and "outer_steps" not in described
 
 
