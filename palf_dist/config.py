@@ -297,7 +297,7 @@ class DistributedConfig(Section):
     threads: Count = Field(default=1, description="torch threads per worker; part of the result, unlike workers")
     memory_per_worker: Positive = Field(
         default=4.0,
-        description="GB that a unit of work may take; larger ones are done in parts; part of the result, unlike workers",
+        description="GB that a unit may take; larger ones are done in parts; part of the result, unlike workers",
     )
     gpus_per_worker: NonNegative | None = Field(default=None, description="none: one where the cluster has GPUs")
     unit_timeout: Positive = Field(default=300.0, description="seconds after which a unit is taken for stalled")

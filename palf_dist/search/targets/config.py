@@ -211,8 +211,8 @@ class MetaTrainingConfig(Section):
     def _space_fits(self) -> MetaTrainingConfig:
         if self.base.distributed.workers == "auto":
             raise ValueError(
-                "base.distributed.workers: may not be auto, as every trial sets resources aside for its workers; give a "
-                "number, for instance 1: trials run side by side"
+                "base.distributed.workers: may not be auto, as every trial sets resources aside for its workers; give "
+                "a number, for instance 1: trials run side by side"
             )
         for path, domain in self.space.items():
             if _within(path, FIXED):
