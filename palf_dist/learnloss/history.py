@@ -91,14 +91,14 @@ class TuneReport:
     realised_gain: float | None  # median of what those steps brought; negative: worse than where they began
 
 
-def best_of(trainings: list[Training]) -> Best | None:
-    """The least mean error over equal weights. Where some weights were trained more than once (retests), single lucky
-    trainings do not count: that is the winner's curse."""
+def best_of(trainings: list[Training], noisy: bool) -> Best | None:
+    """The least mean error over equal weights. In a noisy search, once some weights were trained more than once
+    (retests), single lucky trainings do not count: that is the winner's curse."""
     groups = _by_weights(trainings)
-    tested = [group for group in groups if len(group) > 1] or groups
-    if not tested:
+    tested = [group for group in groups if len(group) > 1] if noisy else []
+    if not groups:
         return None
-    group = min(tested, key=_mean_error)
+    group = min(tested or groups, key=_mean_error)
     return Best(group[0].identifier, group[0].weights, _mean_error(group), len(group))
 
 

@@ -117,7 +117,7 @@ class TuneLoss:
     @property
     def best(self) -> Best | None:
         """The best final so far."""
-        return best_of(self.trainings)
+        return best_of(self.trainings, self.noisy)
 
     @property
     def best_snapshot(self) -> BestSnapshot | None:
@@ -277,10 +277,11 @@ class TuneLoss:
 
     def _restart(self, points: Points, generator: np.random.Generator) -> Found:
         """All have converged: anywhere in the box, or at a distance from the best."""
-        if generator.random() < 0.5 or self.best is None:
-            return self.space.sample(generator, 1)[0], "restart", None
-        near = points.u[points.errors.argmin()] + generator.normal(size=self.space.size)
-        return self.space.clip(near), "restart", None
+        if generator.random() < 0.5 and self.best is not None:
+            near = self.space.clip(points.u[points.errors.argmin()] + generator.normal(size=self.space.size))
+            if self._distance(near, points) > TOO_CLOSE:  # not the corner of the box again
+                return near, "restart", None
+        return self.space.sample(generator, 1)[0], "restart", None
 
     def _points(self) -> Points:
         """The finals, then those in flight, which count like the median, then waypoints; failed trainings count like
@@ -332,7 +333,7 @@ class TuneLoss:
         """Promised and realised decrease of the steps that a model proposed."""
         steps = []
         for index, training in enumerate(self.trainings):
-            before = best_of(self.trainings[:index])
+            before = best_of(self.trainings[:index], self.noisy)
             if training.predicted is not None and training.usable and before is not None:
                 steps.append((before.error - training.predicted, before.error - training.error))
         return steps

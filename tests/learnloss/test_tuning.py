@@ -305,3 +305,26 @@ def test_an_abandoned_proposal_can_still_be_told() -> None:
     restored = TuneLoss.from_state(SPACE, search.state())
     restored.tell(proposal.identifier, problem.train(proposal.weights))
     assert restored.best is not None and restored.best.identifier == proposal.identifier
+
+
+def test_equal_weights_trained_twice_hide_nothing_where_there_is_no_noise() -> None:
+    """Two trainings at one corner, the better one of the two no match for a third elsewhere."""
+    told = [(SPACE.high, 0.8), (SPACE.high, 0.8), (SPACE.low, 0.1)]
+    for noisy, expected in ((False, 0.1), (True, 0.8)):
+        search = TuneLoss(SPACE, noisy=noisy)
+        for weights, error in told:
+            outcome = Outcome(np.ones((1, 3)), np.array([error]), None, cost=1)
+            search.tell(search.ask().identifier, outcome, weights=weights)
+        assert search.best is not None and search.best.error == pytest.approx(expected)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=10)
+def test_no_training_is_repeated_where_there_is_no_noise(seed: int) -> None:
+    search = TuneLoss(WeightSpace.of({"a": (1e-3, 1e2)}, "ce"), seed=seed)
+    for _ in range(10):  # the error falls towards the upper bound, where the search ends
+        proposal = search.ask()
+        error = float(-np.log(proposal.weights[0]))
+        search.tell(proposal.identifier, Outcome(np.array([[1.0, error]]), np.array([error]), None, cost=1))
+    trained = np.log([training.weights[0] for training in search.trainings])
+    assert np.diff(np.sort(trained)).min() > 0
