@@ -8,13 +8,14 @@ OFFLINE ?=
 MARKS := $(if $(OFFLINE),and not network)
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train test bench bench-tuneloss lint format clean
+.PHONY: help meta-train test bench bench-tuneloss soak lint format clean
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
 	@echo "make bench        all benchmarks, one after the other: hours"
 	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
+	@echo "make soak         meta-training for 15 minutes while workers, nodes, drivers, disk and MLflow fail (ARGS='--minutes 60 --seed 7')"
 	@echo "make lint         ruff and mypy only"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make clean        remove .venv and everything that tools left"
@@ -31,6 +32,9 @@ bench: $(STAMP)
 
 bench-tuneloss: $(STAMP)
 	$(BIN)/python -m benchmarks.tuneloss $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.faults.soak $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

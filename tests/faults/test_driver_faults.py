@@ -67,7 +67,7 @@ def assert_gone(processes: list[psutil.Process], timeout: float = 15) -> None:
 def finish(process: Process) -> dict[str, object]:
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
-    result: dict[str, object] = json.loads(output)
+    result: dict[str, object] = json.loads(output.splitlines()[-1])
     return result
 
 
@@ -100,6 +100,20 @@ def test_a_killed_driver_is_resumed_as_if_nothing_had_been(
     )
     assert list((tmp_path / "home").iterdir()) == []
     assert_gone(agents, timeout=90)
+
+
+def test_a_driver_killed_in_mid_checkpoint_goes_on_from_the_one_before(
+    drive: Drive, tmp_path: Path, undisturbed: dict[str, bytes | str]
+) -> None:
+    """Killed between two files of a checkpoint."""
+    process = drive(small_config(), "new", fault("driver_in_checkpoint", ("driver", 3, 0), "kill"))
+    process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGKILL
+    (torn,) = (tmp_path / "run" / "checkpoints").glob(".step-*")
+    assert torn.name == ".step-000003.tmp" and [path.name for path in torn.iterdir()] == ["policy.safetensors"]
+    assert finish(drive(small_config(), "resume")) == {"interrupted": False, "outer_steps": 4}
+    assert fingerprint(tmp_path / "run") == undisturbed
+    assert not torn.exists()
 
 
 def test_ctrl_c_ends_with_a_checkpoint_although_a_worker_hangs(
