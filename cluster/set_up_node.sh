@@ -9,7 +9,10 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "error: Python 3.11 or newer is needed, but this machine's image has $(python3 --version); take another image" >&2
   exit 1
 }
-python3 -c 'import ensurepip' 2> /dev/null || sudo apt-get install -y -qq python3-venv
+python3 -c 'import ensurepip' 2> /dev/null || {
+  lock="DPkg::Lock::Timeout=300" # a new machine may be at its own updates
+  sudo apt-get -o $lock update -qq && sudo apt-get -o $lock install -y -qq python3-venv
+}
 test -x .venv/bin/pip || python3 -m venv --clear .venv
 
 # torch goes first and by its pin, so that no other package's requirement picks another build of it.

@@ -47,7 +47,9 @@ def doctor(
         from palf_dist.doctor.node import own_versions
         from palf_dist.doctor.survey import load_any_config, take_survey
         from palf_dist.errors import ClusterError
+        from palf_dist.jobs.shipment import refuse_secrets
 
+        refuse_secrets("--run-dir", run_dir or "")
         settings = None if config is None else load_any_config(config)
         try:
             if address is not None and address.startswith(("http://", "https://")):

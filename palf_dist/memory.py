@@ -10,24 +10,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Mapping, Sequence
 from math import floor, inf
 from pathlib import Path
 
 import torch
 
 from palf_dist.config import RunConfig
-from palf_dist.errors import ConfigError
+from palf_dist.errors import ConfigError, PalfError
 from palf_dist.rehearsal import Datasets, Need, Work, need, works
 from palf_dist.types import Contribution
 
 GB = 1e9
-_LEVERS = "lower inner.steps, set estimator.window or take a smaller architecture"
+LEVERS = "lower inner.steps, set estimator.window or take a smaller architecture"
 _TOLD_BY_TORCH = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-class OutOfMemory(MemoryError):
-    """Memory ran out with one task of a unit at a time; the message names the unit's kind."""
+class OutOfMemory(PalfError):
+    """Memory ran out with one task of a unit at a time."""
 
 
 class Plan:
@@ -74,7 +73,7 @@ class Plan:
                     f"bytes, to have the unit done in {finer} parts"
                 )
         fitting = int(min(stated, available) // (found.data + found.work))
-        remedies.append(f"set tasks.group_size: {fitting}" if fitting else _LEVERS)
+        remedies.append(f"set tasks.group_size: {fitting}" if fitting else LEVERS)
         return (
             f"tasks.group_size: a unit of {tasks} tasks ({work.kind}, {kind}, {work.optimiser}) needs {needs}, but "
             f"{there_is}; {', or '.join(remedies)}"
@@ -96,12 +95,6 @@ def machine_memory() -> float:
                 with contextlib.suppress(OSError, ValueError):  # "max": no limit
                     most = min(most, float((folder / name).read_text()))
     return most
-
-
-def share_of_nodes(nodes: Sequence[Mapping[str, float]], workers: int) -> float:
-    """Bytes that each worker can have at best, of nodes whose resources Ray names; infinite where it names none."""
-    each = [node["memory"] for node in nodes if "memory" in node]
-    return min(max(each), sum(each) / workers) if each else inf
 
 
 def out_of_memory(error: BaseException) -> bool:

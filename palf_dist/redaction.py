@@ -1,4 +1,5 @@
-"""Keeps secrets out of what is written down: credentials in addresses, and values of secret environment variables.
+"""Keeps secrets out of what is written down: credentials in addresses, values of secret environment variables, and the
+cluster's token.
 
 Addresses in a configuration, which is saved and logged as it is, may hold none at all (``refuse_credentials``); every
 text that somebody else has worded goes through ``redact`` before it is shown or written.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 HIDDEN = "***"
 REMEDY = (
@@ -46,7 +48,7 @@ def refuse_credentials(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """``text`` without credentials of addresses and without the values of secret environment variables."""
+    """``text`` without credentials of addresses, values of secret environment variables and the token of Ray's file."""
     for value in _secret_values():
         text = text.replace(value, HIDDEN)
     return without_credentials(text)
@@ -58,10 +60,18 @@ def without_credentials(text: str) -> str:
 
 
 def _secret_values() -> list[str]:
-    """Values of the variables whose names say that they are secret, the longest first: one may hold another."""
+    """Values of the variables whose names say that they are secret, and Ray's token from its file; the longest first,
+    as one may hold another."""
     values = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= SHORTEST and _VARIABLE.search(name) and not name.upper().endswith(_PLACES)
+        value for name, value in os.environ.items() if _VARIABLE.search(name) and not name.upper().endswith(_PLACES)
     }
-    return sorted(values, key=len, reverse=True)
+    return sorted((value for value in {*values, _token()} if len(value) >= SHORTEST), key=len, reverse=True)
+
+
+def _token() -> str:
+    """The token in the file where Ray finds it; empty where there is none."""
+    try:
+        path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError, RuntimeError):  # not there, not text, nobody's home
+        return ""

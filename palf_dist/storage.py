@@ -4,6 +4,7 @@ whole, and never outside that URI. What goes wrong raises OSError; pyarrow is im
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Collection, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from palf_dist.atomic import sync
 from palf_dist.errors import RunDirectoryError
 from palf_dist.redaction import has_credentials, redact
 
@@ -91,12 +93,17 @@ class Storage:
                 with self._filesystem.open_output_stream(path) as stream:
                     stream.write(content)
                 return
-            folder, _, last = path.rpartition("/")
-            temporary = f"{folder}/.{last}.{uuid.uuid4().hex}.tmp"  # several workers may write the same file
-            self._filesystem.create_dir(folder)
-            with self._filesystem.open_output_stream(temporary) as stream:
-                stream.write(content)
-            self._filesystem.move(temporary, path)
+            target = Path(path)
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")  # several may write the same file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(content)
+                sync(temporary)
+                os.replace(temporary, target)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+            sync(target.parent)
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is gone already is no error."""

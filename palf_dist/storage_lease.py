@@ -7,6 +7,7 @@ other are told apart by who wrote last, and a driver that was frozen learns only
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -17,6 +18,8 @@ from typing import Any
 
 from palf_dist.errors import RunDirectoryError, RunInUseError
 from palf_dist.storage import Storage, first_line
+
+logger = logging.getLogger(__name__)
 
 LEASE = "lease.json"
 BEAT_SECONDS = 5.0
@@ -117,8 +120,8 @@ class Lease:
                 self._storage.write(LEASE, json.dumps(self._content).encode())
             except RunInUseError:
                 return
-            except OSError:
-                continue
+            except Exception as error:  # the storage's libraries raise whatever they like; the thread has to go on
+                logger.warning("the lease of %s was not renewed (%s)", self._storage.uri, first_line(error))
 
     def _write(self) -> None:
         self._storage.write(LEASE, json.dumps(self._content).encode())

@@ -7,6 +7,7 @@ a resume can start from. While the storage takes nothing the run goes on, and th
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -29,6 +30,9 @@ LONGEST_WAIT = 60.0
 ORDER = (TRAJECTORIES, CONFIG, TRACKING, METRICS, CHECKPOINTS, BEST, RESULTS, REPORT)
 """What is uploaded first; what is not named here goes with the metrics."""
 
+UNDELIVERED = ".undelivered"
+"""In a folder that holds what the storage has not taken: wherever its driver ends, nobody clears it away."""
+
 VOUCHING = (".json", ".html")
 """Files that vouch for those beside them (state.json, policy.json, index.html) come last in their folder."""
 
@@ -45,7 +49,7 @@ class Mirror:
         self._asked = self._done = 0  # rounds asked for, and how many of these have been seen through
         self._problem = ""
         self._lost: RunInUseError | None = None
-        self._hurry = self._closed = False
+        self._hurry = self._closed = self._passed_over = False
         self._thread = threading.Thread(target=self._work, name="palf-mirror", daemon=True)
         self._thread.start()
 
@@ -83,7 +87,10 @@ class Mirror:
             complete = not self._problem and not self._lost and self._done >= self._asked
             self._closed = True
             self._changed.notify_all()
-        return complete and not self._differences(self._scan())
+        try:
+            return complete and not self._differences(self._scan())
+        except OSError:
+            return False
 
     def _ask(self) -> int:
         self._asked += 1
@@ -105,7 +112,7 @@ class Mirror:
                     self._lost = error
                     self._changed.notify_all()
                 return
-            except OSError as error:
+            except Exception as error:  # the storage's libraries raise whatever they like; the thread has to go on
                 failures += 1
                 self._failed(first_line(error), failures)
             else:
@@ -114,11 +121,14 @@ class Mirror:
 
     def _failed(self, problem: str, failures: int) -> None:
         with self._changed:
+            with contextlib.suppress(OSError):
+                (self._folder / UNDELIVERED).touch()  # now, as a driver that is killed leaves no word
             first, self._problem = not self._problem, problem
             self._changed.notify_all()
         if first:
             self._on_event(
-                f"run directory: {self._storage.uri} takes no writes ({problem}); the run goes on and delivers later"
+                f"run directory: {self._storage.uri} takes no writes ({problem}); the run goes on and delivers later "
+                f"what is in {self._folder}"
             )
         end = time.monotonic() + min(2.0**failures, LONGEST_WAIT)
         with self._changed:  # asking again does not make it answer sooner, the end of the run has no time to lose
@@ -129,6 +139,9 @@ class Mirror:
 
     def _succeeded(self, wanted: int) -> None:
         with self._changed:
+            if not self._closed:
+                with contextlib.suppress(OSError):
+                    (self._folder / UNDELIVERED).unlink(missing_ok=True)
             again, self._problem, self._done = bool(self._problem), "", wanted
             self._changed.notify_all()
         if again:
@@ -160,15 +173,31 @@ class Mirror:
 
     def _scan(self) -> dict[str, tuple[int, int]]:
         """Files of the folder that belong to the run, and what tells their versions apart."""
+
+        def vanished(error: OSError) -> None:
+            """A folder that was pruned just now is gone; one that cannot be read is not, nor are its files."""
+            if not isinstance(error, FileNotFoundError) or error.filename == str(self._folder):
+                raise error
+
         found = {}
-        for path in self._folder.rglob("*"):
-            name = path.relative_to(self._folder).as_posix()
-            if any(part.startswith(".") or part.endswith(".old") for part in name.split("/")):
-                continue  # locks, and what is being written or replaced
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_file():
-                    found[safe_name(name)] = _signature(path)
+        for parent, folders, names in os.walk(self._folder, onerror=vanished):
+            folders[:] = filter(_lasting, folders)
+            for path in (Path(parent, name) for name in names if _lasting(name)):
+                try:
+                    name = safe_name(path.relative_to(self._folder).as_posix())
+                except OSError as error:
+                    self._pass_over(error)
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    if path.is_file():
+                        found[name] = _signature(path)
         return found
+
+    def _pass_over(self, error: OSError) -> None:
+        """Tell once that there are files which are nobody's to upload."""
+        if not self._passed_over:
+            self._passed_over = True
+            self._on_event(f"run directory: {self._folder} holds what is not uploaded ({first_line(error)})")
 
     def _differences(self, here: dict[str, tuple[int, int]]) -> list[str]:
         """Files that the storage does not have as they are, in the order in which they go there."""
@@ -195,6 +224,11 @@ def pull(storage: Storage, folder: Path, leave_out: Collection[str]) -> list[str
             "network, then try again"
         ) from error
     return pulled
+
+
+def _lasting(part: str) -> bool:
+    """Whether part of a name is not a lock's, nor of what is being written or replaced."""
+    return not part.startswith(".") and not part.endswith(".old")
 
 
 def _signature(path: Path) -> tuple[int, int]:

@@ -193,6 +193,10 @@ class Contribution:
 class UnitRunner(Protocol):
     """Runs units; the same object in process and inside a Ray worker."""
 
+    def check(self) -> None:
+        """Raises ConfigError where this place has less memory than units take, as far as only it can tell."""
+        ...
+
     def run(
         self,
         unit: Unit,

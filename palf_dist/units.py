@@ -25,7 +25,7 @@ from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_po
 from palf_dist.faults import fault_point
 from palf_dist.group_work import Stretch, features_seen, final_accuracy, in_parts, join, meta_gradient, part_of
 from palf_dist.inner_loop import InnerLoop, move_group
-from palf_dist.memory import OutOfMemory, Plan, out_of_memory, release
+from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
 from palf_dist.policies import LearnedPolicy, Policy, policy_spec
 from palf_dist.rehearsal import Work
 from palf_dist.tasks.encoded import EncodedDataset
@@ -158,6 +158,11 @@ class Runner:
             "select": self._select,
             "evaluate": self._evaluate,
         }
+
+    def check(self) -> None:
+        """Raises ConfigError where this GPU has less memory than units take. The driver knows the machines' memory."""
+        if self.device.type == "cuda":
+            self._plan.check()
 
     def run(
         self,
@@ -321,7 +326,7 @@ class Runner:
                     raise
                 if parts == group.size:
                     raise OutOfMemory(
-                        f"tasks.group_size: memory ran out with one of {group.size} tasks at a time ({error})"
+                        f"inner.steps: memory ran out with one of {group.size} tasks at a time ({kind}); {LEVERS}"
                     ) from error
             self._halvings += 1
             release(self.device)  # after the error, whose frames hold what the work had made

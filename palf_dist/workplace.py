@@ -17,6 +17,7 @@ from palf_dist.errors import PalfError, RunDirectoryError, StorageError
 from palf_dist.run_directory import (
     CONFIG,
     LOCK,
+    TRAJECTORIES,
     create_run_directory,
     discard_unused,
     locked,
@@ -26,15 +27,13 @@ from palf_dist.run_directory import (
 )
 from palf_dist.storage import Storage, first_line, is_remote, is_uri, join
 from palf_dist.storage_lease import LEASE, Lease
-from palf_dist.storage_mirror import Mirror, OnEvent
+from palf_dist.storage_mirror import UNDELIVERED, Mirror, OnEvent
 
 GRACE_SECONDS = 60.0
 """How long the end of a run waits for a disk that takes nothing."""
 
 STAGING = "staging"
 PREFIX = "run-"
-UNDELIVERED = ".undelivered"
-"""In a private copy that holds what the storage never took: the next run does not clear it away."""
 
 
 class Workplace:
@@ -123,6 +122,7 @@ def open_workplace(run_dir: str | Path, *, resume: bool, cache: Path, on_event: 
         return
     folder = open_run_directory(run_dir) if resume else create_run_directory(run_dir)
     with locked(folder):
+        _remove_torn(folder)
         try:
             yield Workplace(folder, str(run_dir) if is_uri(run_dir) else folder, on_event)
         finally:
@@ -133,9 +133,10 @@ def open_workplace(run_dir: str | Path, *, resume: bool, cache: Path, on_event: 
 def _remote_workplace(uri: str, resume: bool, cache: Path, on_event: OnEvent) -> Iterator[Workplace]:
     storage = Storage(uri)
     _check(storage, resume)  # nothing is written to what is not fit for it
-    with _private_folder(cache) as folder:
+    with _private_folder(cache) as folder, contextlib.ExitStack() as stack:
         lease = Lease(storage)
         lease.acquire()
+        stack.callback(lease.release)
         mirror = Mirror(folder, storage, lease, on_event)
         try:
             _check(storage, resume)
@@ -150,7 +151,6 @@ def _remote_workplace(uri: str, resume: bool, cache: Path, on_event: OnEvent) ->
             if not mirror.close():
                 (folder / UNDELIVERED).touch()
                 on_event(f"run directory: what {uri} has not taken is in {folder}")
-            lease.release()
 
 
 def _check(storage: Storage, resume: bool) -> None:
@@ -188,6 +188,13 @@ def _private_folder(cache: Path) -> Iterator[Path]:
         finally:
             if not (folder / UNDELIVERED).exists():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove what workers had begun to write when they were killed; a name is not used twice."""
+    for path in (folder / TRAJECTORIES).glob("*/.*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _remove_abandoned(staging: Path) -> None:

@@ -161,7 +161,9 @@ def test_one_task_that_takes_too_much_ends_it(
     small: tuple[RunConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, json.dumps([{"point": "in_unit", "action": "oom"}]))
-    with pytest.raises(OutOfMemory, match=r"tasks\.group_size: memory ran out with one of 6 tasks at a time"):
+    with pytest.raises(
+        OutOfMemory, match=r"^inner\.steps: memory ran out with one of 6 tasks .* smaller architecture$"
+    ):
         contribution(small)
 
 

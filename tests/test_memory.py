@@ -14,7 +14,7 @@ import torch
 
 from palf_dist import units
 from palf_dist.errors import ConfigError
-from palf_dist.memory import GB, Plan, halved, machine_memory, out_of_memory, share_of_nodes
+from palf_dist.memory import GB, Plan, halved, machine_memory, out_of_memory
 from palf_dist.rehearsal import Meter, Need, Work, need, works
 from palf_dist.types import Contribution, Unit
 from tests import memory_cases
@@ -118,6 +118,20 @@ def test_a_run_that_never_fits_is_refused_with_what_would() -> None:
         Plan(config.model_copy(update={"distributed": little}), datasets).check()
 
 
+def test_a_worker_on_a_gpu_that_is_too_small_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, datasets, _ = memory_cases.case("mlp adjoint adam")
+    units.Runner(config, datasets).check()  # the CPU's memory is the driver's matter
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for memory in (1e9, 1e8):
+        monkeypatch.setattr(units.Runner, "_gpu_memory", lambda _, memory=memory: memory)
+        runner = units.Runner(config, datasets)
+        if memory == 1e9:
+            runner.check()
+        else:
+            with pytest.raises(ConfigError, match=r"there are 0\.1 GB for each worker"):
+                runner.check()
+
+
 def test_every_kind_of_work_of_a_run_is_checked() -> None:
     config, datasets, _ = memory_cases.case("mlp adjoint adam")
     evaluation = config.evaluation.model_copy(update={"seeds": 1, "conditions": ("balanced",)})
@@ -127,10 +141,6 @@ def test_every_kind_of_work_of_a_run_is_checked() -> None:
 
 def test_what_there_is() -> None:
     assert 1e8 < machine_memory() < 1e14
-    nodes = [{"CPU": 4.0, "memory": 8e9}, {"memory": 2e9}, {"CPU": 1.0}]
-    assert share_of_nodes(nodes, 1) == 8e9
-    assert share_of_nodes(nodes, 5) == 2e9
-    assert share_of_nodes([{"CPU": 1.0}], 3) == inf
 
 
 def test_running_out_of_memory_is_told_from_other_errors() -> None:

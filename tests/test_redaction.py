@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from palf_dist.config import RunConfig
@@ -60,6 +62,20 @@ def test_values_of_secret_variables_are_hidden(monkeypatch: pytest.MonkeyPatch) 
     for name, value in {"PWD": "/home/me/canary", "RAY_AUTH_TOKEN_PATH": "/etc/canary", "API_KEY": "word"}.items():
         monkeypatch.setenv(name, value)
         assert redact(f"so {value} it is") == f"so {value} it is"
+
+
+def test_the_token_in_rays_file_is_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert redact("canary-of-home canary-of-path") == "canary-of-home canary-of-path"
+    for name, content in ((".ray/auth_token", b"canary-of-home\n"), ("token", b"canary-of-path"), ("torn", b"\xff")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert redact("canary-of-home canary-of-path") == "*** canary-of-path"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert redact("canary-of-home canary-of-path") == "canary-of-home ***"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "torn"))
+    assert redact("canary-of-path") == "canary-of-path"
 
 
 DATA = {"train": [{"name": "a"}], "held_out": [{"name": "b"}]}

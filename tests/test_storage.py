@@ -50,6 +50,14 @@ def test_files_are_written_listed_read_and_deleted(tmp_path: Path) -> None:
         storage.read("config.yaml")
 
 
+def test_a_local_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    storage = Storage(tmp_path.as_uri())
+    (tmp_path / "group-0000.parquet" / "x").mkdir(parents=True)  # no file can take its place
+    with pytest.raises(OSError):
+        storage.write("group-0000.parquet", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["group-0000.parquet"]
+
+
 def test_the_query_of_a_uri_stays_at_its_end() -> None:
     uri = f"s3://bucket/runs/a?{QUERY}"
     assert join(uri, "best/policy.json") == f"s3://bucket/runs/a/best/policy.json?{QUERY}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +20,8 @@ from palf_dist.errors import CheckpointError, RunDirectoryError, RunInUseError, 
 from palf_dist.metrics_log import MetricsLog
 from palf_dist.storage import Storage
 from palf_dist.storage_lease import LEASE, Lease
-from palf_dist.storage_mirror import Mirror, pull
-from palf_dist.workplace import Workplace
+from palf_dist.storage_mirror import UNDELIVERED, Mirror, pull
+from palf_dist.workplace import Workplace, open_workplace
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +37,12 @@ class Failing(Storage):
     """Storage that takes ``left`` writes and then none; None: all. It never takes a lease's."""
 
     left: int | None = None
+    error: Exception = OSError("no space left")
 
     def write(self, name: str, content: bytes) -> None:
         if self.left is not None and name != LEASE:
             if self.left == 0:
-                raise OSError("no space left")
+                raise self.error
             self.left -= 1
         super().write(name, content)
 
@@ -120,12 +124,15 @@ def test_a_crash_at_any_write_leaves_a_state_to_go_on_from(tmp_path: Path) -> No
     assert newest == sorted(newest) and set(newest) == {0, 1} and writes >= 7
 
 
-def test_what_the_storage_did_not_take_is_told_once_and_delivered_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("no space left")])
+def test_what_the_storage_did_not_take_is_told_once_and_delivered_later(tmp_path: Path, error: Exception) -> None:
     here, there, events = tmp_path / "here", tmp_path / "there", []
     here.mkdir()
     storage = Failing(there.as_uri())
+    storage.error = error
     with mirrored(here, storage, events) as mirror:
         for step in range(3):
+            assert (here / UNDELIVERED).exists() == (step == 2), "nobody clears away what is only here"
             storage.left = None if step == 0 else 0
             write_step(here, step)
             mirror.publish()
@@ -134,12 +141,94 @@ def test_what_the_storage_did_not_take_is_told_once_and_delivered_later(tmp_path
             mirror.finish(0.5)
         storage.left = None
         mirror.finish()
+        assert not (here / UNDELIVERED).exists()
         assert mirror.close(), "nothing is left to deliver"
     assert [event.split(str(there))[1] for event in events] == [
-        " takes no writes (no space left); the run goes on and delivers later",
+        " takes no writes (no space left); the run goes on and delivers later what is in " + str(here),
         " takes writes again and has everything",
     ]
     assert (there / "checkpoints" / "step-000002" / "state.json").exists()
+
+
+def test_folders_and_files_that_come_and_go_do_not_disturb_it(tmp_path: Path) -> None:
+    here, there, events = tmp_path / "here", tmp_path / "there", []
+    here.mkdir()
+    write_step(here, 0)
+    stopped = threading.Event()
+
+    def churn() -> None:
+        while not stopped.is_set():
+            for part in ("a", "b", "c"):
+                (here / "checkpoints" / "passing" / part).mkdir(parents=True)
+            shutil.rmtree(here / "checkpoints" / "passing")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        with mirrored(here, Storage(there.as_uri()), events) as mirror:
+            for _ in range(100):
+                mirror.publish()
+    finally:
+        stopped.set()
+        thread.join()
+    assert events == [] and (there / "checkpoints" / "step-000000" / "state.json").exists()
+
+
+def test_files_with_other_names_are_told_once_and_left_out(tmp_path: Path) -> None:
+    here, there, events = tmp_path / "here", tmp_path / "there", []
+    here.mkdir()
+    write_step(here, 0)
+    (here / "a b").touch(), (here / "best" / "c d").touch(), (here / "best" / ".hidden").touch()
+    with mirrored(here, Storage(there.as_uri()), events) as mirror:
+        mirror.publish()
+        mirror.publish()
+        assert mirror.close()
+    assert len(events) == 1 and "is no name of a file of a run" in events[0] and " d'" not in events[0]
+    assert (there / "best" / "policy.json").exists() and not (there / "a b").exists()
+
+
+def test_a_folder_that_cannot_be_read_deletes_nothing(tmp_path: Path) -> None:
+    here, there, events = tmp_path / "here", tmp_path / "there", []
+    here.mkdir()
+    write_step(here, 0)
+    with mirrored(here, Storage(there.as_uri()), events) as mirror:
+        mirror.publish()
+        here.rename(tmp_path / "elsewhere")
+        mirror.publish()
+        assert not mirror.close()
+    assert len(events) == 1 and "No such file" in events[0]
+    assert (there / "checkpoints" / "step-000000" / "state.json").exists()
+
+
+def test_a_beat_that_fails_in_any_way_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Moody(Storage):
+        calm = False
+
+        def read(self, name: str) -> bytes:
+            if threading.current_thread() is not threading.main_thread() and not self.calm:
+                raise RuntimeError("a library's own")
+            return super().read(name)
+
+    storage = Moody(tmp_path.as_uri())
+    lease = Lease(storage)
+    lease.acquire()
+    while "was not renewed (a library's own)" not in caplog.text:
+        time.sleep(0.01)
+    storage.calm = True
+    while not json.loads(storage.read(LEASE))["beat"]:
+        time.sleep(0.01)
+    lease.release()
+    assert storage.names() == []
+
+
+def test_what_killed_workers_left_behind_goes_when_the_run_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    step = tmp_path / "trajectories" / "step=000000"
+    step.mkdir(parents=True)
+    for name in ("group-0000.parquet", ".group-0001.parquet.0123.tmp"):
+        (step / name).touch()
+    with open_workplace(tmp_path.as_uri(), resume=True, cache=tmp_path, on_event=lambda event: None):
+        assert [path.name for path in step.iterdir()] == ["group-0000.parquet"]
 
 
 def test_a_live_lease_is_refused_and_a_stale_one_is_taken(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class SimulatedFleet:
     generator: np.random.Generator
     workers: int
     grows: bool = False
+    each: str = "one slot"
     skipped: float = 0.0  # seconds in which the driver had nothing to do
     worked: float = 0.0  # seconds that units took whose answers were taken
     _due: list[tuple[float, int, Answer]] = field(default_factory=list)
@@ -73,7 +74,9 @@ class SimulatedFleet:
         worker = Worker(number)
         return worker, self._promise(worker, self.latencies.start, lambda: Ready(number, NODE))
 
-    def run(self, handle: Worker, unit: Unit, broadcast: Broadcast, carried: dict[str, np.ndarray] | None) -> Answer:
+    def run(
+        self, handle: Worker, unit: Unit, broadcast: Broadcast, carried: dict[str, np.ndarray] | None, halvings: int
+    ) -> Answer:
         seconds = self.latencies.unit(self.generator)
         dies = self.generator.random() < self.latencies.dying
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import grpc
+from ray._common.tls_utils import load_certs_from_env
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 from ray.core.generated.gcs_service_pb2 import CheckAliveReply, CheckAliveRequest
 from ray.exceptions import AuthenticationError
@@ -114,7 +115,7 @@ def _open_to_all(address: str) -> ClusterError:
 def _admits(address: str, token: str | None) -> bool:
     """Whether the head answers somebody with this token (None: with none). ClusterError where none answers."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with _channel(address) as channel:
         ask = channel.unary_unary(
             "/ray.rpc.NodeInfoGcsService/CheckAlive",
             request_serializer=CheckAliveRequest.SerializeToString,
@@ -130,6 +131,21 @@ def _admits(address: str, token: str | None) -> bool:
                 "address and the network, or leave distributed.address out for a private Ray"
             ) from None
     return True
+
+
+def _channel(address: str) -> grpc.Channel:
+    """To the head, encrypted where Ray itself is told to by RAY_USE_TLS. ClusterError where it lacks certificates."""
+    options = [("grpc.enable_http_proxy", 0)]
+    if os.environ.get("RAY_USE_TLS", "").lower() not in ("1", "true"):
+        return grpc.insecure_channel(address, options=options)
+    try:
+        chain, key, authority = load_certs_from_env()
+    except (RuntimeError, OSError) as error:
+        raise ClusterError(
+            f"RAY_USE_TLS: the cluster at {address} is to be reached with TLS, and its certificates cannot be read "
+            f"({error}); name them in RAY_TLS_SERVER_CERT, RAY_TLS_SERVER_KEY and RAY_TLS_CA_CERT, as on the nodes"
+        ) from None
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, chain), options=options)
 
 
 def _host(address: str) -> str:

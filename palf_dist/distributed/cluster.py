@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray._private import ray_constants
@@ -47,6 +47,9 @@ class Share:
 
     cpus: int
     gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPU and {self.gpus:g} GPU"
 
 
 @contextlib.contextmanager
@@ -93,8 +96,8 @@ def _most_cpus() -> int:
 def _private_ray(cpus: int, object_bytes: int) -> Iterator[None]:
     environment = {
         **QUIET,
-        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE") or "token",
-        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or _process_token(),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": _process_token(),
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
     }
     _remove_abandoned_folders()
@@ -264,8 +267,20 @@ def room(share: Share) -> int:
     return sum(_workers_that_fit(place, share) for place in _places())
 
 
+def memory_of_each(nodes: Sequence[Mapping[str, float]], share: Share, workers: int | Literal["auto"]) -> float:
+    """Bytes that each worker can have, where they spread evenly over the nodes that they fit on, or with ``auto`` fill
+    them; infinite where Ray names no memory. ``nodes``: as for ``share_of``."""
+    fitting = [(node["memory"], _workers_that_fit(node, share)) for node in nodes if "memory" in node]
+    most = level = max((fit for _, fit in fitting), default=0)
+    if workers != "auto":  # the fewest on one node with which there is a place for all of them
+        placed = (level for level in range(1, most) if sum(min(fit, level) for _, fit in fitting) >= workers)
+        level = next(placed, most)
+    return min((memory / min(fit, level) for memory, fit in fitting if fit), default=math.inf)
+
+
 def share_of(config: DistributedConfig, nodes: Sequence[Mapping[str, float]]) -> Share:
-    """CPUs and GPUs of one worker; raises ClusterError where the cluster can never give them to all workers.
+    """CPUs and GPUs of one worker; raises ClusterError where the cluster can never give them to all workers. One at an
+    address may grow: with ``workers: auto`` it needs no room yet.
 
     ``nodes``: the resources of each node, as Ray names them.
     ``gpus_per_worker`` none: a whole GPU each, or an equal part where there are fewer GPUs than workers; a whole one
@@ -280,12 +295,15 @@ def share_of(config: DistributedConfig, nodes: Sequence[Mapping[str, float]]) ->
         each = 1.0 / math.ceil(config.workers / gpus)
     share = Share(cpus=config.threads, gpus=each)
     room = sum(_workers_that_fit(node, share) for node in nodes)
-    if config.workers != "auto" and config.workers > room:
+    if config.workers == "auto":
+        least, workers = int(config.address is None), "one worker"
+    else:
+        least, workers = config.workers, f"{config.workers} workers"
+    if least > room:
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
         raise ClusterError(
-            f"distributed.workers: {config.workers} workers ({share.cpus} CPU and {share.gpus:g} GPU each) are more "
-            f"than the cluster can give: it has {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs, "
-            f"room for {room}"
+            f"distributed.workers: {workers} ({share} each) would take more than the cluster can give: it has "
+            f"{len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs, room for {room}"
         )
     return share
 

@@ -54,6 +54,7 @@ class _Issue:
     carried: dict[str, np.ndarray] | None
     attempts: int = 0
     raised: int = 0
+    halvings: int = 0  # times that it had its worker killed for memory
     seats: list[_Seat] = field(default_factory=list)  # those at work on it now: two where it was late
     given: bool = False
 
@@ -92,6 +93,7 @@ class Dispatcher:
         self._fleet, self._settings, self._on_event, self._steady = fleet, settings, on_event, steady
         self._queue: deque[_Issue] = deque()
         self._arrived: deque[Contribution] = deque()
+        self._there: deque[_Seat] = deque()  # their answers are there, and not taken yet: one at a time is in memory
         self._unfinished = 0  # units submitted that have not arrived
         self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._seats: list[_Seat] = []
@@ -110,7 +112,12 @@ class Dispatcher:
         """Units worth having in flight, where the caller chooses how many."""
         if self._settings.workers != "auto":
             return self._settings.workers
-        return max(1, sum(seat.ready is not None and not seat.leaving for seat in self._seats))
+        return max(1, self._staying)
+
+    @property
+    def _staying(self) -> int:
+        """Workers that are ready and may get more work."""
+        return sum(seat.ready is not None and not seat.leaving for seat in self._seats)
 
     @property
     def pids(self) -> list[int]:
@@ -137,8 +144,11 @@ class Dispatcher:
             if not waiting and not self._unfinished:
                 return None
             soonest = min(end, self._next_look, self._next_straggler(), *(seat.deadline for seat in waiting.values()))
-            for answer in self._fleet.wait(list(waiting), max(0.0, soonest - self._fleet.clock())):
-                self._take(waiting[answer])
+            if not self._there:
+                answers = self._fleet.wait(list(waiting), max(0.0, soonest - self._fleet.clock()))
+                self._there.extend(waiting[answer] for answer in answers)
+            while self._there and not self._arrived:
+                self._take(self._there.popleft())
             self._expire()
             if not self._arrived and self._fleet.clock() >= end:
                 return None
@@ -150,6 +160,7 @@ class Dispatcher:
         for seat in self._seats:
             self._fleet.kill(seat.handle)
         self._seats = []
+        self._there.clear()
 
     def _hand_out(self) -> None:
         """Queued units go to idle workers; what then is idle does once more what is late elsewhere."""
@@ -173,7 +184,7 @@ class Dispatcher:
         issue.seats.append(seat)
         seat.issue, seat.since = issue, self._fleet.clock()
         seat.deadline = seat.since + self._settings.unit_timeout
-        seat.answer = self._fleet.run(seat.handle, issue.unit, issue.broadcast, issue.carried)
+        seat.answer = self._fleet.run(seat.handle, issue.unit, issue.broadcast, issue.carried, issue.halvings)
 
     def _stragglers(self) -> list[tuple[float, _Seat]]:
         """Workers whose unit could be issued a second time, each with the moment from which it is late."""
@@ -210,7 +221,9 @@ class Dispatcher:
             if seat.ready is None:
                 self._failed_to_start(seat, error)
             else:
-                self._lose(seat, f"{seat} died")
+                if error.for_memory and seat.issue is not None:
+                    seat.issue.halvings += 1
+                self._lose(seat, f"{seat} {'was killed as its node ran out of memory' if error.for_memory else 'died'}")
         else:
             now = self._fleet.clock()
             issue, began = seat.issue, seat.since
@@ -244,11 +257,14 @@ class Dispatcher:
     def _failed_to_start(self, seat: _Seat, error: WorkerDied) -> None:
         failed = self._failed_starts[seat.number] = self._failed_starts.get(seat.number, 0) + 1
         if failed < self._settings.max_attempts:
-            self._lose(seat, f"{seat} died while starting")
-        elif self.alive:  # something is wrong with the place that it goes to
+            self._lose(seat, f"{seat} died while starting ({error.cause})")
+        elif self._staying:  # something is wrong with the place that it goes to
             self._given_up += 1
+            del self._failed_starts[seat.number]  # the number may be used again
             self._remove(seat)
-            self._on_event(f"{seat} died while starting {failed} times in a row; the run goes on without it")
+            self._on_event(
+                f"{seat} died while starting {failed} times in a row ({error.cause}); the run goes on without it"
+            )
         else:
             raise ClusterError(
                 f"distributed.workers: {failed} workers in a row died while starting; the last one said: {error}"
@@ -261,10 +277,10 @@ class Dispatcher:
             self._last_ready = now
         elif now - self._last_ready > patience:
             raise ClusterError(
-                f"distributed.workers: no worker has become ready within {patience:g} s; "
-                "is the cluster busy with other work?"
+                f"distributed.workers: no worker has become ready within {patience:g} s; each asks for "
+                f"{self._fleet.each}; is the cluster too small for that, or busy with other work?"
             )
-        for seat in [seat for seat in self._seats if seat.deadline <= now]:
+        for seat in [seat for seat in self._seats if seat.deadline <= now and seat not in self._there]:
             if seat.ready is None:
                 self._lose(seat, f"{seat} did not start within {STARTING_SECONDS:g} s")
             else:
@@ -292,6 +308,8 @@ class Dispatcher:
     def _remove(self, seat: _Seat) -> None:
         self._fleet.kill(seat.handle)
         self._seats.remove(seat)
+        if seat in self._there:
+            self._there.remove(seat)
         if seat.issue is not None:
             seat.issue.seats.remove(seat)
 
@@ -310,7 +328,8 @@ class Dispatcher:
             room = self._fleet.room()
             if room != self._room:
                 before = "" if self._room is None else f" ({self._room} before)"
-                self._on_event(f"distributed.workers auto: the cluster has room for {room}{before}")
+                asked = "" if room else f"; each worker asks for {self._fleet.each}"
+                self._on_event(f"distributed.workers auto: the cluster has room for {room}{before}{asked}")
                 self._room, self._given_up = room, 0
             self._retire()
         self._fill()
@@ -327,10 +346,13 @@ class Dispatcher:
     def _fill(self, lost: float | None = None) -> None:
         """Start workers until there are as many as there should be. ``lost``: when one was lost."""
         workers = self._settings.workers
-        wanted = min(self._worth(), self._most()) if workers == "auto" else workers
+        if workers == "auto":
+            wanted = min(self._worth(), self._most(), max(1, self._most() - self._given_up))
+        else:
+            wanted = workers - self._given_up
         now = self._fleet.clock()
         taken = {seat.number for seat in self._seats}
-        missing = wanted - self._given_up - sum(not seat.leaving for seat in self._seats)
+        missing = wanted - sum(not seat.leaving for seat in self._seats)
         for number in itertools.islice((n for n in itertools.count() if n not in taken), max(0, missing)):
             handle, answer = self._fleet.start(number)
             self._seats.append(_Seat(number, handle, answer, now, now + STARTING_SECONDS, lost))

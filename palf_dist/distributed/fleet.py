@@ -22,7 +22,19 @@ Answer = Any
 
 
 class WorkerDied(Exception):
-    """The worker is gone, or nobody can tell what became of it; the message says what is known."""
+    """The worker is gone, or nobody can tell what became of it; the message says what is known.
+
+    ``for_memory``: it was killed as its node ran out of memory.
+    """
+
+    def __init__(self, message: str, *, for_memory: bool = False) -> None:
+        super().__init__(message)
+        self.for_memory = for_memory
+
+    @property
+    def cause(self) -> str:
+        """The message's last line, which names the exception where there was one."""
+        return str(self).strip().rpartition("\n")[2].strip()
 
 
 class WorkerRaised(Exception):
@@ -47,12 +59,24 @@ class Fleet(Protocol):
     grows: bool
     """Whether workers that wait for room may make some: there may be an autoscaler."""
 
+    @property
+    def each(self) -> str:
+        """What every worker takes of the cluster, in words."""
+        ...
+
     def start(self, number: int) -> tuple[Handle, Answer]:
         """A new worker, called ``number`` in messages, and its answer Ready. It may have to wait for room."""
         ...
 
-    def run(self, handle: Handle, unit: Unit, broadcast: Broadcast, carried: dict[str, np.ndarray] | None) -> Answer:
-        """Have a worker that is ready run one unit; the answer is its contribution."""
+    def run(
+        self,
+        handle: Handle,
+        unit: Unit,
+        broadcast: Broadcast,
+        carried: dict[str, np.ndarray] | None,
+        halvings: int,
+    ) -> Answer:
+        """Have a worker that is ready run one unit; the answer is its contribution. ``halvings``: as for UnitRunner."""
         ...
 
     def wait(self, answers: Sequence[Answer], timeout: float) -> list[Answer]:

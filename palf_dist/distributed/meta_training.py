@@ -18,7 +18,7 @@ from palf_dist import units
 from palf_dist.checkpoint import Checkpoint, prune, save_checkpoint
 from palf_dist.distributed import phases
 from palf_dist.distributed.pool import Broadcast
-from palf_dist.distributed.session import Session, Stopped
+from palf_dist.distributed.session import Session, Stopped, most_in_flight
 from palf_dist.faults import fault_point
 from palf_dist.meta_learner import MetaLearner, StepReport
 from palf_dist.metrics_log import MetricsLog
@@ -160,6 +160,8 @@ class MetaTraining:
         while True:
             # never more than there are steps left, so that no work is in flight when the last one is taken
             room = min(self._session.pool.capacity, self._config.meta_learner.outer_steps - version)
+            if self._config.distributed.workers == "auto":
+                room = min(room, most_in_flight(self._config.distributed))
             while self._session.in_flight < room:
                 self._session.pool.submit(self._next_unit(), broadcast)
             contribution = self._session.next()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from palf_dist import faults
 from palf_dist.config import RunConfig
@@ -60,12 +60,16 @@ class RayFleet:
         actor: Any = self._actor_class.remote(*self._arguments)
         return actor, actor.ready.remote()
 
+    @property
+    def each(self) -> str:
+        return str(self._share)
+
     def run(
-        self, handle: Any, unit: Unit, broadcast: Broadcast, carried: dict[str, np.ndarray] | None
+        self, handle: Any, unit: Unit, broadcast: Broadcast, carried: dict[str, np.ndarray] | None, halvings: int
     ) -> ray.ObjectRef:
         if broadcast not in self._broadcasts:
             self._broadcasts[broadcast] = ray.put(broadcast)
-        answer: ray.ObjectRef = handle.run.remote(unit, self._broadcasts[broadcast], carried)
+        answer: ray.ObjectRef = handle.run.remote(unit, self._broadcasts[broadcast], carried, halvings)
         return answer
 
     def wait(self, answers: Sequence[ray.ObjectRef], timeout: float) -> list[ray.ObjectRef]:
@@ -83,7 +87,7 @@ class RayFleet:
         except RayTaskError as error:
             raise WorkerRaised(error.cause) from error
         except RayError as error:
-            raise WorkerDied(str(error)) from error
+            raise WorkerDied(str(error), for_memory=isinstance(error, OutOfMemoryError)) from error
         return result
 
     def kill(self, handle: Any) -> None:

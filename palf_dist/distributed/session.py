@@ -12,10 +12,10 @@ from types import FrameType
 
 import numpy as np
 
-from palf_dist.config import RunConfig
+from palf_dist.config import DistributedConfig, RunConfig
 from palf_dist.distributed.metrics import RunMetrics
 from palf_dist.distributed.pool import Broadcast, InProcessPool, RunnerFactory, WorkerPool
-from palf_dist.memory import Plan, halved, machine_memory, share_of_nodes
+from palf_dist.memory import Plan, halved, machine_memory
 from palf_dist.progress import Progress
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.types import Contribution, Unit
@@ -120,7 +120,7 @@ def open_session(
             Plan(config, datasets, machine_memory()).check()
             pool = InProcessPool(config, datasets, make_runner)
         else:
-            from palf_dist.distributed.cluster import connect, nodes  # importing ray takes a while
+            from palf_dist.distributed.cluster import connect, memory_of_each, nodes  # importing ray takes a while
             from palf_dist.distributed.dispatcher import Dispatcher
             from palf_dist.distributed.ray_fleet import RayFleet
 
@@ -128,15 +128,23 @@ def open_session(
             wanted = config.distributed.workers
             progress.begin("starting workers", 1 if wanted == "auto" else wanted)
             share = stack.enter_context(connect(config.distributed, size))
-            if not share.gpus:  # else each worker knows what its GPU has
-                Plan(config, datasets, share_of_nodes(nodes(), 1 if wanted == "auto" else wanted)).check()
+            if not share.gpus:  # else each worker checks what its GPU has
+                Plan(config, datasets, memory_of_each(nodes(), share, wanted)).check()
             fleet = RayFleet(config, datasets, make_runner, share, run_uri)
-            steady = config.meta_learner.outer_steps if config.distributed.mode == "async" else 0
-            pool = Dispatcher(fleet, config.distributed, progress.event, steady)
+            steady = min(config.meta_learner.outer_steps, most_in_flight(config.distributed))
+            pool = Dispatcher(
+                fleet, config.distributed, progress.event, steady if config.distributed.mode == "async" else 0
+            )
             metrics = RunMetrics.on_ray(config.name, pool)
         stack.callback(pool.close)
         stack.enter_context(signals_stop(stop, progress))
         yield Session(config, datasets, pool, progress, stop, metrics=metrics)
+
+
+def most_in_flight(config: DistributedConfig) -> int:
+    """Asynchronous mode with ``workers: auto``: with more units in flight than this, most would come too late to be
+    applied. Of n in flight the average one is late by n - 1 outer steps."""
+    return 2 * (config.max_staleness + 1)
 
 
 @contextlib.contextmanager

@@ -41,11 +41,14 @@ class Worker:
         self._trajectories = None if run_uri is None else TrajectoryWriter(run_uri)
 
     def ready(self) -> Ready:
-        """Where it is, once it is ready for work."""
+        """Where it is, once it is ready for work. Raises ConfigError where it has less memory than units take."""
+        self._runner.check()
         return Ready(os.getpid(), ray.get_runtime_context().get_node_id())
 
-    def run(self, unit: Unit, broadcast: Broadcast, carried: dict[str, Any] | None) -> Contribution:
-        contribution = self._runner.run(unit, broadcast.policy, broadcast.version, broadcast.prepared, carried)
+    def run(self, unit: Unit, broadcast: Broadcast, carried: dict[str, Any] | None, halvings: int) -> Contribution:
+        contribution = self._runner.run(
+            unit, broadcast.policy, broadcast.version, broadcast.prepared, carried, halvings
+        )
         if self._trajectories and contribution.trajectory is not None:
             contribution.trajectory = self._trajectories.write(unit, contribution.trajectory)
         return contribution

@@ -36,16 +36,26 @@ def _nodes(survey: Survey) -> list[Finding]:
         Finding("nodes", "problem", f"{host} told nothing: {why}", "look at that node: ray status, ray logs")
         for host, why in survey.silent.items()
     ]
+    if not silent and [node.cpus for node in survey.nodes] == [0.0]:  # as the launchers' files have the head
+        return [
+            Finding(
+                "nodes",
+                "warning",
+                f"only the head is there ({survey.nodes[0].host}), which gives no CPUs to workers",
+                "where an autoscaler adds nodes for a run, ask again while one is on: nothing else was looked at",
+            )
+        ]
     return silent or [Finding("nodes", "ok", f"{len(survey.nodes)} node(s) answer")]
 
 
 def _versions(survey: Survey, own: Mapping[str, str]) -> list[Finding]:
     findings = []
+    minors = {_minor(node.versions["python"]) for node in survey.nodes}  # nodes send each other pickles; we send none
     for node in survey.nodes:
         for name, mine in own.items():
             theirs = node.versions[name]
             if theirs != mine:
-                lenient = name == "python" and theirs.split(".")[:2] == mine.split(".")[:2]
+                lenient = name == "python" and len(minors) == 1
                 findings.append(
                     Finding(
                         "versions",
@@ -56,6 +66,11 @@ def _versions(survey: Survey, own: Mapping[str, str]) -> list[Finding]:
                     )
                 )
     return findings or [Finding("versions", "ok", ", ".join(f"{name} {number}" for name, number in own.items()))]
+
+
+def _minor(version: str) -> str:
+    """3.11 of 3.11.7."""
+    return ".".join(version.split(".")[:2])
 
 
 def _authentication(survey: Survey) -> list[Finding]:

@@ -21,16 +21,16 @@ from ray.dashboard.utils import get_address_for_submission_client
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from palf_dist.distributed.authentication import REMEDY, is_loopback, origin, own_token
+from palf_dist.distributed.authentication import REMEDY, is_loopback, origin, own_token, protect_token_file
 from palf_dist.distributed.cluster import changed_environment
 from palf_dist.errors import ClusterError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """As Ray has it, the first that is set takes the place of --address."""
-PROBE_SECONDS = 4.0
+PROBE_SECONDS = 2.0
 REQUEST_SECONDS = (4.0, 30.0)  # to connect, to answer
-LOOKUP_SECONDS = 8.0
+LOOKUP_SECONDS = 5.0
 SUBMIT_SECONDS = 60.0
 QUIET_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -55,9 +55,10 @@ class JobsClient(JobSubmissionClient):
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address
+        protect_token_file()
+        _refuse_open(address)  # first: one that asks nobody for a token is shown none
         headers = authorisation()
         check_version(address, headers)
-        _refuse_open(address)
         with self._explained():
             super().__init__(address, headers=headers)
 
@@ -153,19 +154,10 @@ def authorisation() -> dict[str, str]:
 def check_version(address: str, headers: dict[str, str]) -> None:
     """Raises ClusterError where no dashboard answers at ``address``, where it refuses the token, or where the cluster
     runs another Ray."""
-    try:
-        answer = requests.get(f"{address}/api/version", headers=headers, timeout=PROBE_SECONDS)
-    except requests.RequestException as error:
-        raise unreachable(address, error) from error
+    answer = _ask(address, headers)
     if answer.status_code in (401, 403):
         raise _unauthorised(address, answer.status_code)
-    try:
-        theirs = str(answer.json()["ray_version"])
-    except (ValueError, KeyError, TypeError):
-        raise ClusterError(
-            f"{address}: what answers there (HTTP {answer.status_code}) is not Ray's dashboard; give the URL of the "
-            "head's dashboard, which is at port 8265 unless changed"
-        ) from None
+    theirs = _version_in(address, answer)
     if theirs != ray.__version__:
         raise ClusterError(
             f"{address}: the cluster runs Ray {theirs}, this machine {ray.__version__}; install the same here "
@@ -177,9 +169,28 @@ def _refuse_open(address: str) -> None:
     """Raises ClusterError for a dashboard beyond loopback that asks nobody for a token: nothing is sent there."""
     if is_loopback(urlsplit(address).hostname or ""):
         return  # perhaps a tunnel; the job looks again from inside the cluster
-    with contextlib.suppress(requests.RequestException):
-        if requests.get(f"{address}/api/version", timeout=PROBE_SECONDS).status_code == 200:
-            raise ClusterError(f"{address}: takes commands from anybody who reaches it; {REMEDY}")
+    answer = _ask(address, {})
+    if answer.status_code not in (401, 403):
+        _version_in(address, answer)
+        raise ClusterError(f"{address}: takes commands from anybody who reaches it; {REMEDY}")
+
+
+def _ask(address: str, headers: dict[str, str]) -> requests.Response:
+    try:
+        return requests.get(f"{address}/api/version", headers=headers, timeout=PROBE_SECONDS)
+    except requests.RequestException as error:
+        raise unreachable(address, error) from error
+
+
+def _version_in(address: str, answer: requests.Response) -> str:
+    """Ray's version; raises ClusterError where no dashboard of Ray has answered."""
+    try:
+        return str(answer.json()["ray_version"])
+    except (ValueError, KeyError, TypeError):
+        raise ClusterError(
+            f"{address}: what answers there (HTTP {answer.status_code}) is not Ray's dashboard; give the URL of the "
+            "head's dashboard, which is at port 8265 unless changed"
+        ) from None
 
 
 def unreachable(address: str, error: Exception) -> UnreachableError:

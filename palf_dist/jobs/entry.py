@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from palf_dist.errors import PalfError
+from palf_dist.redaction import redact
 from palf_dist.run_directory import CONFIG
 from palf_dist.storage import exists, join
 
@@ -67,7 +68,7 @@ def _attempts(command: str, arguments: list[str], max_restarts: int) -> int:
     for attempt in range(max_restarts + 1):
         began = time.monotonic()
         whole = [command, *_start_or_resume(command, arguments), *_cluster(arguments)]
-        print(f"{BEGUN} palf-dist {' '.join(whole)}", file=sys.stderr, flush=True)
+        print(redact(f"{BEGUN} palf-dist {' '.join(whole)}"), file=sys.stderr, flush=True)
         code = subprocess.Popen([sys.executable, "-m", "palf_dist", *whole]).wait()
         if code in FINAL or stopping or attempt == max_restarts:
             break

@@ -16,7 +16,7 @@ from typing import Literal
 
 import pyarrow.fs as pafs
 
-from palf_dist.config import DatasetSource, RunConfig
+from palf_dist.config import DatasetSource, ModuleConfig, RunConfig
 from palf_dist.config_loading import dump_config
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.policies.policy_file import CARD, TENSORS, policy_folder
@@ -137,6 +137,7 @@ class Packer:
     def _run_config(self, config: RunConfig) -> RunConfig:
         """The configuration as the cluster reads it: on the cluster itself, with the paths of the files that go
         along."""
+        self._modules_stay("tasks.architectures", config)
         data = config.data
         moved = {
             part: tuple(self._along(f"data.{part}.{index}", source) for index, source in enumerate(getattr(data, part)))
@@ -156,6 +157,7 @@ class Packer:
             if "cache" not in target.model_fields_set:  # the default is this machine's
                 target = target.model_copy(update={"cache": None})
         else:
+            self._modules_stay("target.base.tasks.architectures", target.base)
             for part in ("train", "held_out"):
                 for index, source in enumerate(getattr(target.base.data, part)):
                     self._stays(f"target.base.data.{part}.{index}", source)
@@ -187,10 +189,20 @@ class Packer:
     def _copied(self, name: str, files: Sequence[pafs.FileInfo]) -> str:
         """The same for the same dataset, however often it is submitted: a resumed run compares its paths."""
         target = self.folder / DATA / name.replace("/", "_")
+        while target.exists():  # a/b after a_b
+            target = target.with_name(f"{target.name}_")
         target.mkdir(parents=True)
         for index, file in enumerate(files):
             shutil.copyfile(file.path, target / f"{index:05d}.parquet")
         return f"{DATA}/{target.name}"
+
+    def _modules_stay(self, where: str, config: RunConfig) -> None:
+        for index, architecture in enumerate(config.tasks.architectures):
+            if isinstance(architecture, ModuleConfig):
+                module = architecture.factory.partition(":")[0]
+                self.notes.append(
+                    f"{where}.{index}.factory: {module} is not sent; install it on every node, or put it on PYTHONPATH"
+                )
 
     def _stays(self, where: str, source: DatasetSource) -> DatasetSource:
         if source.path is not None and not is_uri(source.path):

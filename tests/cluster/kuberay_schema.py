@@ -61,6 +61,7 @@ CLUSTER = record(
         securityContext={"type": "object"},
     ),
     suspend=FLAG,
+    upgradeStrategy=record(type={"enum": ["Recreate", "None"]}),
     headGroupSpec=HEAD,
     workerGroupSpecs={"type": "array", "items": WORKERS},
 )

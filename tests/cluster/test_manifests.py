@@ -24,6 +24,7 @@ from ray._private.authentication.authentication_token_setup import _get_default_
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_cli
 
+from palf_dist.cli_jobs import STOP_SECONDS
 from palf_dist.cli_shared import load_run_config
 from palf_dist.jobs.entry import COMMANDS
 from tests.cluster.kuberay_schema import SCHEMAS, cluster_spec, pod_templates
@@ -83,6 +84,14 @@ def test_spot_goes_before_on_demand_and_both_are_bounded(path: Path) -> None:
     assert spot["node_config"] != fallback["node_config"]
     for group in (spot, fallback):
         assert 0 == group["min_workers"] < group["max_workers"] <= config["max_workers"]
+
+
+def test_the_head_on_aws_has_a_role_that_can_start_the_workers() -> None:
+    """Not Ray's own, which may not pass on the workers' role; nor may it look up what an image's alias stands for."""
+    types = load(ROOT / "ray_cluster.yaml")["available_node_types"]
+    roles = {name: group["node_config"]["IamInstanceProfile"]["Name"] for name, group in types.items()}
+    assert roles["gpu_spot"] == roles["gpu_on_demand"] != roles["head"]
+    assert all(group["node_config"]["ImageId"].startswith("ami-") for group in types.values())
 
 
 def test_the_variants_share_what_nodes_get_and_start() -> None:
@@ -210,6 +219,7 @@ def test_pods_have_no_privileges_and_bounds(path: Path) -> None:
 
 def test_the_jobs_cluster_is_the_one_that_stays() -> None:
     cluster, job = (load(CLUSTER / "kuberay" / f"ray_{kind}.yaml") for kind in ("cluster", "job"))
+    assert cluster["spec"].pop("upgradeStrategy") == {"type": "Recreate"}  # the job's is replaced with the job
     assert cluster_spec(job) == cluster["spec"]
     assert job["spec"]["backoffLimit"] > 0 and job["spec"]["submitterConfig"]["backoffLimit"] > 0
 
@@ -232,6 +242,11 @@ def test_the_jobs_command_can_be_run() -> None:
     config = ROOT / str(options["config"]).removeprefix(IMAGE_FOLDER)
     settings = load_run_config(config, options["overrides"], None, None)
     assert settings.distributed.workers == "auto" and settings.distributed.gpus_per_worker == 1
+
+
+def test_the_job_has_as_long_to_save_as_a_submitted_one() -> None:
+    environment = yaml.safe_load(load(CLUSTER / "kuberay" / "ray_job.yaml")["spec"]["runtimeEnvYAML"])
+    assert environment == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
 
 
 def test_versions_are_those_of_the_lock_and_of_the_package() -> None:

@@ -14,6 +14,7 @@ from ray.job_submission import JobSubmissionClient
 from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
+from cluster.hosts import HEAD, LAPTOP
 from palf_dist.cli import app
 from palf_dist.jobs.client import authorisation
 from tests.command import SMOKE, Command
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "operations.md"
 BUCKET, ADDRESS, CONFIG, GPUS = "s3://my-bucket", "http://127.0.0.1:8265", "configs/quick.yaml", "gpus_per_worker=1"
 OURS = {"palf-dist": get_command(app), "ray": ray_cli}
-OTHERS = ("docker", "kubectl")
+OTHERS = ("chmod", "docker", "helm", "kubectl")
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -45,7 +46,7 @@ def parse(command: click.Command, words: list[str]) -> None:
 
 
 def test_every_block_says_whether_a_test_runs_it() -> None:
-    assert {language for language, _ in blocks()} == {"sh cluster", "sh cloud"}
+    assert {language for language, _ in blocks()} == {"sh cluster", "sh cloud", "sh hosts"}
 
 
 def test_what_needs_a_cloud_is_at_least_a_command() -> None:
@@ -59,6 +60,19 @@ def test_what_needs_a_cloud_is_at_least_a_command() -> None:
             if word.endswith(".yaml") or word.endswith("Dockerfile"):
                 assert (ROOT / word).exists(), word
     assert programs == {"ray", *OTHERS}
+
+
+def test_what_the_hosts_are_told_is_a_command() -> None:
+    up, run, down = commands("sh hosts")
+    start = ["sudo", ".venv/bin/python", "cluster/hosts.py"]
+    assert up == [*start, "up", "--hosts", "3"] and down == [*start, "down"]
+    assert run[:6] == [*start, "exec", LAPTOP, "--"]
+    words = run[6:]
+    assert f"http://{HEAD}:8265" in words
+    parse(OURS["palf-dist"], words)
+    submitted = words[words.index("--") + 1 :]
+    parse(OURS["palf-dist"], ["palf-dist", *submitted])
+    assert (ROOT / submitted[submitted.index("--config") + 1]).exists()
 
 
 def test_links_and_named_files_are_there() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from palf_dist.distributed.fleet import Ready, WorkerDied, WorkerRaised
 from palf_dist.distributed.pool import Broadcast
+from palf_dist.errors import ConfigError
 from palf_dist.types import Contribution, Unit
 
 INFINITY = float("inf")
@@ -20,7 +21,7 @@ class Fate:
     """What becomes of one start or one unit, and after how many seconds."""
 
     seconds: float
-    end: Literal["done", "dies", "raises", "stalls"] = "done"
+    end: Literal["done", "dies", "out of memory", "raises", "refuses", "stalls"] = "done"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class SimulatedFleet:
     """Implements Fleet. ``starts`` and ``units``: the fates of the first ones, in the order in which they are begun;
     all others are done after 1 s and 10 s."""
 
+    each = "1 CPU and 0 GPU"
+
     def __init__(
         self,
         nodes: dict[str, int],
@@ -86,7 +89,12 @@ class SimulatedFleet:
         return worker, answer
 
     def run(
-        self, handle: SimulatedWorker, unit: Unit, broadcast: Broadcast, carried: dict[str, np.ndarray] | None
+        self,
+        handle: SimulatedWorker,
+        unit: Unit,
+        broadcast: Broadcast,
+        carried: dict[str, np.ndarray] | None,
+        halvings: int,
     ) -> SimulatedAnswer:
         assert not handle.killed and all(answer.taken for answer in handle.asked), "it is not free for work"
         self.runs += 1
@@ -95,7 +103,7 @@ class SimulatedFleet:
         if handle.dead:
             answer.due, answer.result = self.now, WorkerDied("it was dead before")
         else:
-            self._doom(answer, next(self._units, Fate(10.0)), Contribution(unit, broadcast.version, {}))
+            self._doom(answer, next(self._units, Fate(10.0)), Contribution(unit, broadcast.version, halvings=halvings))
         return answer
 
     def wait(self, answers: Sequence[SimulatedAnswer], timeout: float) -> list[SimulatedAnswer]:
@@ -165,7 +173,11 @@ class SimulatedFleet:
     def _doom(self, answer: SimulatedAnswer, fate: Fate, result: Ready | Contribution) -> None:
         answer.due = INFINITY if fate.end == "stalls" else self.now + fate.seconds
         if fate.end == "dies":
-            answer.result = WorkerDied("killed in the simulation")
+            answer.result = WorkerDied("in the simulation:\nkilled")
+        elif fate.end == "out of memory":
+            answer.result = WorkerDied("the monitor killed it", for_memory=True)
+        elif fate.end == "refuses":
+            answer.result = WorkerRaised(ConfigError("tasks.group_size: too little memory"))
         elif fate.end == "raises":
             answer.result = WorkerRaised(ValueError("raised in the simulation"))
         else:

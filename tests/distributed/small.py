@@ -55,6 +55,9 @@ class ToyRunner:
     def __init__(self, config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
         self.datasets = datasets
 
+    def check(self) -> None:
+        pass
+
     def run(
         self,
         unit: Unit,
@@ -62,6 +65,7 @@ class ToyRunner:
         policy_version: int,
         prepared: Mapping[str, Any],
         carried: dict[str, np.ndarray] | None = None,
+        halvings: int = 0,
     ) -> Contribution:
         fault_point("before_unit", unit)
         settings = json.loads(unit.settings or "{}")

@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
+from ray._common.tls_utils import generate_self_signed_tls_certs
 
 from palf_dist.distributed import authentication
 from palf_dist.distributed.cluster import connected
@@ -29,10 +32,10 @@ finally:
 """
 
 
-@pytest.fixture(scope="module", params=["disabled", "token"])
-def head(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """The authentication mode of a head that other machines can reach, and its address."""
-    settings = {"RAY_AUTH_MODE": request.param, "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
+@contextmanager
+def running_head(mode: str, **settings: str) -> Iterator[str]:
+    """A head that other machines can reach; its address."""
+    settings |= {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
     with subprocess.Popen(
         [sys.executable, "-c", HEAD],
         env={**os.environ, **settings, "RAY_ADDRESS": ""},
@@ -43,8 +46,15 @@ def head(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     ) as process:
         assert process.stdout is not None
         # Ray prints as well
-        yield request.param, next(line.strip() for line in process.stdout if line.strip().rpartition(":")[2].isdigit())
+        yield next(line.strip() for line in process.stdout if line.strip().rpartition(":")[2].isdigit())
         process.communicate("")
+
+
+@pytest.fixture(scope="module", params=["disabled", "token"])
+def head(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """The authentication mode of a head that other machines can reach, and its address."""
+    with running_head(request.param) as address:
+        yield request.param, address
 
 
 @pytest.fixture
@@ -73,7 +83,8 @@ def test_only_a_head_that_asks_for_the_token_is_used(
     head: tuple[str, str], token: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     mode, address = head
-    assert not authentication.is_loopback(address), "this machine has no address but loopback"
+    if authentication.is_loopback(address):
+        pytest.skip("this machine has no address beyond loopback")
     if mode == "disabled":
         assert "takes commands from anybody who reaches it" in refused(address)
         token.setenv("RAY_AUTH_MODE", "disabled")
@@ -92,6 +103,34 @@ def test_only_a_head_that_asks_for_the_token_is_used(
     assert "RAY_AUTH_TOKEN_PATH" in refused(address)
     (tmp_path / "missing").write_text(TOKEN)
     assert authentication.auth_mode(address) == "token"
+
+
+@pytest.mark.slow
+def test_a_cluster_with_tls_is_used(token: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = {"RAY_USE_TLS": "1"}
+    for content, names in zip(
+        generate_self_signed_tls_certs(), (("SERVER_CERT", "CA_CERT"), ("SERVER_KEY",)), strict=True
+    ):
+        for name in names:
+            settings[f"RAY_TLS_{name}"] = str(tmp_path / name)
+            (tmp_path / name).write_text(content)
+    with running_head("token", **settings) as address:
+        assert "no Ray head answers" in refused(address), "without TLS"
+        for name, value in settings.items():
+            token.setenv(name, value)
+        with connected(address, cpus=1):
+            assert ray.get(ray.remote(lambda: 5).remote()) == 5
+
+
+def test_tls_without_certificates_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.delenv("RAY_TLS_CA_CERT", raising=False)
+    with pytest.raises(ClusterError, match=r"^RAY_USE_TLS: .*name them in RAY_TLS_SERVER_CERT, "):
+        authentication.auth_mode("127.0.0.1:9")
+    for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT"):
+        monkeypatch.setenv(f"RAY_TLS_{name}", str(tmp_path / name))
+    with pytest.raises(ClusterError, match=r"^RAY_USE_TLS: .*No such file.*SERVER_CERT"):
+        authentication.auth_mode("127.0.0.1:9")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -71,7 +72,9 @@ def test_more_workers_than_this_machine_can_carry_are_refused() -> None:
         ([{"CPU": 8}], {"workers": 1, "gpus_per_worker": 1}, "0 GPUs, room for 0"),
         ([{"CPU": 8, "GPU": 2}], {"workers": "auto"}, (1, 1)),
         ([{"CPU": 2}, {"CPU": 2, "GPU": 1}], {"workers": "auto", "gpus_per_worker": 0.25, "threads": 2}, (2, 0.25)),
-        ([], {"workers": "auto"}, (1, 0)),
+        ([], {"workers": "auto", "address": "auto"}, (1, 0)),
+        ([{"CPU": 8}], {"workers": "auto", "gpus_per_worker": 1}, "0 GPUs, room for 0"),
+        ([], {"workers": "auto"}, "one worker (1 CPU and 0 GPU each) would take more"),
     ],
 )
 def test_share_of_a_worker(
@@ -84,6 +87,28 @@ def test_share_of_a_worker(
         assert expected in str(caught.value)
     else:
         assert cluster.share_of(config, nodes) == cluster.Share(*expected)
+
+
+HEAD, WIDE, NARROW = {"memory": 1e9}, {"CPU": 4.0, "memory": 8e9}, {"CPU": 2.0, "memory": 6e9}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [
+        ([WIDE], 1, 8e9),
+        ([WIDE], 3, 8e9 / 3),
+        ([WIDE], "auto", 2e9),
+        ([HEAD, WIDE, NARROW], 1, 6e9),
+        ([HEAD, WIDE, NARROW], 2, 6e9),
+        ([HEAD, WIDE, NARROW], 5, 8e9 / 3),
+        ([HEAD, WIDE, NARROW], "auto", 2e9),
+        ([HEAD], "auto", math.inf),
+        ([{"CPU": 1.0}], 1, math.inf),
+    ],
+)
+def test_memory_of_each_worker(nodes: list[dict[str, float]], workers: int | Literal["auto"], expected: float) -> None:
+    """A node where none fits has no part in it."""
+    assert cluster.memory_of_each(nodes, cluster.Share(1, 0), workers) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +138,7 @@ def test_a_folder_that_a_killed_driver_left_is_removed(tmp_path: Path) -> None:
 
 
 PRIVATE = """
-import json, sys, time
+import json, os, sys, time
 import psutil
 from palf_dist.config import DistributedConfig
 from palf_dist.distributed.cluster import connect
@@ -125,6 +150,7 @@ class Actor:
         return 1
 
 with connect(DistributedConfig(workers=2)):
+    assert os.environ["RAY_AUTH_MODE"] == "token" and os.environ["RAY_AUTH_TOKEN"] != "f" * 64
     actors = [Actor.remote() for _ in range(2)]
     ray.get([actor.ready.remote() for actor in actors])
     time.sleep(3)  # agents open their ports a little later
@@ -144,7 +170,7 @@ print(json.dumps({"pids": [p.pid for p in processes], "listening": listening, "f
 def test_a_private_ray_keeps_to_itself(tmp_path: Path) -> None:
     """Loopback only, nothing in the home folder, and nothing left behind."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(tmp_path)}
+    environment |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "f" * 64}  # for another one
     done = subprocess.run(
         [sys.executable, "-c", PRIVATE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

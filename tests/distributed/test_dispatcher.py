@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from palf_dist.config import DistributedConfig
 from palf_dist.distributed.dispatcher import IDLE_SECONDS, PATIENCE, PATIENCE_OF_AUTO, STARTING_SECONDS, Dispatcher
 from palf_dist.distributed.pool import Broadcast, UnitBug, UnitError
-from palf_dist.errors import ClusterError
+from palf_dist.distributed.session import most_in_flight
+from palf_dist.errors import ClusterError, ConfigError
 from palf_dist.types import Unit
 from tests.distributed.simulated import Fate, NodeEvent, SimulatedFleet
 
@@ -28,6 +29,7 @@ class Run:
         config = DistributedConfig.model_validate({"workers": 2, "unit_timeout": TIMEOUT, **settings})
         self.pool = Dispatcher(fleet, config, self.events.append, steady)
         self.given: list[Unit] = []
+        self.halvings: list[int] = []
 
     def submit(self, units: Sequence[Unit]) -> None:
         for unit in units:
@@ -37,6 +39,7 @@ class Run:
         contribution = self.pool.next_completed(timeout)
         if contribution is not None:
             self.given.append(contribution.unit)
+            self.halvings.append(contribution.halvings)
 
     def finish(self, limit: float = 1e5) -> Run:
         end = self.fleet.now + limit
@@ -146,7 +149,10 @@ def test_a_straggler_that_never_answers_is_killed_at_its_deadline() -> None:
     run.finish()
     assert run.fleet.now < 100.0 and run.pool.alive == 2
     run.go_on(400.0)
-    assert run.events[1:] == ["worker 0 (pid 1001) stalled (distributed.unit_timeout = 300 s); it is replaced"]
+    assert run.events[1:] == [
+        "worker 0 (pid 1001) stalled (distributed.unit_timeout = 300 s); it is replaced",
+        "worker 0 (pid 1003) is ready, 1.0 s after a worker was lost",
+    ]
     assert run.fleet.workers[0].killed and run.pool.alive == 2 and run.fleet.runs == 9
     assert run.pool.recoveries == [1.0]
 
@@ -158,7 +164,7 @@ def test_both_copies_of_a_unit_may_be_lost() -> None:
     run.finish()
     assert sorted(run.given) == units(8)
     assert run.pool.duplicated == 1 and run.pool.reissued == 1
-    assert [event.split("; ")[1] for event in run.events[1:]] == [
+    assert [event.split("; ")[1] for event in run.events[1:] if "; " in event] == [
         "it is replaced",
         "it is replaced, and unit meta_gradient 0/6 is issued again (3 of 5)",
     ]
@@ -205,10 +211,72 @@ def test_a_place_where_no_worker_starts_is_given_up() -> None:
     run.submit(units(4))
     run.finish()
     assert run.pool.alive == 1 and len(run.fleet.workers) == 4
-    assert run.events[-1] == "worker 1 died while starting 3 times in a row; the run goes on without it"
+    assert run.events[0] == "worker 1 died while starting (killed); it is replaced"
+    assert run.events[-1] == "worker 1 died while starting 3 times in a row (killed); the run goes on without it"
     run = Run(SimulatedFleet(WHOLE, starts=[Fate(2.0, "dies")] * 9), workers=2, max_attempts=3)
     run.submit(units(4))
-    with pytest.raises(ClusterError, match="3 workers in a row died while starting; the last one said: killed in"):
+    with pytest.raises(
+        ClusterError, match="3 workers in a row died while starting; the last one said: in the simulation"
+    ):
+        run.finish()
+
+
+def test_auto_has_a_worker_for_the_last_unit_although_another_one_was_given_up() -> None:
+    starts = [Fate(1.0), *[Fate(2.0, "dies")] * 2, Fate(1.0)]
+    run = Run(SimulatedFleet({"a": 2}, starts, [*[Fate(10.0)] * 4, Fate(1.0, "dies")]), workers="auto", max_attempts=2)
+    run.submit(units(4))
+    run.finish()
+    assert run.pool.alive == 1
+    run.submit(units(1, outer_step=1))
+    run.finish()
+    assert run.pool.reissued == 1 and run.fleet.now < 60.0
+
+
+def test_a_worker_whose_node_leaves_is_none_to_go_on_with() -> None:
+    """Of two, one is at work on a node that is drained when the other one fails to start for the last time."""
+    events = [NodeEvent(5.0, "a", "leaves"), NodeEvent(9.0, "b", "joins", 2)]
+    starts = [Fate(1.0), *[Fate(9.0, "dies")] * 9]
+    run = Run(SimulatedFleet({"a": 1, "c": 1}, starts, [Fate(200.0)], events), workers=2, max_attempts=2)
+    run.submit(units(2))
+    with pytest.raises(ClusterError, match="2 workers in a row died while starting"):
+        run.finish()
+
+
+def test_a_number_that_is_used_again_has_all_its_attempts() -> None:
+    starts = [Fate(1.0), *[Fate(2.0, "dies")] * 2, Fate(2.0, "dies"), Fate(1.0)]
+    events = [NodeEvent(50.0, "b", "joins", 1)]
+    run = Run(SimulatedFleet({"a": 2}, starts, events=events), workers="auto", max_attempts=2)
+    run.submit(units(20))
+    run.finish()
+    assert len(run.fleet.living) == 3 and sum("goes on without it" in event for event in run.events) == 1
+
+
+def test_a_unit_whose_worker_is_killed_for_memory_is_done_in_more_parts() -> None:
+    fates = [Fate(1.0, "out of memory"), Fate(1.0, "out of memory"), Fate(1.0, "dies")]
+    run = Run(SimulatedFleet(WHOLE, units=fates), workers=1)
+    run.submit(units(1))
+    assert run.finish().halvings == [2] and run.pool.reissued == 3
+    assert "was killed as its node ran out of memory; it is replaced, and unit" in run.events[0]
+    run.submit(units(1, outer_step=1))
+    assert run.finish().halvings == [2, 0]
+
+
+def test_one_answer_at_a_time_is_taken_and_none_that_is_there_comes_too_late() -> None:
+    run = Run(SimulatedFleet(WHOLE, units=[Fate(10.0)] * 3), workers=3)
+    run.submit(units(3))
+    run.step(20.0)
+    answers = [worker.asked[-1] for worker in run.fleet.workers]
+    assert [answer.taken for answer in answers] == [True, False, False]
+    run.fleet.now += 2 * TIMEOUT  # the driver is busy elsewhere
+    assert sorted(run.finish().given) == units(3)
+    assert run.pool.reissued == run.pool.duplicated == 0 and run.fleet.runs == 3
+
+
+def test_what_a_worker_refuses_to_start_with_ends_the_run_with_its_words() -> None:
+    """A GPU too small for the units, which nobody else can know."""
+    run = Run(SimulatedFleet(WHOLE, starts=[Fate(1.0, "refuses")]))
+    run.submit(units(1))
+    with pytest.raises(ConfigError, match=r"^tasks\.group_size: too little memory$"):
         run.finish()
 
 
@@ -216,8 +284,10 @@ def test_a_place_where_no_worker_starts_is_given_up() -> None:
 def test_a_cluster_without_room_ends_the_run_in_the_end(workers: int | str, patience: float) -> None:
     run = Run(SimulatedFleet({}), workers=workers)
     run.submit(units(1))
-    with pytest.raises(ClusterError, match=rf"no worker has become ready within {patience:g} s"):
+    with pytest.raises(ClusterError, match=rf"no worker has become ready within {patience:g} s; each asks for 1 CPU"):
         run.finish()
+    no_room = "distributed.workers auto: the cluster has room for 0; each worker asks for 1 CPU and 0 GPU"
+    assert [event for event in run.events if "room" in event] == ([no_room] if workers == "auto" else [])
     assert run.fleet.now == pytest.approx(patience, abs=10)
 
 
@@ -276,6 +346,15 @@ def test_auto_keeps_workers_for_what_asynchronous_mode_would_submit() -> None:
     assert run.pool.capacity == 3
     run.go_on(IDLE_SECONDS + 30)
     assert run.pool.alive == 3
+
+
+def test_auto_has_no_workers_whose_work_would_come_too_late() -> None:
+    config = DistributedConfig(workers="auto", mode="async", max_staleness=2)
+    assert most_in_flight(config) == 6
+    run = Run(SimulatedFleet({"a": 64}), steady=most_in_flight(config), workers="auto", mode="async")
+    run.submit(units(1))
+    run.finish()
+    assert len(run.fleet.workers) == 6
 
 
 @pytest.mark.parametrize("workers", [2, "auto"])

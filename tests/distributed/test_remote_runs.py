@@ -41,7 +41,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the private copies of this machine's runs go; the datasets are bundled and need no cache."""
+    """Where the private copies of this machine's runs go; the datasets are bundled and need no cache. Each run has its
+    storage to itself, so its lease need not be waited for."""
+    monkeypatch.setattr(storage_lease, "SETTLE_SECONDS", 0.1)
     monkeypatch.setenv("PALF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "staging"
 

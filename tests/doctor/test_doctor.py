@@ -19,6 +19,12 @@ def test_what_cannot_be_reached(cli: Command) -> None:
     assert "none.yaml cannot be read" in cli.refused("doctor", "--config", "none.yaml")
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "127.0.0.1:1"])
+def test_a_run_directory_that_holds_a_key_goes_nowhere(cli: Command, address: str) -> None:
+    message = cli.refused("doctor", "--address", address, "--run-dir", "s3://KEYKEYKEY:canary@bucket/run")
+    assert "--run-dir: holds a password or a key" in message and "canary" not in message
+
+
 @pytest.mark.slow
 def test_this_machine(cli: Command) -> None:
     config = cli.folder / "own.yaml"

@@ -72,6 +72,7 @@ def test_what_is_wrong_with_a_node(change: dict[str, object], check: str, status
     ("change", "check", "status", "message"),
     [
         ({"silent": {"10.0.0.2": "no palf_dist"}}, "nodes", "problem", "10.0.0.2 told nothing: no palf_dist"),
+        ({"nodes": [replace(NODE, cpus=0.0)]}, "nodes", "warning", "only the head is there (a)"),
         ({"unseen": ["b"]}, "storage", "warning", "b: what it writes to /run the driver's node does not see"),
         ({"mlflow": "http://m", "mlflow_error": "timed out"}, "mlflow", "warning", "does not answer the driver"),
         ({"room_error": "5 workers are more", "workers": 5}, "room", "problem", "5 workers are more"),
@@ -83,6 +84,11 @@ def test_what_is_wrong_with_a_cluster(change: dict[str, object], check: str, sta
     [finding] = findings(replace(Survey([NODE], run_dir="/run"), **change))[check]  # type: ignore[arg-type]
     assert finding.status == status and message in finding.message
     assert (finding.remedy == "") == (status == "ok")
+
+
+def test_another_python_than_that_of_all_nodes_only_warns() -> None:
+    nodes = [replace(NODE, host=host, versions={**OWN, "python": "3.12.1"}) for host in "ab"]
+    assert [finding.status for finding in findings(Survey(nodes))["versions"]] == ["warning", "warning"]
 
 
 def test_a_survey_comes_through_json() -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import ray
@@ -17,9 +18,10 @@ from palf_dist.jobs.client import JobsClient, UnreachableError, resolve_address
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers everybody, in the words of the server's ``text``."""
+    """Answers everybody, in the words of the server's ``text``; ``shown`` are the tokens that it was sent."""
 
     def do_GET(self) -> None:
+        self.server.shown.append(self.headers["Authorization"])  # type: ignore[attr-defined]
         body = self.server.text.encode()  # type: ignore[attr-defined]
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -36,6 +38,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "canary" * 8)
     with http.server.HTTPServer(("0.0.0.0", 0), Handler) as server:
+        server.shown = []  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server
@@ -59,6 +62,21 @@ def test_something_else_answers(server: http.server.HTTPServer) -> None:
     with pytest.raises(ClusterError, match=r"what answers there \(HTTP 200\) is not Ray's dashboard") as refused:
         JobsClient(address)
     assert "canary" not in str(refused.value)
+    assert server.shown == [None, "Bearer " + "canary" * 8]  # type: ignore[attr-defined]
+
+
+def test_the_token_file_is_closed_on_a_machine_that_only_submits(
+    server: http.server.HTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.write_text("f" * 64)
+    path.chmod(0o644)
+    server.text = "<html>"  # type: ignore[attr-defined]
+    with pytest.raises(ClusterError, match="is not Ray's dashboard"):
+        JobsClient(f"http://127.0.0.1:{server.server_port}")
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_nothing_is_sent_to_a_cluster_that_asks_nobody_for_a_token(server: http.server.HTTPServer) -> None:
@@ -68,6 +86,11 @@ def test_nothing_is_sent_to_a_cluster_that_asks_nobody_for_a_token(server: http.
     server.text = f'{{"ray_version": "{ray.__version__}"}}'  # type: ignore[attr-defined]
     with pytest.raises(ClusterError, match=r"takes commands from anybody who reaches it; .*RAY_AUTH_MODE=token"):
         JobsClient(f"http://{host}:{server.server_port}")
+    assert server.shown == [None]  # type: ignore[attr-defined]
+    server.text = "<html>"  # type: ignore[attr-defined]
+    with pytest.raises(ClusterError, match="is not Ray's dashboard"):
+        JobsClient(f"http://{host}:{server.server_port}")
+    assert server.shown == [None, None]  # type: ignore[attr-defined]
 
 
 def test_what_never_answers_is_not_waited_for(server: http.server.HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:

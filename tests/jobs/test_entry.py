@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.processes import ROOT
@@ -94,8 +95,8 @@ def test_a_job_that_is_stopped_lets_its_driver_save(job: Job) -> None:
     assert process.stdout is not None
     while "waiting" not in (line := process.stdout.readline()):
         assert line, "the driver has ended"
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    for pid in (process.pid, int(children.stdout)):  # as Ray does
+    [driver] = psutil.Process(process.pid).children()
+    for pid in (process.pid, driver.pid):  # as Ray does
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.1)
     process.communicate(timeout=60)
@@ -118,3 +119,8 @@ def test_another_version_is_refused(job: Job) -> None:
     code, output = job("0", "--for-version", "0.0.9")
     assert code == 2 and "the job was submitted with 0.0.9; install the same on both sides" in output
     assert not (job.folder / "calls.jsonl").exists()
+
+
+def test_the_command_line_is_shown_without_secrets(job: Job) -> None:
+    code, output = job("0", "--set", "tracking.uri=http://me:canary@host", MY_TOKEN="canary-too", NAME="canary-too")
+    assert code == 0 and "palf_dist job: palf-dist meta-train" in output and "canary" not in output

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -39,10 +40,8 @@ def as_client(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def in_background(work: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
+def in_background(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, daemon=True).start()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 200.0) -> None:
@@ -95,14 +94,22 @@ def test_what_answers_is_no_dashboard(cli: Command, head: Head) -> None:
 
 def test_following_over_cuts_and_a_ctrl_c(cli: Command, head: Head) -> None:
     """Every line once and in order, although the connection breaks twice, and is refused for a while."""
+    enough = cli.folder / "enough"
     job_id = JobsClient(head.url).submit(
         "printer",
-        entrypoint="for i in $(seq 60); do echo line $i; sleep 0.1; done; printf 'no end of line'; exit 7",
+        entrypoint=f"for i in $(seq 2000); do test -e {enough} && break; echo line $i; sleep 0.1; done; "
+        "printf 'no end of line'; exit 7",
     )
     proxy = Proxy(int(head.url.rpartition(":")[2]))
     proxy.mend()
     client = JobsClient(proxy.url)
-    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    connections = proxy.accepted  # of one client; the command has as many, and then that of the log
+
+    def ctrl_c() -> None:
+        wait_for(lambda: proxy.accepted > 2 * connections)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    in_background(ctrl_c)
     ended = cli("jobs", "logs", "--follow", job_id, "--address", proxy.url)
     assert ended.code == 130
     assert "the job goes on" in ended.err and f"palf-dist jobs stop {job_id}" in ended.err
@@ -114,6 +121,8 @@ def test_following_over_cuts_and_a_ctrl_c(cli: Command, head: Head) -> None:
         cuts = sum("connection lost" in notice for notice in notices)
         if len(texts) in (2, 5) and cuts < 2:
             in_background(outage)
+        if len(texts) == 6:
+            enough.touch()
 
     def outage() -> None:
         proxy.cut()
@@ -124,7 +133,8 @@ def test_following_over_cuts_and_a_ctrl_c(cli: Command, head: Head) -> None:
     assert job.driver_exit_code == 7
     log = "".join(texts)
     assert log == client.logs(job_id)
-    assert [line for line in log.splitlines() if line.startswith("line ")] == [f"line {i + 1}" for i in range(60)]
+    lines = [line for line in log.splitlines() if line.startswith("line ")]
+    assert lines == [f"line {i + 1}" for i in range(len(lines))]
     assert log.endswith("no end of line")
     assert any("connection lost" in notice for notice in notices), notices
     assert cli("jobs", "logs", "--follow", job_id, "--address", head.url).code == 7
@@ -162,9 +172,10 @@ def test_a_run_is_stopped_resumed_killed_and_lost_and_ends_as_if_nothing_had_bee
                 if "JobSupervisor" in " ".join(process.cmdline()) and str(head.folder) in str(process.environ()):
                     process.kill()
 
-    killer = in_background(kill_driver_then_its_supervisor)
-    ended = cli(*submit, "--follow", *what)
-    killer.join()
+    with ThreadPoolExecutor() as pool:
+        killer = pool.submit(kill_driver_then_its_supervisor)
+        ended = cli(*submit, "--follow", *what)
+        killer.result()
     assert ended.code == 0, ended
     assert f"--resume {run_dir}" in ended.out
     assert "the driver was killed by SIGKILL" in ended.out and "restart 1 of 1" in ended.out

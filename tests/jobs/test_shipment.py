@@ -81,6 +81,21 @@ def test_files_that_are_nowhere(packer: Packer, table: Path) -> None:
     assert [note for note in made.notes if "/only/there.parquet is not sent" in note]
 
 
+def test_names_that_look_alike_as_folders(packer: Packer, table: Path) -> None:
+    both = [{"name": name, "path": "mine.parquet"} for name in ("a/b", "a_b")]
+    packer.meta_train(load_config(SMOKE, [f"data.train={both}"]), "s3://bucket/run", None, as_json=False)
+    assert shipped(packer) == ["config.yaml", "data/a_b/00000.parquet", "data/a_b_/00000.parquet"]
+    sent = load_config(packer.folder / "config.yaml").data.train
+    assert [source.path for source in sent] == ["data/a_b", "data/a_b_"]
+
+
+def test_a_module_of_the_users_is_told_to_stay(packer: Packer) -> None:
+    config = load_config(SMOKE, ["tasks.architectures=[{kind: mlp}, {kind: module, factory: 'mymodels:net'}]"])
+    made = packer.meta_train(config, "s3://bucket/run", None, as_json=False)
+    [note] = [note for note in made.notes if "factory" in note]
+    assert note.startswith("tasks.architectures.1.factory: mymodels is not sent; install it on every node")
+
+
 @pytest.mark.parametrize(
     ("run_dir", "resume", "message"),
     [
