@@ -246,7 +246,7 @@ class Hosts:
         said = process.stdout.readline()
         if said != "ready\n":
             raise HostsError(f"{host} did not start: {said}{process.stdout.read()}")
-        for _ in range(100):  # for an instant, as the shell becomes another program, it has no command line to be found by
+        for _ in range(100):  # while the shell becomes another program, it has no command line to be found by
             with contextlib.suppress(HostsError):
                 self._first(host)
                 return
