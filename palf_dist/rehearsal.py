@@ -2,7 +2,8 @@
 every storage is counted from its making to its end. The rest follows, as all that is kept grows by the task, by the
 inner step and by the checkpoint. So it knows every architecture and estimator.
 
-Where numbers would take long, the rehearsal is on "meta" tensors, which have sizes and hold none.
+Where numbers would take long, the rehearsal is on "meta" tensors, which have sizes and hold none. What a library takes
+inside an operation is not seen: a convolution's scratch memory, by processor, was up to 35 % on top of what is told.
 """
 
 from __future__ import annotations

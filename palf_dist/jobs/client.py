@@ -11,10 +11,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import ray
 import requests
 from ray.dashboard.utils import get_address_for_submission_client
@@ -32,6 +33,9 @@ PROBE_SECONDS = 2.0
 REQUEST_SECONDS = (4.0, 30.0)  # to connect, to answer
 LOOKUP_SECONDS = 5.0
 SUBMIT_SECONDS = 60.0
+HEARTBEAT_SECONDS = 30.0
+"""A stream whose other end has not answered a ping for half of this is dead."""
+CLOSE_SECONDS = 1.0
 QUIET_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -77,6 +81,18 @@ class JobsClient(JobSubmissionClient):
         """All that a job has printed so far. Raises UnknownJobError."""
         with self._explained(job_id):
             return str(self.get_job_logs(job_id))
+
+    @contextlib.asynccontextmanager
+    async def log_stream(self, job_id: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """What a job prints, from its beginning, in messages of text. Ray's own ``tail_job_logs`` does not close its
+        connection when it is cut short."""
+        url = f"{self._address}/api/jobs/{job_id}/logs/tail"
+        closing = aiohttp.ClientWSTimeout(ws_close=CLOSE_SECONDS)
+        async with (
+            aiohttp.ClientSession(cookies=self._cookies, headers=self._headers) as session,
+            session.ws_connect(url, ssl=self._ssl_context, timeout=closing, heartbeat=HEARTBEAT_SECONDS) as stream,
+        ):
+            yield stream
 
     def stop(self, job_id: str) -> bool:
         """Ask a job to end; whether it was running. Raises UnknownJobError."""

@@ -13,8 +13,6 @@ from ray.job_submission import JobDetails, JobStatus
 from palf_dist.errors import ClusterError
 from palf_dist.jobs.client import JobsClient, UnreachableError
 
-QUIET_SECONDS = 60.0
-"""A connection that brings nothing for so long may be dead without saying so: a new one is made."""
 RETRY_SECONDS = (0.5, 10.0)  # between attempts to connect: first, longest
 GIVE_UP_SECONDS = 900.0
 STOPPED = 130
@@ -73,13 +71,13 @@ class _Follower:
     async def _tail(self) -> None:
         """Read the log, from its beginning as Ray has it, until the connection ends for whatever reason."""
         position = 0
-        tail = self._client.tail_job_logs(self._job_id)
-        with contextlib.suppress(StopAsyncIteration, aiohttp.ClientError, OSError, RuntimeError, TimeoutError):
-            async with contextlib.aclosing(tail):
-                while True:
-                    text = await asyncio.wait_for(anext(tail), QUIET_SECONDS)
-                    self._take(text, position)
-                    position += len(text)
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            async with self._client.log_stream(self._job_id) as stream:
+                async for message in stream:
+                    if message.type != aiohttp.WSMsgType.TEXT:
+                        break
+                    self._take(message.data, position)
+                    position += len(message.data)
 
     def _take(self, text: str, position: int) -> None:
         """``text`` stands at ``position`` of the log: write what of it is new."""
