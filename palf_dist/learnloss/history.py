@@ -36,10 +36,7 @@ class Training:
         for name in ("weights", "slope", "curvature"):
             if values[name] is not None:
                 values[name] = values[name].tolist()
-        values["waypoints"] = [
-            {name: part.tolist() if isinstance(part, np.ndarray) else part for name, part in waypoint.items()}
-            for waypoint in values["waypoints"]
-        ]
+        values["waypoints"] = [waypoint.state() for waypoint in self.waypoints]
         return {**values, "error": repr(self.error)}
 
     @classmethod
@@ -48,14 +45,7 @@ class Training:
             name: None if state[name] is None else np.array(state[name], float)
             for name in ("weights", "slope", "curvature")
         }
-        waypoints = tuple(
-            Waypoint(
-                np.array(item["weights"], float),
-                item["error"],
-                None if item["gradient"] is None else np.array(item["gradient"], float),
-            )
-            for item in state["waypoints"]
-        )
+        waypoints = tuple(Waypoint.from_state(item) for item in state["waypoints"])
         return cls(**{**state, **arrays, "error": float(state["error"]), "waypoints": waypoints})
 
 

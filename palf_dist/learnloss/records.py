@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,6 +54,16 @@ class Waypoint:
     weights: np.ndarray  # [k]
     error: float
     gradient: np.ndarray | None = None  # [k] d e / d lambda
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values."""
+        gradient = None if self.gradient is None else self.gradient.tolist()
+        return {"weights": self.weights.tolist(), "error": self.error, "gradient": gradient}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Waypoint:
+        gradient = None if state["gradient"] is None else np.array(state["gradient"], float)
+        return cls(np.array(state["weights"], float), state["error"], gradient)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from palf_dist.search.trial import Parameters, Report
 LEDGER = "trials.jsonl"
 ENDINGS = ("finished", "stopped", "failed")
 """How a trial ends: by itself, by a scheduler, or with an error."""
+REPORTED = ("phi", "gradient", "curvature", "weights", "waypoints", "metrics", "done")
+"""Fields of a report beside its step and error."""
 
 
 @dataclass
@@ -134,6 +136,7 @@ class Ledger:
             gradient=_finite(report.gradient),
             curvature=_finite(report.curvature),
             weights=report.weights,
+            waypoints=report.waypoints,
             metrics={name: float(value) for name, value in report.metrics.items() if math.isfinite(value)},
             done=bool(report.done),
         )
@@ -176,7 +179,7 @@ class Ledger:
             raise ValueError(f"trial {number} has {record.ending} and goes on with {event}")
         if event == "report":
             error = math.nan if line["error"] is None else float(line["error"])
-            fields = {name: line[name] for name in ("phi", "gradient", "curvature", "weights", "metrics", "done")}
+            fields = {name: line[name] for name in REPORTED}
             record.reports.append(Report(line["step"], error, **fields))
             self._reporting.add(number)
             self.history.append(Heard(line["seconds"], len(self._reporting), number, line["step"], error))

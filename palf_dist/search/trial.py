@@ -28,6 +28,7 @@ class Report:
     gradient: list[float] | None = None  # [k] d error / d weights, once the training has converged
     curvature: list[list[float]] | None = None  # [k, k], as in Sensitivity
     weights: list[float] | None = None  # [k] trained with, where they are not those of the parameters (on the fly)
+    waypoints: list[dict[str, Any]] | None = None  # states of what such a training had settled down to on its way
     metrics: dict[str, float] = field(default_factory=dict)  # more for curves; "cost": gradient evaluations so far
     artefact: Path | None = None  # folder whose content becomes best/ where this is the best so far
     checkpoint: Path | None = None  # folder from which another trial can start (PBT)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from palf_dist.learnloss.records import Outcome
+from palf_dist.learnloss.records import Outcome, Waypoint
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.learnloss.tuning import TuneLoss
 from palf_dist.search.anytime import parameters_used
@@ -42,7 +42,8 @@ class TuneLossSearch:
         outcome = _outcome(record, self._space)
         used = list(parameters_used(record.parameters, record.reports[-1]).values())
         complete = record.ending == "finished" or diverged
-        self.tune_loss.tell(identifier, outcome, weights=np.array(used), complete=complete)
+        waypoints = [Waypoint.from_state(state) for state in record.reports[-1].waypoints or []]
+        self.tune_loss.tell(identifier, outcome, weights=np.array(used), complete=complete, waypoints=waypoints)
 
     def conclusion(self) -> dict[str, Any]:
         report = self.tune_loss.report()

@@ -51,10 +51,11 @@ class SoftmaxTrainer:
         few iterations from what the training itself has shown. The last one is the trained model and has the
         derivatives of e: a trial cannot be asked for them later. All training is done, and counted, before the first
         snapshot."""
-        used = weights
+        used, waypoints = weights, []
         if on_the_fly:
             guide = OnTheFly(self.regression.space)
             used, outcome = self.regression.train_on_the_fly(guide.choose, guide.refine)
+            waypoints = [waypoint.state() for waypoint in guide.waypoints]
         else:
             outcome = self.regression.train(weights)
         assert outcome.models is not None
@@ -67,6 +68,7 @@ class SoftmaxTrainer:
                 sensitivity = outcome.derivatives()
                 assert sensitivity is not None and sensitivity.curvature is not None
                 details |= {"gradient": sensitivity.gradient.tolist(), "curvature": sensitivity.curvature.tolist()}
+                details |= {"waypoints": waypoints} if on_the_fly else {}
                 cost += sensitivity.cost
             model = {COEFFICIENTS: models[index]}
             share = self.misclassified(model, "validation")

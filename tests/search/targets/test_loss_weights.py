@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pickle
@@ -13,12 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from palf_dist.errors import CheckpointError, ConfigError, DataError
+from palf_dist.learnloss.tuning import tune_loss
 from palf_dist.search.fingerprints import check_unchanged, keep
+from palf_dist.search.ledger import Ledger
 from palf_dist.search.targets import LossWeightsConfig, make_target
 from palf_dist.search.targets.loss_weights import LossWeightsTarget
 from palf_dist.search.targets.rows import load_rows
 from palf_dist.search.targets.snapshot import load_arrays
+from palf_dist.search.targets.softmax import SoftmaxTrainer
 from palf_dist.search.trial import ON_THE_FLY, Report, TrialContext
+from palf_dist.search.tuneloss_proposals import TuneLossSearch
 
 NETWORK = {
     "model": {"kind": "mlp", "hidden": [8]},
@@ -201,6 +206,25 @@ def test_on_the_fly_tells_the_weights_it_came_to(tmp_path: Path) -> None:
     again = list(made.run(space.named(np.array(weights)), context(tmp_path / "again")))
     assert again[-1].error == pytest.approx(reports[-1].error, rel=5e-2)  # trained to convergence with them
     assert load_arrays(tmp_path / "trial" / "best")[1]["weights"] == space.named(np.array(weights))
+
+
+def test_a_search_of_trials_goes_where_tune_loss_does_in_one_process(tmp_path: Path) -> None:
+    """Through the ledger, with all that the training on the fly has learned on its way."""
+    made = target(tmp_path, on_the_fly=True, label_noise={"rate": 0.2})
+    search = TuneLossSearch(made.weight_space(), 0, on_the_fly=True)
+    with contextlib.closing(Ledger(tmp_path)) as ledger:
+        for number in (1, 2, 3):
+            record = ledger.create(search.suggest(number))
+            for report in made.run(record.parameters, context(tmp_path / record.name)):
+                ledger.report(number, report)
+            ledger.end(number, "finished")
+            search.tell(Ledger(tmp_path).trials[number])
+    problem = SoftmaxTrainer(made.config, load_rows(made.config)).regression
+    direct = tune_loss(problem, 3, seed=0)  # that of the guide in a trial
+    assert len(direct.trainings[0].waypoints) > 3
+    for ours, theirs in zip(search.tune_loss.trainings, direct.trainings, strict=True):
+        assert ours.weights == pytest.approx(theirs.weights) and ours.error == pytest.approx(theirs.error)
+        assert [w.state() for w in ours.waypoints] == [w.state() for w in theirs.waypoints]
 
 
 def test_l2_of_columns_that_are_not_there(tmp_path: Path) -> None:
