@@ -200,6 +200,7 @@ class Dispatcher:
             and issue.unit.kind in limits
             and not issue.given
             and len(issue.seats) == 1
+            and seat not in self._there
             and issue.attempts < self._settings.max_attempts
         ]
 

@@ -272,6 +272,17 @@ def test_one_answer_at_a_time_is_taken_and_none_that_is_there_comes_too_late() -
     assert run.pool.reissued == run.pool.duplicated == 0 and run.fleet.runs == 3
 
 
+def test_a_unit_whose_answer_is_there_is_not_issued_a_second_time() -> None:
+    run = Run(SimulatedFleet(WHOLE), workers=3)
+    run.submit(units(6))
+    run.finish()
+    run.submit(units(3, outer_step=1))
+    run.step(20.0)
+    run.fleet.now += 100.0  # the driver is busy elsewhere
+    run.finish()
+    assert run.pool.duplicated == 0 and run.fleet.runs == 9
+
+
 def test_what_a_worker_refuses_to_start_with_ends_the_run_with_its_words() -> None:
     """A GPU too small for the units, which nobody else can know."""
     run = Run(SimulatedFleet(WHOLE, starts=[Fate(1.0, "refuses")]))
