@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
@@ -18,7 +19,7 @@ from benchmarks.tuneloss.methods import METHODS
 from benchmarks.tuneloss.plot import plot_anytime
 from benchmarks.tuneloss.problems import CASES
 from benchmarks.tuneloss.results import Run, best_found, load_curve, run_all
-from benchmarks.tuneloss.summary import summarise
+from benchmarks.tuneloss.summary import cost_on_the_fly, summarise
 from benchmarks.tuneloss.tables import Sheet, comparison_sheets, problem_sheet
 from palf_dist.atomic import write_atomic
 from palf_dist.errors import ConfigError, PalfError
@@ -47,7 +48,8 @@ understate. *Paired* is the median over cases of the ratio of that case, of thos
 Gradient evaluations are those of the trainings, of the implicit derivatives where a method uses them (a
 Hessian-vector product counts as two), and of the snapshots that a method looks at: the validation error of each counts
 as a third of the gradient evaluations that as many rows make. A training on the fly counts as one training, though it
-takes two to four times the gradient evaluations of another. Trainings end after 250 iterations of L-BFGS, at weak
+is longer than another: its gradient evaluations, its looks included, are told below in those of a median training of
+TPE on the same case. So read the second table of each set first. Trainings end after 250 iterations of L-BFGS, at weak
 penalties before they have converged.
 
 How the problems were chosen: by random search and TPE alone, so that neither the centre of the box nor the best of 20
@@ -141,7 +143,10 @@ def _report(console: Console, runs: list[Run], folder: Path, write_docs: bool) -
         console.rule(title)
         for sheet in sheets:
             console.print(sheet.to_rich())
-        parts.append("\n".join([f"## {title}", "", *[sheet.to_markdown() for sheet in sheets]]))
+        share = cost_on_the_fly(there)
+        costs = "" if np.isnan(share) else f"A training on the fly costs as much as {share:.1f} of TPE's (median).\n"
+        console.print(costs)
+        parts.append("\n".join([f"## {title}", "", costs, *[sheet.to_markdown() for sheet in sheets]]))
         picture = to_png(plot_anytime(there, best, title))
         write_atomic(folder / f"anytime_{group}.png", picture)
         if write_docs and group == "reported":

@@ -38,6 +38,9 @@ SCHEMA = pa.schema(
 """One row per training; ``seconds`` is the wall time of the whole run."""
 
 
+ON_THE_FLY = "on_the_fly"  # kind of a training
+
+
 @dataclass(frozen=True)
 class Run:
     """One method on one problem."""
@@ -71,6 +74,7 @@ class Curve:
     method: str
     errors: np.ndarray  # [n] best so far after each training; infinite before the first that did not fail
     costs: np.ndarray  # [n] gradient evaluations up to each training, summed
+    starts_on_the_fly: bool = False
 
     @property
     def case(self) -> tuple[str, int]:
@@ -106,7 +110,7 @@ def load_curve(run: Run, folder: Path) -> Curve:
     table = pq.read_table(run.path(folder))[: run.budget]
     errors = np.minimum.accumulate(_finite(table["error"]))
     costs = table["cost"].to_numpy() + _looks(run, table)
-    return Curve(run.problem, run.seed, run.method, errors, np.cumsum(costs))
+    return Curve(run.problem, run.seed, run.method, errors, np.cumsum(costs), table["kind"][0].as_py() == ON_THE_FLY)
 
 
 def _looks(run: Run, table: pa.Table) -> np.ndarray:
@@ -115,7 +119,7 @@ def _looks(run: Run, table: pa.Table) -> np.ndarray:
     each snapshot, with them only on the fly."""
     train, validate = CASES[run.problem].rows
     snapshots = table["snapshots"].to_numpy()
-    on_the_fly = np.array([kind == "on_the_fly" for kind in table["kind"].to_pylist()])
+    on_the_fly = np.array([kind == ON_THE_FLY for kind in table["kind"].to_pylist()])
     learns = run.method.startswith("tuneloss") and METHODS[run.method].derivatives == "none"
     return np.where(on_the_fly | learns, snapshots, 1) * validate / (3 * train)
 

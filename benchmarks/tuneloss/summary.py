@@ -81,6 +81,14 @@ def summarise(curves: Sequence[Curve], best: dict[tuple[str, int], float]) -> li
     return rows
 
 
+def cost_on_the_fly(curves: Sequence[Curve]) -> float:
+    """Median over cases of the gradient evaluations of the training on the fly that a method begins with, relative to
+    the median training of the reference method; NaN where there is nothing to compare."""
+    plain = {curve.case: np.median(np.diff(curve.costs, prepend=0)) for curve in curves if curve.method == REFERENCE}
+    shares = [curve.costs[0] / plain[curve.case] for curve in curves if curve.starts_on_the_fly and curve.case in plain]
+    return float(np.median(shares)) if shares else np.nan
+
+
 def _until(curves: Sequence[Curve], goals: Sequence[float]) -> np.ndarray:
     """(trainings, gradient evaluations) [n, 2] that each curve needs to its goal."""
     return np.array([curve.until(goal) for curve, goal in zip(curves, goals, strict=True)])

@@ -19,7 +19,7 @@ from benchmarks.tuneloss.noisy_mlp import NoisyMLP
 from benchmarks.tuneloss.plot import LOOKS, plot_anytime
 from benchmarks.tuneloss.problems import CASES, FIVE, standardise
 from benchmarks.tuneloss.results import Curve, Run
-from benchmarks.tuneloss.summary import NEAR, UNITS, Need, summarise
+from benchmarks.tuneloss.summary import NEAR, UNITS, Need, cost_on_the_fly, summarise
 from palf_dist.learnloss.records import Choose, Outcome, Refine, Sensitivity
 from palf_dist.learnloss.softmax import LabelledRows, SoftmaxRegression
 from palf_dist.learnloss.space import WeightSpace
@@ -102,6 +102,15 @@ def test_unsolved_cases_are_infinite_in_medians_and_cost_the_reference_its_budge
     hopeless = Need.of(np.full(2, np.inf), np.array([3, 4]), np.full(2, 9.0))
     assert hopeless.median == np.inf and hopeless.solved == 0 and np.isnan(hopeless.ratio)
     assert Need.of(np.array([4.0]), np.array([np.inf]), np.array([100.0])).understated
+
+
+def test_a_training_on_the_fly_is_counted_in_plain_ones() -> None:
+    errors = np.ones(3)
+    tpe = [Curve("wine", seed, "tpe", errors, np.array([5.0, 15.0, 115.0])) for seed in (0, 1)]  # 5, 10 and 100
+    fly = [Curve("wine", seed, "tuneloss_fly", errors, np.array([60.0, 61.0, 62.0]), True) for seed in (0, 2)]
+    plain = Curve("wine", 0, "tuneloss", errors, np.array([1.0, 2.0, 3.0]))
+    assert cost_on_the_fly([*tpe, *fly, plain]) == 6.0  # seed 2 has nothing to be compared with
+    assert np.isnan(cost_on_the_fly([*tpe, plain]))
 
 
 def test_summary_measures_against_the_best_that_anyone_found() -> None:
