@@ -24,7 +24,7 @@ meta-train: $(STAMP)
 	$(BIN)/palf-dist meta-train --config configs/quick.yaml $(ARGS)
 
 test: lint
-	$(BIN)/pytest -m "not slow $(MARKS)" --cov --cov-report=
+	$(BIN)/pytest -m "not slow $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
 bench: $(STAMP)

@@ -22,7 +22,7 @@ from palf_dist.tasks.datasets import load_all
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "results_scaling.md"
 WORKERS = (10, 100, 1000, 4000)
-UNITS = 20
+UNITS = 8
 """Of each simulated worker."""
 
 Rows = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
@@ -130,10 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write-docs", action="store_true", help=f"also write {PAGE.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
     console = Console()
-    simulated = simulation_rows(simulations(options.workers, options.units))
-    console.print(shown(simulated))
     real = efficiency_rows(measure(settings(), options.rounds) if options.rounds else [])
     console.print(shown(real))
+    done = []
+    with console.status("simulated workers") as status:
+        for item in simulations(options.workers, options.units):
+            done.append(item)
+            status.update(f"{len(done)} simulations are done, the last one with {item.workers:,} workers")
+    simulated = simulation_rows(done)
+    console.print(shown(simulated))
     if options.write_docs:
         PAGE.write_text(page(real, simulated, options.units))
 
