@@ -62,6 +62,7 @@ def test_the_snippet_trains(policy: Path) -> None:
     assert accuracy > 0.85
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_every_command_of_the_pages_works(cli: Command) -> None:
     """In order, with the smoke configuration in place of the quick one. ``make`` targets are what CI itself runs."""

@@ -118,15 +118,18 @@ def test_following_over_cuts_and_a_ctrl_c(cli: Command, head: Head) -> None:
 
     def write(text: str) -> None:
         texts.append(text)
-        cuts = sum("connection lost" in notice for notice in notices)
-        if len(texts) in (2, 5) and cuts < 2:
+        if len(texts) in (2, 5) and cuts() < 2:
             in_background(outage)
         if len(texts) == 6:
             enough.touch()
 
+    def cuts() -> int:
+        return sum("connection lost" in notice for notice in notices)
+
     def outage() -> None:
+        before = cuts()
         proxy.cut()
-        time.sleep(1)
+        wait_for(lambda: cuts() > before)
         proxy.mend()
 
     job = follow(client, job_id, write, notices.append)
@@ -136,7 +139,7 @@ def test_following_over_cuts_and_a_ctrl_c(cli: Command, head: Head) -> None:
     lines = [line for line in log.splitlines() if line.startswith("line ")]
     assert lines == [f"line {i + 1}" for i in range(len(lines))]
     assert log.endswith("no end of line")
-    assert any("connection lost" in notice for notice in notices), notices
+    assert cuts() == 2, notices
     assert cli("jobs", "logs", "--follow", job_id, "--address", head.url).code == 7
     with pytest.raises(UnknownJobError, match="has no job nobody"):
         follow(client, "nobody", print, print)
