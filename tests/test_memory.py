@@ -81,11 +81,12 @@ def test_the_rehearsal_of_a_few_steps_tells_the_tensors_of_all(every: int, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rel"), [("mlp adjoint sgd, dense checkpoints", 0.2), ("conv select", 0.4)])
-def test_the_estimate_is_what_a_fresh_process_grows_by(name: str, rel: float) -> None:
-    """oneDNN chooses a convolution's algorithm, and with it the scratch memory, by the processor."""
+@pytest.mark.parametrize("name", ["mlp adjoint sgd, dense checkpoints", "conv select"])
+def test_the_estimate_is_what_a_fresh_process_grows_by(name: str) -> None:
+    """As far as machines agree: oneDNN chooses a convolution's algorithm, and with it the scratch memory, by the
+    processor, and a kernel that reclaims cold pages makes a slow process smaller."""
     found, tasks = of_case(name)
-    assert found.total(tasks) == pytest.approx(measured(name), rel=rel)
+    assert 0.6 < measured(name) / found.total(tasks) < 1.4
 
 
 def test_parts_double_until_they_fit() -> None:
