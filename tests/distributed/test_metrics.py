@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
 import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -53,16 +55,42 @@ def test_in_process_nothing_is_shown() -> None:
     assert not metrics._instruments
 
 
-def scrape(port: int) -> dict[str, float]:
-    """Name -> sum of the values of our metrics on a node of this machine."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    sums: dict[str, float] = {}
-    for line in lines:
-        if match := re.match(r"(ray_palf_dist_\w+)\{(.*)\} (\S+)$", line):
-            assert 'run="run"' in match[2], line
-            sums[match[1]] = sums.get(match[1], 0.0) + float(match[3])
-    return sums
+class Prometheus:
+    """Looks at a node of this machine all the time, as Prometheus does.
+
+    The only one to look: Ray forgets a gauge as soon as it has been read.
+    """
+
+    def __init__(self, port: int, run: str) -> None:
+        self.names: set[str] = set()
+        """Of all that was ever seen of the run."""
+        self.newest: dict[str, float] = {}
+        """Name -> sum of its values, as last seen."""
+        self._address, self._tag = f"http://127.0.0.1:{port}/metrics", f'run="{run}"'
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            with (
+                contextlib.suppress(OSError, http.client.HTTPException),
+                urllib.request.urlopen(self._address, timeout=10) as answer,
+            ):
+                lines = answer.read().decode().splitlines()
+                sums: dict[str, float] = {}
+                for line in lines:
+                    if (match := re.match(r"(ray_palf_dist_\w+)\{(.*)\} (\S+)$", line)) and self._tag in match[2]:
+                        sums[match[1]] = sums.get(match[1], 0.0) + float(match[3])
+                self.names |= sums.keys()
+                self.newest = sums
 
 
 @pytest.mark.slow
@@ -70,37 +98,29 @@ def scrape(port: int) -> dict[str, float]:
 def test_a_run_on_ray_is_seen_by_prometheus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    port = ray.nodes()[0]["MetricsExportPort"]
-    names: set[str] = set()  # gauges are there only while they are set: look all the time, as Prometheus does
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(1.0):
-            with contextlib.suppress(OSError):
-                names.update(scrape(port))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     monkeypatch.setenv("PALF_FAULTS", fault("in_unit", ("meta_gradient", 1, 0), "kill", tmp_path / "once"))
-    result = meta_train(small_config(distributed={"workers": 2}), tmp_path / "run")
-    assert result.contributions["reissued"] == 1
+    config = small_config(distributed={"workers": 2}).model_copy(update={"name": "seen-by-prometheus"})
     # seen only where there is something to count
     rare = {"palf_dist_contributions_refused", "palf_dist_units_duplicated", "palf_dist_recovery_seconds"}
-    expected = {
-        "ray_palf_dist_contributions_applied_total": result.contributions["applied"],
-        "ray_palf_dist_outer_steps_total": result.outer_steps,
-        "ray_palf_dist_outer_step_seconds_count": result.outer_steps,
-        "ray_palf_dist_staleness_count": result.contributions["applied"],
-        # in every bucket, as all are 0; sums are useless: Ray makes them from the middles of buckets
-        "ray_palf_dist_staleness_bucket": result.contributions["applied"] * (len(STEPS) + 1),
-        "ray_palf_dist_units_reissued_total": 1,
-    }
-    end, seen = time.monotonic() + 60, dict[str, float]()
-    while time.monotonic() < end and not (expected.items() <= seen.items()):
-        time.sleep(1)
-        seen = scrape(port)
-    over.set()
-    watcher.join()
-    assert expected.items() <= seen.items(), seen
-    assert {SHOWN[name] for name in names} >= METRICS.keys() - rare
-    assert names <= SHOWN.keys() and seen["ray_palf_dist_unit_seconds_sum"] > 0
+    with Prometheus(ray.nodes()[0]["MetricsExportPort"], config.name) as prometheus:
+        result = meta_train(config, tmp_path / "run")
+        assert result.contributions["reissued"] == 1
+        expected = {
+            "ray_palf_dist_contributions_applied_total": result.contributions["applied"],
+            "ray_palf_dist_outer_steps_total": result.outer_steps,
+            "ray_palf_dist_outer_step_seconds_count": result.outer_steps,
+            "ray_palf_dist_staleness_count": result.contributions["applied"],
+            # in every bucket, as all are 0; sums are useless: Ray makes them from the middles of buckets
+            "ray_palf_dist_staleness_bucket": result.contributions["applied"] * (len(STEPS) + 1),
+            "ray_palf_dist_units_reissued_total": 1,
+        }
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not (
+            expected.items() <= prometheus.newest.items()
+            and {SHOWN[name] for name in prometheus.names & SHOWN.keys()} >= METRICS.keys() - rare
+        ):
+            time.sleep(0.5)
+    assert expected.items() <= prometheus.newest.items(), prometheus.newest
+    assert prometheus.names <= SHOWN.keys()
+    assert {SHOWN[name] for name in prometheus.names} >= METRICS.keys() - rare
+    assert prometheus.newest["ray_palf_dist_unit_seconds_sum"] > 0
