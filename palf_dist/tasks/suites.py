@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
 from palf_dist.config import Count, DataConfig, DatasetSource, NoiseKind, Section, Share, TasksConfig
@@ -17,7 +16,7 @@ from palf_dist.tasks.datasets import fetch, list_datasets
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.files import parquet_files
 from palf_dist.tasks.registry import REGISTRY, find_entry
-from palf_dist.tasks.splits import num_task_classes, train_capacity
+from palf_dist.tasks.splits import imbalanced_capacity, train_capacity
 from palf_dist.types import TaskSpec
 
 Family = Literal["image", "text", "tabular"]
@@ -67,7 +66,9 @@ class Condition(Section):
     target_prior: Literal["train", "uniform"] = Field(
         default="train", description="class frequencies of the test rows: those of training, or balanced"
     )
-    train_size: Count | None = Field(default=None, description="most training rows; none: all that the dataset allows")
+    train_size: Count | None = Field(
+        default=None, description="most training rows; none: all that the dataset and the imbalance allow"
+    )
 
 
 class Suite(Section):
@@ -158,13 +159,9 @@ def condition_task(
     architecture: int,
     optimiser: str,
 ) -> TaskSpec:
-    """The task that puts ``dataset`` in a condition. Raises DataError for a dataset without two classes to learn.
-
-    The largest class of an imbalanced task can have no more rows than there are: the task has as many rows in all as
-    classes of equal size allow at its ratio. Of classes that are not, some have fewer rows than the ratio says.
-    """
-    shares = condition.imbalance ** -np.linspace(0, 1, num_task_classes(dataset))  # of the largest class's rows
-    capacity = int(train_capacity(dataset, tasks) * shares.mean())
+    """The task that puts ``dataset`` in a condition. Raises DataError for a dataset without two classes to learn."""
+    ratio = condition.imbalance
+    capacity = imbalanced_capacity(dataset, tasks, ratio) if ratio > 1 else train_capacity(dataset, tasks)
     return TaskSpec(
         keys=keys,
         dataset=dataset.name,

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
 
-from palf_dist.config import TasksConfig
+from palf_dist.config import NoiseKind, TasksConfig
 from palf_dist.errors import ConfigError, DataError
+from palf_dist.tasks import fetch
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.fetch import table_path
 from palf_dist.tasks.registry import REGISTRY
-from palf_dist.tasks.splits import draw_rows, train_capacity
+from palf_dist.tasks.splits import draw_rows, imbalanced_capacity, train_capacity
 from palf_dist.tasks.suites import (
     FOLDER,
     Suite,
@@ -26,7 +29,11 @@ from palf_dist.tasks.suites import (
     load_suite,
     shipped_suites,
 )
+from tests.command import Command
 from tests.tasks.cases import png, toy_dataset, write_parquet
+from tests.tasks.test_fetch import apt_knows_fashion_mnist
+
+PAGE = Path(__file__).parents[2] / "docs" / "suites.md"
 
 OWN: dict[str, Any] = {
     "name": "own",
@@ -234,10 +241,8 @@ def test_conditions_are_tasks() -> None:
     assert (specs[2].imbalance, specs[2].target_prior) == (10.0, "uniform")
     assert all((spec.dataset, spec.architecture, spec.optimiser) == ("toy", 2, "sgd") for spec in specs)
     rows = [draw_rows(dataset, spec, tasks) for spec in specs]
-    counts = [np.sort(np.bincount(task.labels[task.rows["train"]])) for task in rows]
-    assert [count.sum() for count in counts] == [spec.train_size for spec in specs]
-    smallest, _, largest = counts[2]
-    assert 9 < largest / smallest < 11 and largest >= counts[0].max() - 2, "the ratio asked for, and all that it allows"
+    assert len(rows[0].rows["train"]) == specs[0].train_size and len(rows[1].rows["train"]) == 90
+    assert specs[2].train_size == imbalanced_capacity(dataset, tasks, 10.0)
 
 
 def test_unknown_suites_name_the_nearest() -> None:
@@ -251,3 +256,31 @@ def test_suites_are_plain_yaml_that_reads_back_equal() -> None:
     suite = load_suite("palf12-hub")
     Path("again.yaml").write_text(json.dumps(suite.model_dump(mode="json")))
     assert load_suite("again.yaml") == suite
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.skipif(not apt_knows_fashion_mnist(), reason="needs Debian's package lists: apt-get update")
+def test_palf12_as_the_page_fetches_it(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is all there offline, and every dataset can be a task of every condition."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    (command,) = re.findall(r"```sh network\n\.venv/bin/palf-dist (.*)\n```", PAGE.read_text())
+    ended = cli(*command.split())
+    assert ended.code == 0, ended.err
+    monkeypatch.setattr(fetch, "_run", None)
+    suite, tasks = load_suite("palf12"), TasksConfig()
+    for fold in range(2):
+        data = fold_data(suite, fold)
+        datasets = load_all(data, related_held_out=True)
+        for source, condition in product(data.held_out, suite.conditions):
+            spec = condition_task(condition, datasets[source.name], tasks, ("palf12", 0), 0, "adam")
+            rows = draw_rows(datasets[source.name], spec, tasks).rows
+            assert len(rows["train"]) > 0.85 * spec.train_size >= 80 and len(rows["test"]) >= 50
+
+
+def test_the_pages_own_suite_is_one() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    Path("mine.yaml").write_text(example)
+    suite = load_suite("mine.yaml")
+    assert names(suite.datasets) == ["digits", "wine", "claims", "scans"] and len(suite.conditions) == 5
+    assert all(f"`{kind}`" in PAGE.read_text() for kind in get_args(NoiseKind))
