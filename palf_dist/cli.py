@@ -45,6 +45,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+SuiteOption = Annotated[
+    str | None, typer.Option("--suite", metavar="SUITE", help="Suite: palf12, palf12-hub, or a YAML file of your own.")
+]
 datasets_app = typer.Typer(help="List, describe and fetch the datasets that a config can name.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
 app.command()(tune)
@@ -199,16 +202,18 @@ def report(
 
 
 @datasets_app.command("list")
-def list_command(as_json: AsJson = False) -> None:
-    """The datasets known by name; nothing is downloaded."""
+def list_command(suite: SuiteOption = None, as_json: AsJson = False) -> None:
+    """The datasets known by name, or those of a suite; nothing is downloaded."""
     with output(as_json) as emit:
         from palf_dist.tasks.datasets import list_datasets
+        from palf_dist.tasks.suites import list_suite, load_suite
 
-        records = list_datasets()
-        table = Table("name", "family", "rows", "classes", "package", "here")
+        records = list_suite(load_suite(suite)) if suite else list_datasets()
+        columns = ["name", "family", "rows", "classes", "package", *(["fold"] if suite else [])]
+        table = Table(*columns, "here")
         for record in records:
-            here = "yes" if record["cached"] else "no"
-            table.add_row(*(escape(str(record[key])) for key in ("name", "family", "rows", "classes", "package")), here)
+            cells = ["" if record[key] is None else escape(str(record[key])) for key in columns]
+            table.add_row(*cells, {True: "yes", False: "no", None: ""}[record["cached"]])
         emit({"datasets": records}, table)
 
 
@@ -223,12 +228,22 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: AsJson =
 
 
 @datasets_app.command()
-def fetch(names: Annotated[list[str], typer.Argument(metavar="NAME...")], as_json: AsJson = False) -> None:
-    """Bring datasets into the cache ($PALF_CACHE, else ./.palf_cache), where they can be used offline."""
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", show_default=False)] = None,
+    suite: SuiteOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring datasets, or all those of a suite, into the cache ($PALF_CACHE, else ./.palf_cache), where they can be used
+    offline. Parquet paths of a suite stay where they are; they are only looked up."""
     with output(as_json) as emit:
+        from palf_dist.errors import ConfigError
         from palf_dist.tasks.datasets import fetch as fetch_datasets
+        from palf_dist.tasks.suites import fetch_suite, load_suite
 
-        paths = {name: str(path) for name, path in fetch_datasets(names).items()}
+        if not names and not suite:
+            raise ConfigError("nothing to fetch: name datasets, or a suite with --suite")
+        paths = fetch_suite(load_suite(suite)) if suite else {}
+        paths |= {name: str(path) for name, path in fetch_datasets(names or []).items()}
         table = Table("dataset", "file")
         for name, path in paths.items():
             table.add_row(escape(name), escape(path))

@@ -16,6 +16,7 @@ Decay = Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 BasisName = Literal["ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce"]
 HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau"]
+NoiseKind = Literal["uniform", "pair_flip", "class_dependent", "instance_dependent"]
 assert get_args(BasisName) == BASIS_LOSSES and get_args(HyperparameterName) == HYPERPARAMETERS
 
 
@@ -86,9 +87,10 @@ class DataConfig(Section):
 
 class NoiseConfig(Section):
     """Label noise of training and validation rows. ``uniform`` resamples over all k classes, the true one included;
-    ``pair_flip`` moves class y to y + 1 mod k."""
+    ``pair_flip`` moves class y to y + 1 mod k. ``class_dependent`` draws a transition matrix for each task, and with
+    ``instance_dependent`` rate and wrong label depend on the inputs; there a rate is the share of wrong labels."""
 
-    kind: Literal["uniform", "pair_flip"] = "uniform"
+    kind: NoiseKind = "uniform"
     clean_share: Share = Field(default=0.25, description="share of tasks with no noise")
     low: Share = 0.05
     high: Share = 0.6
