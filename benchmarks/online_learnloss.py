@@ -20,7 +20,7 @@ from torch import Tensor
 
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
-from palf_dist.evaluation.statistics import clustered_mean
+from palf_dist.evaluation.inference import clustered_mean
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.losses import MASKED_LOGIT
 from palf_dist.outer_loss import accuracy

@@ -164,13 +164,13 @@ def evaluate(
     """
     with output(as_json) as emit:
         from palf_dist.distributed.driver import evaluate_policy
-        from palf_dist.evaluation.statistics import compare
+        from palf_dist.evaluation.derived import held_out
         from palf_dist.evaluation.table import to_records, to_rich
         from palf_dist.policies.policy_file import load_policy
 
         load_policy(policy)  # a damaged file is the first thing to say
         settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
-        comparisons = compare(evaluate_policy(settings, policy))
+        comparisons, _ = held_out(evaluate_policy(settings, policy))
         emit({"policy": str(policy), "held_out": to_records(comparisons)}, to_rich(comparisons))
 
 

@@ -4,7 +4,7 @@ memory is done in parts, whose results join to what the whole gives, up to round
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from palf_dist.config import RunConfig
 from palf_dist.estimators import Estimate, make_estimator
+from palf_dist.evaluation.metrics import curve_metrics, prediction_metrics
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.outer_loss import accuracy
 from palf_dist.types import Rows, TaskGroup
 
 EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation accuracy
+CURVE_INTERVALS = 15  # of a learning curve
 
 Carried = dict[str, np.ndarray]
 """Inner state and estimator's memory between two windows; axis 0 of every array but ``state/step`` is the task."""
@@ -64,23 +66,73 @@ def features_seen(loop: InnerLoop, phi: Tensor) -> np.ndarray:
 
 def final_accuracy(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> np.ndarray:
     """Clean test accuracy [G] float64 after a whole inner run."""
+    return _accuracy(loop, _trained(loop, phi, early_stopping), loop.group.test)
+
+
+def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> dict[str, np.ndarray]:
+    """A whole inner run, measured: float64 arrays whose axis 0 is the task, by name.
+
+    - accuracy [G]: as ``final_accuracy``, and bit for bit that: looking on changes nothing.
+    - validation_accuracy [G]: of the same parameters on the validation rows, whose labels are as noisy as in training.
+    - those of ``prediction_metrics`` [G], on the test rows.
+    - curve_accuracy [G, M]: on the test rows after each of ``moments(loop.steps)``, of the parameters that the method
+      would hand over by then; and those of ``curve_metrics`` [G].
+    """
+    group, curve, wanted = loop.group, [], set(moments(loop.steps))
+
+    def look(step: int, theta: Tensor) -> None:
+        if step in wanted:
+            curve.append(_accuracy(loop, theta, group.test))
+
+    look(0, group.theta0)
+    theta = _trained(loop, phi, early_stopping, look)
+    test, clean = group.test, group.clean_train_labels
+    frequencies = torch.zeros_like(group.log_prior_ratio).scatter_add(1, clean, group.train.mask)
+    metrics = prediction_metrics(loop.evaluate(theta, test), test.labels, test.mask, group.class_mask, frequencies)
+    return {
+        "accuracy": curve[-1],
+        "validation_accuracy": _accuracy(loop, theta, group.validation),
+        **{name: value.cpu().numpy() for name, value in metrics.items()},
+        **curve_metrics(moments(loop.steps), np.stack(curve, 1)),
+        "curve_accuracy": np.stack(curve, 1),
+    }
+
+
+def moments(steps: int) -> list[int]:
+    """Inner steps taken when test accuracy is read along a run of ``steps``: from none to all of them, at the ends of
+    ``CURVE_INTERVALS`` equal intervals, to the nearest step."""
+    intervals = min(steps, CURVE_INTERVALS)
+    return [round(steps * index / intervals) for index in range(intervals + 1)]
+
+
+def _trained(
+    loop: InnerLoop, phi: Tensor, early_stopping: bool, look: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
+    """The parameters [G, P] that a whole inner run hands over: the last, or the latest of those with the best accuracy
+    on the validation rows. ``look`` sees them after every step."""
     group, state = loop.group, loop.start()
     best = torch.full_like(state.theta[:, 0], -1.0)
     kept = state.theta
 
     def after_step(now: InnerState, result: StepResult) -> None:
         nonlocal best, kept
-        if now.step % EARLY_STOPPING_EVERY and now.step < loop.steps:
-            return
-        rows = group.validation
-        score = accuracy(loop.evaluate(now.theta, rows), rows.labels, rows.mask, group.class_mask)
-        better = score >= best
-        best = torch.where(better, score, best)
-        kept = torch.where(better[:, None], now.theta, kept)
+        if not early_stopping:
+            kept = now.theta
+        elif now.step % EARLY_STOPPING_EVERY == 0 or now.step == loop.steps:
+            rows = group.validation
+            score = accuracy(loop.evaluate(now.theta, rows), rows.labels, rows.mask, group.class_mask)
+            better = score >= best
+            best = torch.where(better, score, best)
+            kept = torch.where(better[:, None], now.theta, kept)
+        if look is not None:
+            look(now.step, kept)
 
-    loop.run(state, phi, loop.steps, after_step=after_step if early_stopping else None)
-    theta = kept if early_stopping else state.theta
-    right = accuracy(loop.evaluate(theta, group.test), group.test.labels, group.test.mask, group.class_mask)
+    loop.run(state, phi, loop.steps, after_step=after_step)
+    return kept
+
+
+def _accuracy(loop: InnerLoop, theta: Tensor, rows: Rows) -> np.ndarray:
+    right = accuracy(loop.evaluate(theta, rows), rows.labels, rows.mask, loop.group.class_mask)
     return right.double().cpu().numpy()
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from palf_dist.config import RunConfig
 from palf_dist.evaluation.methods import baseline_policy, select_methods
-from palf_dist.group_work import final_accuracy, meta_gradient
+from palf_dist.group_work import final_accuracy, measure, meta_gradient
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.inner_models import build_model
 from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, policy_spec
@@ -138,7 +138,8 @@ def need(config: RunConfig, datasets: Datasets, work: Work) -> Need:
     used = [datasets[s.name] for s in sources if fits(architecture, datasets[s.name])]
     if work.kind == "meta_gradient":
         return _of_meta_gradient(config, used, work)
-    peaks = [_rehearse(config, used, work, policy, _train) for policy in _policies(config, work)]
+    body = _measure if work.kind == "evaluate" else _train
+    peaks = [_rehearse(config, used, work, policy, body) for policy in _policies(config, work)]
     return Need(peaks[0].data, max(peak.work for peak in peaks))
 
 
@@ -190,6 +191,12 @@ def _estimate(config: RunConfig, stop: int, every: int, loop: InnerLoop, phi: Te
 def _train(loop: InnerLoop, phi: Tensor) -> float:
     loop.steps = STEPS[0]
     final_accuracy(loop, phi, early_stopping=True)
+    return 0.0
+
+
+def _measure(loop: InnerLoop, phi: Tensor) -> float:
+    loop.steps = STEPS[0]
+    measure(loop, phi, early_stopping=True)
     return 0.0
 
 

@@ -23,7 +23,17 @@ from torch import Tensor
 from palf_dist.config import RunConfig
 from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_policy, select_methods
 from palf_dist.faults import fault_point
-from palf_dist.group_work import Stretch, features_seen, final_accuracy, in_parts, join, meta_gradient, part_of
+from palf_dist.group_work import (
+    Stretch,
+    features_seen,
+    final_accuracy,
+    in_parts,
+    join,
+    measure,
+    meta_gradient,
+    moments,
+    part_of,
+)
 from palf_dist.inner_loop import InnerLoop, move_group
 from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
 from palf_dist.policies import LearnedPolicy, Policy, policy_spec
@@ -206,7 +216,7 @@ class Runner:
         specs = tuple(replace(spec, architecture=index) for spec in specs)
         chosen = {name: settings[name] for name in ("learning_rate", "weight_decay")}
         group = self._build(specs, {f"{index}/{settings['optimiser']}": chosen})
-        result = self._train("train", group, baseline_policy(METHODS[REFERENCE]), phi)
+        result = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(result.mean())})
 
     def _calibrate(
@@ -258,8 +268,8 @@ class Runner:
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
         group = self._group(("select", self.config.seed, unit.group), prepared)
-        ours = self._train("train", group, learned_policy(self.config, prepared), phi)
-        reference = self._train("train", group, baseline_policy(METHODS[REFERENCE]), phi)
+        ours = self._train(group, learned_policy(self.config, prepared), phi)
+        reference = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(ours.mean()), "reference": float(reference.mean())})
 
     def _evaluate(
@@ -269,16 +279,23 @@ class Runner:
         group = self._build(specs, prepared["reference"])
         method = METHODS[settings["method"]]
         policy: Policy = learned_policy(self.config, prepared) if method.uses_policy else baseline_policy(method)
-        result = self._train("evaluate", group, policy, phi, early_stopping=method.early_stopping)
-        rows = [self._row(method, spec, value) for spec, value in zip(specs, result.tolist(), strict=True)]
-        return Contribution(unit, 0, metrics={"accuracy": float(result.mean())}, rows=rows)
+        parts = self._in_parts(
+            "evaluate", group, policy, lambda loop, _: measure(loop, phi, early_stopping=method.early_stopping)
+        )
+        measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        rows = [
+            self._row(method, spec, {name: values[task].tolist() for name, values in measured.items()})
+            for task, spec in enumerate(specs)
+        ]
+        return Contribution(unit, 0, metrics={"accuracy": float(measured["accuracy"].mean())}, rows=rows)
 
     def _gpu_memory(self) -> float:
         """Bytes of this worker's share of its GPU."""
         share = min(1.0, self.config.distributed.gpus_per_worker or 1.0)
         return share * torch.cuda.get_device_properties(self.device).total_memory
 
-    def _row(self, method: Method, spec: TaskSpec, value: float) -> dict[str, Any]:
+    def _row(self, method: Method, spec: TaskSpec, measured: dict[str, Any]) -> dict[str, Any]:
+        """The result of one task; what is not defined is None."""
         condition = "balanced" if spec.imbalance == 1 else "matched" if spec.target_prior == "train" else "shifted"
         return {
             "method": method.name,
@@ -290,7 +307,8 @@ class Runner:
             "target_prior": spec.target_prior,
             "seed": int(spec.keys[-1]),
             "train_size": spec.train_size,
-            "accuracy": value,
+            **{name: None if value != value else value for name, value in measured.items()},
+            "curve_steps": moments(self.config.inner.steps),
         }
 
     def _group(self, keys: tuple[int | str, ...], prepared: Mapping[str, Any]) -> TaskGroup:
@@ -300,15 +318,9 @@ class Runner:
     def _build(self, specs: Sequence[TaskSpec], reference: Mapping[str, Mapping[str, float]]) -> TaskGroup:
         return move_group(build_group(self.config, self.datasets, specs, reference), device=self.device)
 
-    def _train(
-        self, kind: str, group: TaskGroup, policy: Policy, phi: Tensor, *, early_stopping: bool = False
-    ) -> np.ndarray:
+    def _train(self, group: TaskGroup, policy: Policy, phi: Tensor) -> np.ndarray:
         """Clean test accuracy [G] after a whole inner run under ``policy``."""
-        return np.concatenate(
-            self._in_parts(
-                kind, group, policy, lambda loop, _: final_accuracy(loop, phi, early_stopping=early_stopping)
-            )
-        )
+        return np.concatenate(self._in_parts("train", group, policy, lambda loop, _: final_accuracy(loop, phi)))
 
     def _in_parts(
         self, kind: str, group: TaskGroup, policy: Policy, work: Callable[[InnerLoop, TaskGroup], Result]
@@ -343,5 +355,10 @@ def _canonical(settings: Mapping[str, Any]) -> str:
 
 
 def rows_of(contributions: Iterable[Contribution]) -> list[dict[str, Any]]:
-    """Per-task rows in key order."""
-    return [row for item in sorted(contributions, key=lambda c: c.unit) for row in item.rows]
+    """Per-task rows in key order. Their ``seconds``, a task's share of its unit's, are all that another run of the same
+    configuration may give otherwise: what else the machine had to do is in them."""
+    return [
+        {**row, "seconds": item.seconds / len(item.rows)}
+        for item in sorted(contributions, key=lambda c: c.unit)
+        for row in item.rows
+    ]

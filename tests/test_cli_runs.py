@@ -51,8 +51,14 @@ def test_json_of_a_run(folder: Path, result: dict[str, Any]) -> None:
     assert Path(result["policy"]).is_file()
     assert set(result["contributions"]) == {"applied", "reissued", "refused"}
     assert result["contributions"]["applied"] == 8
-    assert [set(row) >= {"method", "accuracy", "diff_vs_ce", "se"} for row in result["held_out"]] == [True] * 3
-    assert {row["method"] for row in result["held_out"]} == {"policy", "ce", "s5"}
+    assert [set(row) >= {"method", "accuracy", "diff_vs_ce", "se"} for row in result["held_out"]] == [True] * 5
+    assert {row["method"] for row in result["held_out"]} == {
+        "policy",
+        "ce",
+        "s5",
+        "static_oracle",
+        "static_by_validation",
+    }
     assert not result["interrupted"]
     assert all(Path(picture).is_file() for picture in result["pictures"])
 

@@ -13,8 +13,9 @@ import torch
 from palf_dist import units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
+from palf_dist.evaluation.measures import MEASURES
 from palf_dist.evaluation.methods import METHODS, baseline_policy
-from palf_dist.group_work import EARLY_STOPPING_EVERY
+from palf_dist.group_work import EARLY_STOPPING_EVERY, final_accuracy
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.outer_loss import accuracy
 from palf_dist.tasks.datasets import load_all
@@ -114,6 +115,10 @@ def test_every_kind_is_a_pure_function_of_its_key(
     assert {row["dataset"] for row in rows} == {"iris", "digits"}
     assert {row["condition"] for row in rows} == set(config.evaluation.conditions)
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    paired = {"steps_to_best", "reached_best", "steps_to_95", "reached_95"}
+    assert all(rows[0].keys() >= MEASURES.keys() - paired for row in rows)
+    assert all(row["seconds"] > 0 and row["curve_accuracy"][-1] == row["accuracy"] for row in rows)
+    assert all(value == value for row in rows for value in row.values()), "what is not defined is None, not NaN"
 
 
 def test_online_learnloss_is_a_method_of_the_comparison(
@@ -206,7 +211,7 @@ def test_early_stopping_keeps_the_parameters_of_the_best_validation_accuracy(
     work, ce = units.Runner(config, datasets), baseline_policy(METHODS["ce"])
     group = work._group(("early stopping", 0), prepared)
     phi = torch.zeros(0)
-    got = work._train("train", group, ce, phi, early_stopping=True)
+    got = final_accuracy(InnerLoop(group, ce, config.inner), phi, early_stopping=True)
     looks = []
     loop = InnerLoop(group, ce, config.inner)
     state = loop.start()

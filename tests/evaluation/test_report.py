@@ -10,6 +10,7 @@ import pytest
 from markupsafe import escape
 
 from palf_dist.errors import RunDirectoryError
+from palf_dist.evaluation.derived import PICKS
 from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.report import RESULTS, make_report
 from palf_dist.run_directory import METRICS
@@ -41,8 +42,8 @@ def test_the_page_is_self_contained_and_holds_all_parts(report):
     assert re.findall(r'(?:src|href)="(?!data:)', page) == [] and "<script" not in page and "@import" not in page
     embedded = {base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)}
     assert embedded == {path.read_bytes() for path in report.pictures}
-    for method in METHODS.values():
-        assert f"<td>{method.label}</td>" in page
+    for method in (*METHODS.values(), *PICKS.values()):
+        assert page.count(f"<td>{method.label}</td>") == (2 if method.name == "policy" else 3)
     policy = next(item for item in report.comparisons if item.method == "policy")
     assert f"{policy.overall.difference.mean:+.2f} points against tuned CE" in page
     assert "100 of 100" in page
