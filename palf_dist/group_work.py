@@ -62,9 +62,12 @@ def features_seen(loop: InnerLoop, phi: Tensor) -> np.ndarray:
     return torch.cat(seen).double().cpu().numpy()
 
 
-def final_accuracy(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> np.ndarray:
-    """Clean test accuracy [G] float64 after a whole inner run."""
-    group, state = loop.group, loop.start()
+def final_accuracy(
+    loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False, state: InnerState | None = None
+) -> np.ndarray:
+    """Clean test accuracy [G] float64 after a whole inner run. ``state``: where it starts, advanced in place;
+    ``loop.start()`` by default."""
+    group, state = loop.group, state or loop.start()
     best = torch.full_like(state.theta[:, 0], -1.0)
     kept = state.theta
 
@@ -123,7 +126,7 @@ def join(stretches: Sequence[Stretch]) -> Stretch:
         gradient=mean([estimate.gradient for estimate in estimates]),
         outer_loss=mean([estimate.outer_loss for estimate in estimates]),
         records=joined([estimate.records for estimate in estimates], axis=1),
-        terms={name: mean([estimate.terms[name] for estimate in estimates]) for name in estimates[0].terms},
+        metrics={name: mean([estimate.metrics[name] for estimate in estimates]) for name in estimates[0].metrics},
     )
     onward = [stretch.carried for stretch in stretches if stretch.carried is not None]
     return Stretch(whole, joined(onward, axis=0) if onward else None)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from math import inf
 from typing import Any, TypeVar
 
@@ -248,7 +248,7 @@ class Runner:
         return Contribution(
             unit,
             0,
-            metrics={"outer_loss": estimate.outer_loss, **{f"outer_{n}": term for n, term in estimate.terms.items()}},
+            metrics={"outer_loss": estimate.outer_loss, **estimate.metrics},
             gradient=estimate.gradient,
             trajectory=build_table(unit, group.specs, estimate.records, policy.features),
             carried=whole.carried,
@@ -269,8 +269,19 @@ class Runner:
         group = self._build(specs, prepared["reference"])
         method = METHODS[settings["method"]]
         policy: Policy = learned_policy(self.config, prepared) if method.uses_policy else baseline_policy(method)
-        result = self._train("evaluate", group, policy, phi, early_stopping=method.early_stopping)
+
+        def work(loop: InnerLoop, _: TaskGroup) -> tuple[np.ndarray, list[float | None]]:
+            state = loop.start()
+            result = final_accuracy(loop, phi, early_stopping=method.early_stopping, state=state)
+            share = loop.shield_share(state)
+            return result, [None] * len(result) if share is None else share.tolist()
+
+        results, shares = zip(*self._in_parts("evaluate", group, policy, work), strict=True)
+        result = np.concatenate(results)
         rows = [self._row(method, spec, value) for spec, value in zip(specs, result.tolist(), strict=True)]
+        if self.config.policy.shield is not None:
+            for row, share in zip(rows, chain.from_iterable(shares), strict=True):
+                row["shield_share"] = share
         return Contribution(unit, 0, metrics={"accuracy": float(result.mean())}, rows=rows)
 
     def _gpu_memory(self) -> float:
