@@ -178,7 +178,7 @@ def _page(
             for item, cells in zip(comparisons, rows, strict=True)
         ],
         notes=table_notes(comparisons) if comparisons else [],
-        usage=usage(join(location, policy)) if (run_dir / policy).exists() else None,
+        usage=usage(join(location, policy)) if (run_dir / policy).exists() and config.policy.shield is None else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
         configuration=dump_config(config),
     )
