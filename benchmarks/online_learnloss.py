@@ -71,6 +71,7 @@ class TaskConstants:
     """Constant weights, others for each task."""
 
     features: tuple[str, ...] = ()
+    shield: float | None = None
     refresh = 1_000_000_000
     num_parameters = 0
 

@@ -75,9 +75,15 @@ class AdaptiveLoss(LateBuffers):
             target_prior: class frequencies where the model will be used: "train" (as in training), "uniform", or [C].
 
         Raises:
-            ConfigError: an argument is out of range, or they do not fit together.
+            ConfigError: an argument is out of range, or they do not fit together; or the policy has a shield.
         """
         super().__init__()
+        if artefact.spec.shield is not None:
+            raise ConfigError(
+                f"policy.shield: the policy was meta-trained under a Lyapunov shield ({artefact.spec.shield:g}), which "
+                "compares gradients with respect to a model's parameters; a loss sees the logits alone, where the "
+                "condition promises nothing. Meta-train a policy without one"
+            )
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(
                 f"total_steps: {total_steps!r} is not a positive whole number; give the optimiser steps of the run"

@@ -138,6 +138,9 @@ def meta_train(
                 emit(record)
             raise typer.Exit(130)
         assert result.report is not None and result.policy is not None, "a run that was not interrupted has both"
+        hint = ["\nin your own training loop:\n" + indent(usage(near(result.policy)), "    ")]
+        if settings.policy.shield is not None:  # AdaptiveLoss refuses it
+            hint = []
         mlflow = result.mlflow_run_id or "not reached yet; palf-dist report delivers what is left"
         emit(
             record,
@@ -145,7 +148,7 @@ def meta_train(
             *_report_lines(result.report),
             f"policy  {near(result.policy)}",
             f"mlflow  {mlflow if settings.tracking.enabled else 'off'}",
-            "\nin your own training loop:\n" + indent(usage(near(result.policy)), "    "),
+            *hint,
         )
 
 

@@ -245,8 +245,18 @@ class PolicyConfig(Section):
     hidden: Count = 16
     refresh: Count = Field(default=10, description="inner steps between two evaluations of the policy")
     seed: Annotated[int, Field(strict=True)] = 0
+    shield: Annotated[FiniteFloat, Field(strict=True, gt=0, le=1)] | None = Field(
+        default=None,
+        description="kappa of the Lyapunov shield (none: off); AdaptiveLoss refuses policies that have one",
+    )
 
     _no_twins = field_validator("features", "basis", "hyperparameters")(_distinct)
+
+    @model_validator(mode="after")
+    def _shield_has_its_reference(self) -> PolicyConfig:
+        if self.shield is not None and self.basis is not None and "ce" not in self.basis:
+            raise ValueError("shield mixes alpha towards ce, which basis leaves out; add ce to basis")
+        return self
 
 
 class EstimatorConfig(Section):
@@ -269,6 +279,15 @@ class OuterLossConfig(Section):
     beta: NonNegative = Field(default=1.0, description="of equation (3): weight of the mean cross-entropy")
     gamma: NonNegative = Field(
         default=0.0, description="of equation (3): weight of the variance of the last layer's gradients"
+    )
+    entropy: Annotated[FiniteFloat, Field(strict=True)] = Field(
+        default=0.0, description="of equation (2): weight of alpha's mean entropy in nats; below 0 rewards mixing"
+    )
+    total_variation: NonNegative = Field(
+        default=0.0, description="of equation (2): weight of alpha's total variation over the run's refreshes"
+    )
+    stability: NonNegative = Field(
+        default=0.0, description="weight of the rises of the cross-entropy from checkpoint to checkpoint, summed"
     )
 
 

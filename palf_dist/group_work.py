@@ -66,7 +66,7 @@ def features_seen(loop: InnerLoop, phi: Tensor) -> np.ndarray:
 
 def final_accuracy(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> np.ndarray:
     """Clean test accuracy [G] float64 after a whole inner run."""
-    return _accuracy(loop, _trained(loop, phi, early_stopping), loop.group.test)
+    return _accuracy(loop, _trained(loop, loop.start(), phi, early_stopping), loop.group.test)
 
 
 def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> dict[str, np.ndarray]:
@@ -77,24 +77,28 @@ def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> di
     - those of ``prediction_metrics`` [G], on the test rows.
     - curve_accuracy [G, M]: on the test rows after each of ``moments(loop.steps)``, of the parameters that the method
       would hand over by then; and those of ``curve_metrics`` [G].
+    - shield_share [G]: share of the refreshes at which the shield acted; only where the policy has one.
     """
     group, curve, wanted = loop.group, [], set(moments(loop.steps))
+    state = loop.start()
 
     def look(step: int, theta: Tensor) -> None:
         if step in wanted:
             curve.append(_accuracy(loop, theta, group.test))
 
     look(0, group.theta0)
-    theta = _trained(loop, phi, early_stopping, look)
+    theta = _trained(loop, state, phi, early_stopping, look)
     test, clean = group.test, group.clean_train_labels
     frequencies = torch.zeros_like(group.log_prior_ratio).scatter_add(1, clean, group.train.mask)
     metrics = prediction_metrics(loop.evaluate(theta, test), test.labels, test.mask, group.class_mask, frequencies)
+    share = loop.shield_share(state)
     return {
         "accuracy": curve[-1],
         "validation_accuracy": _accuracy(loop, theta, group.validation),
         **{name: value.cpu().numpy() for name, value in metrics.items()},
         **curve_metrics(moments(loop.steps), np.stack(curve, 1)),
         "curve_accuracy": np.stack(curve, 1),
+        **({} if share is None else {"shield_share": share.double().cpu().numpy()}),
     }
 
 
@@ -106,11 +110,15 @@ def moments(steps: int) -> list[int]:
 
 
 def _trained(
-    loop: InnerLoop, phi: Tensor, early_stopping: bool, look: Callable[[int, Tensor], None] | None = None
+    loop: InnerLoop,
+    state: InnerState,
+    phi: Tensor,
+    early_stopping: bool,
+    look: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The parameters [G, P] that a whole inner run hands over: the last, or the latest of those with the best accuracy
-    on the validation rows. ``look`` sees them after every step."""
-    group, state = loop.group, loop.start()
+    on the validation rows. ``look`` sees them after every step. ``state`` is that of the start, and advances."""
+    group = loop.group
     best = torch.full_like(state.theta[:, 0], -1.0)
     kept = state.theta
 
@@ -175,7 +183,7 @@ def join(stretches: Sequence[Stretch]) -> Stretch:
         gradient=mean([estimate.gradient for estimate in estimates]),
         outer_loss=mean([estimate.outer_loss for estimate in estimates]),
         records=joined([estimate.records for estimate in estimates], axis=1),
-        terms={name: mean([estimate.terms[name] for estimate in estimates]) for name in estimates[0].terms},
+        metrics={name: mean([estimate.metrics[name] for estimate in estimates]) for name in estimates[0].metrics},
     )
     onward = [stretch.carried for stretch in stretches if stretch.carried is not None]
     return Stretch(whole, joined(onward, axis=0) if onward else None)

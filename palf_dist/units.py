@@ -258,7 +258,7 @@ class Runner:
         return Contribution(
             unit,
             0,
-            metrics={"outer_loss": estimate.outer_loss, **{f"outer_{n}": term for n, term in estimate.terms.items()}},
+            metrics={"outer_loss": estimate.outer_loss, **estimate.metrics},
             gradient=estimate.gradient,
             trajectory=build_table(unit, group.specs, estimate.records, policy.features),
             carried=whole.carried,
@@ -283,6 +283,8 @@ class Runner:
             "evaluate", group, policy, lambda loop, _: measure(loop, phi, early_stopping=method.early_stopping)
         )
         measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if self.config.policy.shield is not None:  # every row has the column
+            measured.setdefault("shield_share", np.full(len(specs), np.nan))
         rows = [
             self._row(method, spec, {name: values[task].tolist() for name, values in measured.items()})
             for task, spec in enumerate(specs)

@@ -39,6 +39,13 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
         ("inner: {stesp: 3}", "inner.stesp: unknown key; did you mean inner.steps?"),
         ("estimatr: {kind: es}", "estimatr: unknown key; did you mean estimator?"),
         (
+            "policy: {shield: 0.5, basis: [focal, robust_ce]}",
+            "policy: shield mixes alpha towards ce, which basis leaves out; add ce to basis",
+        ),
+        ("policy: {shield: 0.0}", "policy.shield: must be greater than 0, not 0.0"),
+        ("policy: {shield: 1.5}", "policy.shield: must be less than or equal to 1, not 1.5"),
+        ("outer_loss: {stability: -1.0}", "outer_loss.stability: must be greater than or equal to 0, not -1.0"),
+        (
             "checkpoint: {colour: red}",
             "checkpoint.colour: unknown key; known here: every, keep",
         ),

@@ -34,6 +34,7 @@ from palf_dist.outer_loss import accuracy
 from palf_dist.rehearsal import Work, need
 from palf_dist.types import Contribution
 from tests import memory_cases
+from tests.estimators.test_exact import ALONG_THE_RUN
 from tests.groups import make_group
 from tests.test_inner_loop import full_policy
 
@@ -53,10 +54,11 @@ def stretches(estimator: EstimatorConfig, parts: int, dtype: torch.dtype, name: 
         {
             "data": {"train": ["iris"], "held_out": ["wine"]},
             "estimator": estimator,
-            "outer_loss": OuterLossConfig(every=2, running_sum=0.5, information=0.5, gamma=0.1),
+            "outer_loss": OuterLossConfig(every=2, running_sum=0.5, information=0.5, gamma=0.1, **ALONG_THE_RUN),
         }
     )
     policy, phi = full_policy()
+    policy.shield = 0.9
     group = make_group(name, size=5, steps=7, dtype=dtype)
     done: list[Stretch] = []
     while not done or done[-1].carried is not None:
@@ -91,7 +93,7 @@ def test_parts_join_to_the_whole(kind: str, parts: int) -> None:
         assert np.linalg.norm(a.estimate.gradient) > 0
         assert gap(a.estimate.gradient, b.estimate.gradient) < 1e-12
         assert a.estimate.outer_loss == pytest.approx(b.estimate.outer_loss, rel=1e-12)
-        assert a.estimate.terms == pytest.approx(b.estimate.terms, rel=1e-12)
+        assert a.estimate.metrics == pytest.approx(b.estimate.metrics, rel=1e-12)
         assert all(gap(value, b.estimate.records[name]) < 1e-6 for name, value in a.estimate.records.items())
         assert (a.carried is None) == (b.carried is None)
         for name, value in (a.carried or {}).items():

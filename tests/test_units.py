@@ -170,6 +170,33 @@ def test_the_terms_of_an_outer_loss_that_has_several_are_reported(
     assert terms["information"] > 0 and terms["gradient_variance"] > 0
 
 
+def test_the_shield_is_counted_in_every_outer_step_and_every_run_of_the_comparison(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    """Against the looks at whole runs; kappa 1 asks for a gradient along cross-entropy's own as long as that."""
+    config, datasets = data
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"shield": 1.0})})
+    work, phi = units.Runner(config, datasets), units.initial_policy(config)
+    unit = units.meta_gradient_units(config, 0)[0]
+    made = work.run(unit, phi, 0, prepared)
+    assert made.metrics.keys() == {"outer_loss", "shield_share"}
+    loop = InnerLoop(
+        work._group(("meta_gradient", config.seed, 0, 0), prepared),
+        units.learned_policy(config, prepared),
+        config.inner,
+    )
+    state = loop.start()
+    loop.run(state, torch.from_numpy(phi), loop.steps)
+    share = loop.shield_share(state)
+    assert share is not None and made.metrics["shield_share"] == pytest.approx(float(share.mean())) and share.sum() > 0
+    rows = units.rows_of(work.run(unit, phi, 0, prepared) for unit in units.evaluate_units(config, datasets))
+    shares = {
+        is_policy: [r["shield_share"] for r in rows if (r["method"] == "policy") == is_policy]
+        for is_policy in (True, False)
+    }
+    assert set(shares[False]) == {None} and all(0 <= share <= 1 for share in shares[True]) and max(shares[True]) > 0
+
+
 @pytest.mark.parametrize("kind", ["adjoint", "unroll", "es", "pes"])
 def test_windows_go_through_the_whole_run_and_begin_anew(
     kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]

@@ -198,7 +198,7 @@ def _page(
         headline=_headline(comparisons),
         facts=_facts(config, metrics, card),
         tables=tables,
-        usage=usage(join(location, policy)) if (run_dir / policy).exists() else None,
+        usage=usage(join(location, policy)) if (run_dir / policy).exists() and config.policy.shield is None else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
         configuration=dump_config(config),
     )

@@ -15,6 +15,7 @@ class Policy(Protocol):
     refresh: int  # inner steps between two evaluations
     active_basis: tuple[str, ...]  # basis losses whose mixture weight may be non-zero
     num_parameters: int
+    shield: float | None  # kappa of the Lyapunov shield, see palf_dist.shield; active_basis then holds ce. None: off
 
     def initial(self) -> np.ndarray:
         """phi before meta-training, float32 [num_parameters]."""

@@ -55,6 +55,7 @@ class PolicySpec:
     seed: int
     initial_weights: tuple[float, ...]  # mixture weights of ``basis`` at phi's zero output layer
     start: Mapping[str, float] = field(default_factory=dict)  # see ``start_values``
+    shield: float | None = None  # kappa of the Lyapunov shield
 
     def __post_init__(self) -> None:
         check_features(self.features)
@@ -87,6 +88,7 @@ def policy_spec(config: PolicyConfig) -> PolicySpec:
         seed=config.seed,
         initial_weights=weights,
         start=start_values(config.start),
+        shield=config.shield,
     )
 
 
@@ -99,6 +101,7 @@ class LearnedPolicy:
         self.features = spec.features
         self.refresh = spec.refresh
         self.active_basis = spec.basis
+        self.shield = spec.shield
         self.mean = torch.as_tensor(mean, dtype=torch.float32)
         self.std = torch.as_tensor(std, dtype=torch.float32)
         inputs, outputs = len(spec.features), len(spec.basis) + len(spec.hyperparameters)

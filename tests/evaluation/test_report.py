@@ -9,11 +9,12 @@ import re
 import pytest
 from markupsafe import escape
 
+from palf_dist.config_loading import dump_config, load_config
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation.derived import PICKS
 from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.report import RESULTS, make_report
-from palf_dist.run_directory import METRICS
+from palf_dist.run_directory import CONFIG, METRICS
 from palf_dist.usage import usage
 from tests.evaluation.synthetic import few_rows, result_rows, write_run
 
@@ -54,6 +55,14 @@ def test_the_page_is_self_contained_and_holds_all_parts(report):
     assert "outer_steps: 100" in page  # the configuration
     assert "sha256" in page  # the policy's card
     assert re.search(r"torch \d", page)
+
+
+def test_a_policy_that_no_loop_takes_is_shown_without_one(tmp_path):
+    """AdaptiveLoss refuses policies with a shield."""
+    run = write_run(tmp_path / "run", outer_steps=1, trajectories=0, results=few_rows())
+    assert "AdaptiveLoss" in make_report(run).page.read_text()
+    (run / CONFIG).write_text(dump_config(load_config(run / CONFIG, ["policy.shield=0.5"])))
+    assert "AdaptiveLoss" not in make_report(run).page.read_text()
 
 
 def test_text_of_the_run_is_escaped(tmp_path):

@@ -41,10 +41,23 @@ def test_start_is_kept_and_asks_for_the_newer_format(artefact: PolicyArtefact, t
     assert load_policy(tmp_path).spec == spec
 
 
+@pytest.mark.parametrize("start", [PolicyStart(), PolicyStart(gamma=3)])
+def test_a_shield_is_kept_and_asks_for_the_newest_format(
+    start: PolicyStart, artefact: PolicyArtefact, tmp_path: Path
+) -> None:
+    """A release that knows no shield must refuse the file: without it the policy is another one."""
+    spec = policy_spec(PolicyConfig(shield=0.25, start=start))
+    save_policy(tmp_path, replace(artefact, spec=spec))
+    card = json.loads((tmp_path / CARD).read_text())
+    assert card["format_version"] == 3 and card["policy"]["shield"] == 0.25
+    loaded = load_policy(tmp_path)
+    assert loaded.spec == spec and loaded.policy().shield == 0.25
+
+
 def test_without_a_start_the_file_is_as_it_was_in_format_1(artefact: PolicyArtefact, tmp_path: Path) -> None:
     save_policy(tmp_path, artefact)
     card = json.loads((tmp_path / CARD).read_text())
-    assert card["format_version"] == 1 and "start" not in card["policy"]
+    assert card["format_version"] == 1 and not {"start", "shield"} & card["policy"].keys()
     assert load_policy(tmp_path).spec.start == {}
 
 
@@ -65,7 +78,7 @@ def test_tampered_tensors_are_refused(artefact: PolicyArtefact, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "newer than 2.*upgrade palf_dist"),
+        ({"format_version": 99}, "newer than 3.*upgrade palf_dist"),
         ({"format": "other"}, "not a palf_dist policy card"),
         ({"policy": {"refresh": 1}}, "not as they were saved together"),
         ({"card": {"ema": 0.1}}, "not as they were saved together"),
