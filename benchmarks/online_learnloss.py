@@ -73,6 +73,7 @@ class TaskConstants:
     features: tuple[str, ...] = ()
     refresh = 1_000_000_000
     num_parameters = 0
+    reads_history = False
 
     def __init__(self, weights: np.ndarray) -> None:
         """``weights`` [G, k] of SPACE; normalised to the simplex with the reference."""

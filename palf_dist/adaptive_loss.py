@@ -56,6 +56,7 @@ class AdaptiveLoss(LateBuffers):
     controls: Tensor  # [U] in force
     statistics: Tensor  # [1, 4] of the StateReader
     gradient_norm2: Tensor  # [1] NaN where unknown
+    history: Tensor  # [1, n, S] the states of all refreshes so far, where the policy reads them
     label_counts: Tensor  # [C] labels seen so far, where class_counts is not given
 
     def __init__(
@@ -102,6 +103,8 @@ class AdaptiveLoss(LateBuffers):
         self.register_buffer("statistics", torch.zeros(1, 4))
         self.register_buffer("gradient_norm2", torch.full((1,), torch.nan))
         self.register_buffer("label_counts", torch.zeros(0))
+        history = torch.zeros(1, 0, len(self.policy.features))
+        self.register_buffer("history", history, persistent=self.policy.reads_history)
         unseen = set(self.policy.features) & {*VALIDATION_FEATURES, *NEIGHBOUR_FEATURES}
         if unseen:
             self._say(
@@ -286,6 +289,9 @@ class AdaptiveLoss(LateBuffers):
         state = reader.read(observation)
         assert reader.statistics is not None
         self.statistics = reader.statistics.to(self.statistics)
+        if self.policy.reads_history:
+            self.history = torch.cat([self.history, state[:, None].to(self.history)], 1)
+            state = self.history.to(z)
         self.controls = self.policy.controls(self.phi.to(z), state)[0].to(self.controls)
         self._weight_decay_multiplier = float(self.controls[CONTROL_INDEX["wd"]])
         self._refreshed_at = self._step

@@ -233,9 +233,9 @@ assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
 
 
 class PolicyConfig(Section):
-    """Who sets the controls. ``robust`` and ``palf`` are presets: fields left out take the preset's values."""
+    """Who sets the controls. Each kind is a preset: fields left out take its values; see docs/method.md."""
 
-    kind: Literal["robust", "palf"] = "robust"
+    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "palf", "widened"] = "robust"
     features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
     basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
     hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")

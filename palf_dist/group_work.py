@@ -55,8 +55,8 @@ def features_seen(loop: InnerLoop, phi: Tensor) -> np.ndarray:
     seen: list[Tensor] = []
 
     def after_step(state: InnerState, result: StepResult) -> None:
-        if result.refreshed and state.features is not None:
-            seen.append(state.features)
+        if result.refreshed:
+            seen.append(state.last_features)
 
     loop.run(loop.start(), phi, loop.steps, after_step=after_step)
     return torch.cat(seen).double().cpu().numpy()

@@ -25,7 +25,7 @@ from palf_dist.evaluation.methods import baseline_policy, select_methods
 from palf_dist.group_work import final_accuracy, meta_gradient
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.inner_models import build_model
-from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, policy_spec
+from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, make_policy, policy_spec
 from palf_dist.policies.static import control_vector
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
@@ -195,7 +195,7 @@ def _train(loop: InnerLoop, phi: Tensor) -> float:
 
 def _learned(config: RunConfig) -> LearnedPolicy:
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, [0.0] * len(spec.features), [1.0] * len(spec.features))
+    return make_policy(spec, [0.0] * len(spec.features), [1.0] * len(spec.features))
 
 
 def _policies(config: RunConfig, work: Work) -> list[Policy]:

@@ -26,7 +26,7 @@ from palf_dist.faults import fault_point
 from palf_dist.group_work import Stretch, features_seen, final_accuracy, in_parts, join, meta_gradient, part_of
 from palf_dist.inner_loop import InnerLoop, move_group
 from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
-from palf_dist.policies import LearnedPolicy, Policy, policy_spec
+from palf_dist.policies import LearnedPolicy, Policy, make_policy, policy_spec
 from palf_dist.rehearsal import Work
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
@@ -139,7 +139,7 @@ def initial_policy(config: RunConfig) -> np.ndarray:
 def learned_policy(config: RunConfig, prepared: Mapping[str, Any]) -> LearnedPolicy:
     """The policy of a run, with the calibrated normalisation of its state."""
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, torch.tensor(prepared["feature_mean"]), torch.tensor(prepared["feature_std"]))
+    return make_policy(spec, torch.tensor(prepared["feature_mean"]), torch.tensor(prepared["feature_std"]))
 
 
 class Runner:
@@ -335,7 +335,7 @@ class Runner:
 def _unnormalised(config: RunConfig) -> LearnedPolicy:
     """The run's policy before calibration; its initial parameters ignore the state."""
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
+    return make_policy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
 
 
 def _canonical(settings: Mapping[str, Any]) -> str:

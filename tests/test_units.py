@@ -134,6 +134,24 @@ def test_online_learnloss_is_a_method_of_the_comparison(
     assert accuracies["online_learnloss"] != accuracies["ce"]
 
 
+@pytest.mark.parametrize("kind", ["widened", "validation_free", "recurrent", "schedule", "constant"])
+def test_every_kind_of_policy_is_calibrated_and_learns(
+    kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    config, datasets = data
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"kind": kind})})
+    work, phi = units.Runner(config, datasets), units.initial_policy(config)
+    found = [work.run(unit, phi, 0, prepared) for unit in units.calibrate_units(config)]
+    tuned = {**prepared, **units.reduce_calibrate(config, found)}
+    policy = units.learned_policy(config, tuned)
+    assert len(tuned["feature_mean"]) == len(tuned["feature_std"]) == len(policy.features)
+    made = work.run(units.meta_gradient_units(config, 0)[0], phi, 0, tuned)
+    assert made.gradient is not None and made.gradient.shape == phi.shape and np.linalg.norm(made.gradient) > 0
+    assert {f"state_{name}" for name in policy.features} <= {*made.trajectory.column_names}
+    scores = work.run(units.select_units(config, 0)[0], phi, 0, tuned).metrics
+    assert 0 <= scores["accuracy"] <= 1
+
+
 def test_meta_gradient_differs_by_step_and_group(
     data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:

@@ -72,9 +72,9 @@ class Recorder:
 
     def step(self, state: InnerState, result: StepResult) -> None:
         """Call after each step."""
-        assert state.features is not None and state.controls is not None
+        assert state.controls is not None
         if not self._last:  # a window may begin between two refreshes
-            self._last = {"state": state.features, "controls": state.controls.detach()}
+            self._last = {"state": state.last_features, "controls": state.controls.detach()}
         if not (result.refreshed or self.outer.running_sum):
             return
         loss = result.adaptive_loss()
@@ -87,7 +87,7 @@ class Recorder:
             own = log_p.gather(2, result.labels[:, :, None])[:, :, 0]
             row: dict[str, Tensor | float] = {
                 "inner_step": float(state.step - 1),
-                "state": state.features,
+                "state": state.last_features,
                 "controls": state.controls,
                 "adaptive_loss": loss,
                 "cross_entropy": -own.mean(1),
@@ -158,7 +158,10 @@ def policy_gradient(loop: InnerLoop, phi: Tensor, states: list[Tensor], cotangen
     """Chain cotangents of the controls [G, U], one per refresh, through the policy once: float64 [len(phi)]."""
     with torch.enable_grad():
         leaf = phi.detach().requires_grad_(True)
-        controls = loop.policy.controls(leaf, torch.cat(states))
+        if loop.policy.reads_history:  # of other lengths
+            controls = torch.cat([loop.policy.controls(leaf, state) for state in states])
+        else:
+            controls = loop.policy.controls(leaf, torch.cat(states))
         if not controls.requires_grad:
             return np.zeros(phi.shape[-1])
         (gradient,) = torch.autograd.grad((controls * torch.cat(cotangents)).sum(), leaf)

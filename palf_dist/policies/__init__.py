@@ -1,7 +1,7 @@
 """Who chooses the controls: one protocol, implemented by meta-learned, static, schedule and online policies."""
 
 from palf_dist.policies.base import Policy
-from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, policy_spec
+from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, RecurrentPolicy, make_policy, policy_spec
 from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.policies.schedule import CurriculumPolicy
 from palf_dist.policies.static import StaticPolicy
@@ -12,6 +12,8 @@ __all__ = [
     "OnlineLearnLoss",
     "Policy",
     "PolicySpec",
+    "RecurrentPolicy",
     "StaticPolicy",
+    "make_policy",
     "policy_spec",
 ]

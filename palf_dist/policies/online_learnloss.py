@@ -32,6 +32,7 @@ class OnlineLearnLoss:
 
     features: tuple[str, ...] = (SNAPSHOTS,)
     num_parameters = 0
+    reads_history = False
 
     def __init__(
         self, basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0, refresh: int = 10

@@ -16,6 +16,7 @@ class CurriculumPolicy:
     features: tuple[str, ...] = ("time",)
     active_basis: tuple[str, ...] = ("ce", "focal", "label_smoothing")
     num_parameters = 0
+    reads_history = False
 
     def __init__(self, refresh: int = 10) -> None:
         self.refresh = refresh

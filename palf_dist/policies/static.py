@@ -22,6 +22,7 @@ class StaticPolicy:
 
     features: tuple[str, ...] = ()
     num_parameters = 0
+    reads_history = False
 
     def __init__(self, controls: Tensor, refresh: int = 1_000_000_000) -> None:
         assert controls.shape == (len(CONTROLS),)
