@@ -22,7 +22,8 @@ from palf_dist.errors import ConfigError
 from palf_dist.losses import LossContext
 from palf_dist.mixture_loss import check_batch, mixture_loss
 from palf_dist.online_loss import OnlineLoss
-from palf_dist.policies.online_learnloss import PER_EXAMPLE
+from palf_dist.policies.hedge import HedgePolicy
+from palf_dist.policies.online_learnloss import PER_EXAMPLE, OnlineLearnLoss
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
 from palf_dist.training_state import (
@@ -131,8 +132,14 @@ class AdaptiveLoss(LateBuffers):
     @staticmethod
     def online(basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0) -> OnlineLoss:
         """A loss that learns its mixture weights during the very run that it trains, from the validation errors that
-        its ``observe`` is told: no policy file is needed. Arguments are those of ``OnlineLoss``."""
-        return OnlineLoss(basis, low=low, high=high)
+        its ``observe`` is told: no policy file is needed. Arguments are those of ``OnlineLearnLoss``."""
+        return OnlineLoss(OnlineLearnLoss(basis, low=low, high=high))
+
+    @staticmethod
+    def hedge(basis: Sequence[str] = PER_EXAMPLE, *, horizon: int | None = None) -> OnlineLoss:
+        """A loss whose mixture weights follow Hedge over the run's own training losses: its ``observe`` ends a round
+        and is told nothing. Arguments are those of ``HedgePolicy``; ``horizon`` counts the calls of ``observe``."""
+        return OnlineLoss(HedgePolicy(basis, horizon=horizon))
 
     @property
     def weight_decay_multiplier(self) -> float:

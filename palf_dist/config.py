@@ -307,7 +307,9 @@ class DistributedConfig(Section):
 class EvaluationConfig(Section):
     """Held-out comparison at the end, and the selection score along the way."""
 
-    methods: tuple[str, ...] | None = Field(default=None, description="none: all; see palf_dist.evaluation.methods")
+    methods: tuple[str, ...] | None = Field(
+        default=None, description="none: the usual ones; see palf_dist.evaluation.methods"
+    )
     noise_rates: tuple[Share, ...] = Field(default=(0.0, 0.15, 0.3, 0.5), min_length=1)
     conditions: tuple[Literal["balanced", "matched", "shifted"], ...] = Field(
         default=("balanced", "matched", "shifted"),

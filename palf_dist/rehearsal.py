@@ -207,7 +207,7 @@ def _policies(config: RunConfig, work: Work) -> list[Policy]:
     basis = {name for method in methods for name in method.alpha}
     found: list[Policy] = [StaticPolicy(control_vector(dict.fromkeys(basis, 1 / len(basis)), {}))]
     found += [baseline_policy(method) for method in methods if method.schedule is not None]
-    return found + ([_learned(config)] if any(method.uses_policy for method in methods) else [])
+    return found + ([_learned(config)] if any(method.uses_policy or method.control for method in methods) else [])
 
 
 def _widest_group(config: RunConfig, used: list[EncodedDataset], work: Work) -> TaskGroup:

@@ -13,6 +13,7 @@ import torch
 from palf_dist import units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
+from palf_dist.errors import ConfigError
 from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.group_work import EARLY_STOPPING_EVERY
 from palf_dist.inner_loop import InnerLoop
@@ -132,6 +133,70 @@ def test_online_learnloss_is_a_method_of_the_comparison(
     assert len(accuracies["online_learnloss"]) == len(accuracies["ce"]) == len(rows) / 2
     assert all(np.isfinite(values).all() for values in accuracies.values())
     assert accuracies["online_learnloss"] != accuracies["ce"]
+
+
+@pytest.fixture(scope="module")
+def compared(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> tuple[units.Runner, torch.Tensor, dict[str, list[float]]]:
+    """A runner and a policy that follows its state, with the accuracies of it and its controls, and of hedge."""
+    config, datasets = data
+    methods = ("policy", "policy_schedule", "policy_shuffled", "hedge")
+    work = units.Runner(
+        config.model_copy(
+            update={
+                "evaluation": config.evaluation.model_copy(update={"methods": methods, "seeds": 2}),
+                "tasks": config.tasks.model_copy(update={"group_size": 6}),
+                "inner": config.inner.model_copy(update={"steps": 40}),
+            }
+        ),
+        datasets,
+    )
+    phi = torch.randn(units.initial_policy(config).size, generator=torch.Generator().manual_seed(0))
+    units.check_methods(work.config, datasets)
+    made = [work.run(unit, phi.numpy(), 0, prepared) for unit in units.evaluate_units(work.config, datasets)]
+    rows = units.rows_of(made)
+    return work, phi, {name: [r["accuracy"] for r in rows if r["method"] == name] for name in ("ce", *methods)}
+
+
+def test_the_controls_of_the_policy_and_hedge_are_methods_of_the_comparison(
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]],
+) -> None:
+    _, _, accuracies = compared
+    assert len({len(values) for values in accuracies.values()}) == 1
+    assert len({tuple(values) for values in accuracies.values()}) == 5, "each trains in another way"
+    assert all(np.isfinite(values).all() for values in accuracies.values())
+
+
+def test_the_own_schedule_is_the_mean_over_training_tasks(
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]], prepared: dict[str, Any]
+) -> None:
+    work, phi, _ = compared
+    policy = units.learned_policy(work.config, prepared)
+    schedule = work._own_schedule(policy, phi, prepared)
+    controls = []
+    for index in range(units.SCHEDULE_GROUPS):
+        group = work._group(("schedule", work.config.seed, index), prepared)
+        assert {spec.dataset for spec in group.specs} <= {source.name for source in work.config.data.train}
+        loop = InnerLoop(group, policy, work.config.inner)
+        state = loop.start()
+        loop.run(state, phi, 9)  # the third refresh of every fourth step
+        controls.append(state.controls)
+    want = torch.cat(controls).double().mean(0)  # type: ignore[arg-type]
+    torch.testing.assert_close(schedule.table[2].double(), want, rtol=1e-6, atol=1e-7)
+    assert schedule.table.shape[0] == 10 and not torch.allclose(schedule.table[0], schedule.table[2])
+
+
+def test_a_task_that_is_alone_in_its_group_cannot_be_shuffled(
+    data: tuple[RunConfig, dict[str, EncodedDataset]],
+) -> None:
+    config, datasets = data
+    evaluation = {"methods": ("policy_shuffled",), "noise_rates": (0.0,), "conditions": ("balanced",)}
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
+    units.check_methods(config, datasets)
+    tasks = config.tasks.model_copy(update={"group_size": 1})
+    with pytest.raises(ConfigError, match=r"one of iris is alone; change tasks\.group_size"):
+        units.check_methods(config.model_copy(update={"tasks": tasks}), datasets)
 
 
 @pytest.mark.parametrize("kind", ["widened", "validation_free", "recurrent", "schedule", "constant"])

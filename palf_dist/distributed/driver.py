@@ -134,6 +134,7 @@ def _open(
         if checkpoint:
             _check_unchanged(checkpoint, datasets)
         check_tasks(config, datasets)
+        units.check_methods(config, datasets)
         stop = stop or threading.Event()
         session = stack.enter_context(open_session(config, datasets, shown, stop, make_runner, place.shared))
         if not resume:
@@ -164,6 +165,7 @@ def evaluate_policy(
         datasets = load_all(config.data)
         _check_held_out([datasets[source.name] for source in config.data.held_out], artefact.card)
         check_tasks(config, datasets)
+        units.check_methods(config, datasets)
         session = stack.enter_context(open_session(config, datasets, shown, threading.Event(), make_runner))
         normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
         try:

@@ -8,6 +8,16 @@ import numpy as np
 from torch import Tensor
 
 
+class WithoutParameters:
+    """Base of the policies that are not meta-learned."""
+
+    num_parameters = 0
+    reads_history = False
+
+    def initial(self) -> np.ndarray:
+        return np.zeros(0, np.float32)
+
+
 class Policy(Protocol):
     """Maps the training state to controls. Stateless: everything it learned is in phi, and one that remembers is given
     all that it has seen in the run."""
