@@ -248,12 +248,16 @@ def test_the_terms_of_an_outer_loss_that_has_several_are_reported(
     assert terms["information"] > 0 and terms["gradient_variance"] > 0
 
 
+@pytest.mark.parametrize("policy", ["robust", "recurrent"])
 @pytest.mark.parametrize("kind", ["adjoint", "unroll", "es", "pes"])
 def test_windows_go_through_the_whole_run_and_begin_anew(
-    kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+    kind: str, policy: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:
     """12 steps in windows of 5: 5 + 5 + 2, then a new inner run."""
     work = runner(data, kind=kind, window=5, pairs=1)
+    if policy != "robust":
+        changed = work.config.policy.model_copy(update={"kind": policy})
+        work = units.Runner(work.config.model_copy(update={"policy": changed}), work.datasets)
     phi = units.initial_policy(work.config)
     carried, lengths = None, []
     for step in range(4):

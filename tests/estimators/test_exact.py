@@ -111,6 +111,10 @@ def test_adjoint_equals_unroll_for_every_kind_of_policy(kind: str, outer: OuterL
     assert np.linalg.norm(unroll.gradient) > 1e-6
     np.testing.assert_allclose(adjoint.records["state"], unroll.records["state"], rtol=1e-5, atol=1e-6)
     assert adjoint.records["state"].shape[1:] == (3, len(policy.features))
+    if "time" in policy.features:
+        time = adjoint.records["state"][:, 0, policy.features.index("time")]
+        at_refresh = np.isnan(adjoint.records["outer_loss"][:, 0])
+        np.testing.assert_allclose(time[at_refresh], np.arange(0, 7, 2) / 7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "schedule", "constant"])

@@ -44,6 +44,15 @@ def test_a_task_alone_cannot_be_shuffled() -> None:
         ShuffledPolicy(policy, (0,)).controls(phi, torch.zeros(1, len(policy.features)))
 
 
+@pytest.mark.parametrize(("steps", "refresh"), [(150, 10), (150, 1), (7, 3), (1000, 7), (12, 20)])
+def test_a_recorded_schedule_finds_its_place_from_the_clock(steps: int, refresh: int) -> None:
+    moments = torch.arange(0, steps, refresh)
+    table = torch.arange(float(len(moments)))[:, None]
+    schedule = RecordedSchedule(table, steps, refresh, ("ce",))
+    time = torch.tensor([moment / steps for moment in moments.tolist()])[:, None]
+    assert torch.equal(schedule.controls(torch.zeros(0), time), table)
+
+
 @pytest.mark.parametrize("steps", [6, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_recorded_schedule_plays_what_was_recorded(steps: int, dtype: torch.dtype) -> None:
