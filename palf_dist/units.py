@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from palf_dist.config import RunConfig
-from palf_dist.errors import ConfigError
 from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_policy, select_methods
 from palf_dist.faults import fault_point
 from palf_dist.group_work import Stretch, at_refreshes, final_accuracy, in_parts, join, meta_gradient, part_of
@@ -131,18 +130,6 @@ def evaluate_units(config: RunConfig, datasets: Mapping[str, EncodedDataset]) ->
     groups = range(len(evaluation_specs(config, datasets)))
     methods = select_methods(config.evaluation.methods)
     return [Unit("evaluate", 0, group, _canonical({"method": m.name})) for m in methods for group in groups]
-
-
-def check_methods(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
-    """Raises ConfigError for methods that the held-out tasks do not allow, before any work starts."""
-    methods = select_methods(config.evaluation.methods)
-    if any(method.control == "shuffled" for method in methods):
-        alone = [specs[0] for specs in evaluation_specs(config, datasets) if len(specs) == 1]
-        if alone:
-            raise ConfigError(
-                f"evaluation.methods: policy_shuffled needs two tasks in each group, but one of {alone[0].dataset} is "
-                "alone; change tasks.group_size or evaluation.seeds, or leave the method out"
-            )
 
 
 def initial_policy(config: RunConfig) -> np.ndarray:

@@ -14,7 +14,7 @@ from palf_dist import units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
 from palf_dist.errors import ConfigError
-from palf_dist.evaluation.methods import METHODS, baseline_policy
+from palf_dist.evaluation.methods import METHODS, baseline_policy, check_methods
 from palf_dist.group_work import EARLY_STOPPING_EVERY
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.outer_loss import accuracy
@@ -153,7 +153,7 @@ def compared(
         datasets,
     )
     phi = torch.randn(units.initial_policy(config).size, generator=torch.Generator().manual_seed(0))
-    units.check_methods(work.config, datasets)
+    check_methods(work.config, datasets)
     made = [work.run(unit, phi.numpy(), 0, prepared) for unit in units.evaluate_units(work.config, datasets)]
     rows = units.rows_of(made)
     return work, phi, {name: [r["accuracy"] for r in rows if r["method"] == name] for name in ("ce", *methods)}
@@ -193,10 +193,10 @@ def test_a_task_that_is_alone_in_its_group_cannot_be_shuffled(
     config, datasets = data
     evaluation = {"methods": ("policy_shuffled",), "noise_rates": (0.0,), "conditions": ("balanced",)}
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
-    units.check_methods(config, datasets)
+    check_methods(config, datasets)
     tasks = config.tasks.model_copy(update={"group_size": 1})
     with pytest.raises(ConfigError, match=r"one of iris is alone; change tasks\.group_size"):
-        units.check_methods(config.model_copy(update={"tasks": tasks}), datasets)
+        check_methods(config.model_copy(update={"tasks": tasks}), datasets)
 
 
 @pytest.mark.parametrize("kind", ["widened", "validation_free", "recurrent", "schedule", "constant"])

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from palf_dist.config import RunConfig
 from palf_dist.errors import ConfigError
 from palf_dist.policies import CurriculumPolicy, HedgePolicy, OnlineLearnLoss, Policy, StaticPolicy
 from palf_dist.policies.static import control_vector
+from palf_dist.tasks.encoded import EncodedDataset
+from palf_dist.tasks.family import evaluation_specs
 from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
 
 PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
@@ -134,3 +137,15 @@ def select_methods(names: Iterable[str] | None = None) -> tuple[Method, ...]:
             f"evaluation.methods: unknown method {name!r}; did you mean {nearest!r}? Known: {', '.join(METHODS)}"
         )
     return tuple(method for method in METHODS.values() if method.name in wanted)
+
+
+def check_methods(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
+    """Raises ConfigError for methods that the held-out tasks do not allow, before any work starts."""
+    methods = select_methods(config.evaluation.methods)
+    if any(method.control == "shuffled" for method in methods):
+        alone = [specs[0] for specs in evaluation_specs(config, datasets) if len(specs) == 1]
+        if alone:
+            raise ConfigError(
+                f"evaluation.methods: policy_shuffled needs two tasks in each group, but one of {alone[0].dataset} is "
+                "alone; change tasks.group_size or evaluation.seeds, or leave the method out"
+            )
