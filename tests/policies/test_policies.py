@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,7 +13,7 @@ from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.errors import ConfigError
 from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.policies import CurriculumPolicy, LearnedPolicy, Policy, make_policy, policy_spec
-from palf_dist.training_state import PAPER_FEATURES, VALIDATION_FEATURES
+from palf_dist.training_state import FEATURES, PAPER_FEATURES, VALIDATION_FEATURES
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, HYPERPARAMETERS, NUM_BASIS
 
 ALL = PolicyConfig(basis=BASIS_LOSSES, hyperparameters=HYPERPARAMETERS)
@@ -78,6 +80,18 @@ def test_palf_preset_starts_uniform_over_the_papers_five_and_sets_alpha_only() -
     torch.testing.assert_close(policy.controls(phi, torch.randn(2, 6))[:, :5], torch.full((2, 5), 0.2))
     moved = policy.controls(torch.randn(policy.num_parameters), torch.randn(2, 6))
     assert moved[0, NUM_BASIS:].tolist() == pytest.approx([DEFAULT_HYPERPARAMETERS[h] for h in HYPERPARAMETERS])
+
+
+def test_the_table_of_the_docs_says_who_reads_what() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    names: list[str] = []
+    for line in page[page.index("| feature |") :].split("\n\n")[0].splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for name in re.findall(r"`(\w+)`", cells[0]):
+            names.append(name)
+            for column, kinds in ((2, ("robust", "validation_free", "recurrent")), (3, ("palf", "widened"))):
+                assert {name in POLICIES[kind].features for kind in kinds} == {cells[column] == "x"}, name
+    assert tuple(names) == FEATURES
 
 
 def test_the_widened_preset_is_palf_and_four_hyperparameters() -> None:
