@@ -235,9 +235,9 @@ assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
 
 
 class PolicyConfig(Section):
-    """Who sets the controls. ``robust`` and ``palf`` are presets: fields left out take the preset's values."""
+    """Who sets the controls. Each kind is a preset: fields left out take its values; see docs/method.md."""
 
-    kind: Literal["robust", "palf"] = "robust"
+    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "palf", "widened"] = "robust"
     features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
     basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
     hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")
@@ -328,7 +328,9 @@ class DistributedConfig(Section):
 class EvaluationConfig(Section):
     """Held-out comparison at the end, and the selection score along the way."""
 
-    methods: tuple[str, ...] | None = Field(default=None, description="none: all; see palf_dist.evaluation.methods")
+    methods: tuple[str, ...] | None = Field(
+        default=None, description="none: the usual ones; see palf_dist.evaluation.methods"
+    )
     noise_rates: tuple[Share, ...] = Field(default=(0.0, 0.15, 0.3, 0.5), min_length=1)
     conditions: tuple[Literal["balanced", "matched", "shifted"], ...] = Field(
         default=("balanced", "matched", "shifted"),

@@ -52,16 +52,16 @@ def meta_gradient(
     return Stretch(estimate, onward)
 
 
-def features_seen(loop: InnerLoop, phi: Tensor) -> np.ndarray:
-    """Raw state features [refreshes * G, S] float64 of a whole inner run."""
+def at_refreshes(loop: InnerLoop, phi: Tensor, read: Callable[[InnerState], Tensor]) -> np.ndarray:
+    """What ``read`` says of the inner state, [G, X], at each refresh of a whole inner run: [R, G, X] float64."""
     seen: list[Tensor] = []
 
     def after_step(state: InnerState, result: StepResult) -> None:
-        if result.refreshed and state.features is not None:
-            seen.append(state.features)
+        if result.refreshed:
+            seen.append(read(state))
 
     loop.run(loop.start(), phi, loop.steps, after_step=after_step)
-    return torch.cat(seen).double().cpu().numpy()
+    return torch.stack(seen).double().cpu().numpy()
 
 
 def final_accuracy(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> np.ndarray:

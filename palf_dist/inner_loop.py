@@ -49,11 +49,17 @@ class InnerState:
     averaged: Tensor  # [G, N, C] moving average of each training row's predicted probabilities
     seen: Tensor  # [G, N] bool: rows that have been in a minibatch
     statistics: Tensor | None = None  # [G, 4] of the StateReader
-    features: Tensor | None = None  # [G, S] raw features of the last refresh; or the snapshots so far, [G, n, 1 + K]
+    features: Tensor | None = None  # what the policy read last: raw features [G, S]; all so far, [G, n, S]; snapshots
     controls: Tensor | None = None  # [G, U] in force
     gradient_norm2: Tensor | None = None  # [G] of the last step
     mixing: Tensor | None = None  # [G] how far the shield mixed alpha towards the reference at the last refresh
     shielded: Tensor | None = None  # [G] refreshes so far at which it acted
+
+    @property
+    def last_features(self) -> Tensor:
+        """Raw features [G, S] of the last refresh."""
+        assert self.features is not None
+        return self.features if self.features.dim() == 2 else self.features[:, -1]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """As numpy arrays, for a windowed estimator's carried state; ``InnerLoop.resume`` recomputes the controls."""
@@ -233,7 +239,7 @@ class InnerLoop:
         return own, seen
 
     def _observe(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
-        """Raw features [G, S] at the current step."""
+        """Raw features [G, S] at the current step, after those before it where the policy reads its history."""
         reader = StateReader(self.policy.features, self._facts)
         reader.statistics = state.statistics
         group = self.group
@@ -263,7 +269,7 @@ class InnerLoop:
         )
         features = reader.read(observation)
         state.statistics = reader.statistics
-        return features
+        return _appended(state.features, features) if self.policy.reads_history else features
 
     def _snapshots(self, state: InnerState) -> Tensor:
         """The snapshots [G, n, 1 + K] of the run with the present one: cross-entropy on the (noisy) validation rows,
@@ -276,8 +282,7 @@ class InnerLoop:
             values = dict(at.values())
             # 0 / 0, unknown, where there are no validation rows
             means += [(values[name] * rows.mask).sum(1) / rows.mask.sum(1) for name in active]
-        now = torch.stack(means, 1)[:, None]
-        return now if state.features is None else torch.cat([state.features, now], 1)
+        return _appended(state.features, torch.stack(means, 1))
 
     def run(
         self,
@@ -298,6 +303,11 @@ class InnerLoop:
         """Logits [G, N, C] on a split."""
         with torch.no_grad():
             return self.group.model.forward(theta, rows.inputs)[0]
+
+
+def _appended(past: Tensor | None, now: Tensor) -> Tensor:
+    """What was seen at each refresh so far, [G, n, X], from what was before and is now, [G, X]."""
+    return now[:, None] if past is None else torch.cat([past, now[:, None]], 1)
 
 
 def task_facts(group: TaskGroup, *, needs_neighbours: bool = False) -> TaskFacts:

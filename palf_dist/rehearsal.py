@@ -25,7 +25,7 @@ from palf_dist.evaluation.methods import baseline_policy, select_methods
 from palf_dist.group_work import final_accuracy, measure, meta_gradient
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.inner_models import build_model
-from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, policy_spec
+from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, make_policy, policy_spec
 from palf_dist.policies.static import control_vector
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
@@ -202,7 +202,7 @@ def _measure(loop: InnerLoop, phi: Tensor) -> float:
 
 def _learned(config: RunConfig) -> LearnedPolicy:
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, [0.0] * len(spec.features), [1.0] * len(spec.features))
+    return make_policy(spec, [0.0] * len(spec.features), [1.0] * len(spec.features))
 
 
 def _policies(config: RunConfig, work: Work) -> list[Policy]:
@@ -214,7 +214,7 @@ def _policies(config: RunConfig, work: Work) -> list[Policy]:
     basis = {name for method in methods for name in method.alpha}
     found: list[Policy] = [StaticPolicy(control_vector(dict.fromkeys(basis, 1 / len(basis)), {}))]
     found += [baseline_policy(method) for method in methods if method.schedule is not None]
-    return found + ([_learned(config)] if any(method.uses_policy for method in methods) else [])
+    return found + ([_learned(config)] if any(method.uses_policy or method.control for method in methods) else [])
 
 
 def _widest_group(config: RunConfig, used: list[EncodedDataset], work: Work) -> TaskGroup:

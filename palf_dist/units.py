@@ -25,7 +25,7 @@ from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_po
 from palf_dist.faults import fault_point
 from palf_dist.group_work import (
     Stretch,
-    features_seen,
+    at_refreshes,
     final_accuracy,
     in_parts,
     join,
@@ -34,9 +34,9 @@ from palf_dist.group_work import (
     moments,
     part_of,
 )
-from palf_dist.inner_loop import InnerLoop, move_group
+from palf_dist.inner_loop import InnerLoop, InnerState, move_group
 from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
-from palf_dist.policies import LearnedPolicy, Policy, policy_spec
+from palf_dist.policies import LearnedPolicy, Policy, RecordedSchedule, ShuffledPolicy, make_policy, policy_spec
 from palf_dist.rehearsal import Work
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
@@ -45,6 +45,7 @@ from palf_dist.types import Contribution, TaskGroup, TaskSpec, Unit
 
 TUNING_GROUPS = 4  # task groups per grid point: fewer leave the choice to chance
 CALIBRATION_GROUPS = 2
+SCHEDULE_GROUPS = 4  # training task groups that policy_schedule is averaged over
 
 Result = TypeVar("Result")
 
@@ -149,7 +150,7 @@ def initial_policy(config: RunConfig) -> np.ndarray:
 def learned_policy(config: RunConfig, prepared: Mapping[str, Any]) -> LearnedPolicy:
     """The policy of a run, with the calibrated normalisation of its state."""
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, torch.tensor(prepared["feature_mean"]), torch.tensor(prepared["feature_std"]))
+    return make_policy(spec, torch.tensor(prepared["feature_mean"]), torch.tensor(prepared["feature_std"]))
 
 
 class Runner:
@@ -161,6 +162,7 @@ class Runner:
         self.device = torch.device("cuda" if gpu else "cpu")
         self._plan = Plan(config, datasets, self._gpu_memory() if gpu else inf)
         self._halvings = 0
+        self._schedules: dict[tuple[bytes, str], np.ndarray] = {}  # of policy_schedule, by policy and preparation
         self._kinds: dict[str, Callable[..., Contribution]] = {
             "tune": self._tune,
             "calibrate": self._calibrate,
@@ -225,7 +227,8 @@ class Runner:
         group = self._group(("calibrate", self.config.seed, unit.group), prepared)
         policy = _unnormalised(self.config)
         untrained = torch.from_numpy(policy.initial()).to(phi)
-        values = np.concatenate(self._in_parts("train", group, policy, lambda loop, _: features_seen(loop, untrained)))
+        parts = self._at_refreshes(group, policy, untrained, lambda state: state.last_features)
+        values = np.concatenate([refresh for part in parts for refresh in part])
         known = np.isfinite(values)
         values = np.where(known, values, 0.0)
         arrays = {"count": known.sum(0).astype(float), "sum": values.sum(0), "square": (values**2).sum(0)}
@@ -278,7 +281,7 @@ class Runner:
         specs = evaluation_specs(self.config, self.datasets)[unit.group]
         group = self._build(specs, prepared["reference"])
         method = METHODS[settings["method"]]
-        policy: Policy = learned_policy(self.config, prepared) if method.uses_policy else baseline_policy(method)
+        policy = self._policy(method, unit.group, phi, prepared)
         parts = self._in_parts(
             "evaluate", group, policy, lambda loop, _: measure(loop, phi, early_stopping=method.early_stopping)
         )
@@ -290,6 +293,31 @@ class Runner:
             for task, spec in enumerate(specs)
         ]
         return Contribution(unit, 0, metrics={"accuracy": float(measured["accuracy"].mean())}, rows=rows)
+
+    def _policy(self, method: Method, group: int, phi: Tensor, prepared: Mapping[str, Any]) -> Policy:
+        """What sets the controls of one group of held-out tasks."""
+        if not (method.uses_policy or method.control):
+            return baseline_policy(method)
+        policy = learned_policy(self.config, prepared)
+        if method.control == "shuffled":
+            return ShuffledPolicy(policy, (group,))
+        return self._own_schedule(policy, phi, prepared) if method.control == "schedule" else policy
+
+    def _own_schedule(self, policy: LearnedPolicy, phi: Tensor, prepared: Mapping[str, Any]) -> RecordedSchedule:
+        """The mean of the policy's controls at each refresh, over tasks of the training datasets; made once."""
+        key = (phi.cpu().numpy().tobytes(), _canonical(prepared))
+        if key not in self._schedules:
+            groups = [self._group(("schedule", self.config.seed, index), prepared) for index in range(SCHEDULE_GROUPS)]
+            runs = [run for g in groups for run in self._at_refreshes(g, policy, phi, lambda state: state.controls)]
+            self._schedules[key] = np.concatenate(runs, 1).mean(1)
+        table = torch.from_numpy(self._schedules[key]).to(phi)
+        return RecordedSchedule(table, self.config.inner.steps, policy.refresh, policy.active_basis)
+
+    def _at_refreshes(
+        self, group: TaskGroup, policy: Policy, phi: Tensor, read: Callable[[InnerState], Any]
+    ) -> list[np.ndarray]:
+        """What ``read`` says of the tasks [R, G, X] at each refresh of an inner run, for each part of the group."""
+        return self._in_parts("train", group, policy, lambda loop, _: at_refreshes(loop, phi, read))
 
     def _gpu_memory(self) -> float:
         """Bytes of this worker's share of its GPU."""
@@ -349,7 +377,7 @@ class Runner:
 def _unnormalised(config: RunConfig) -> LearnedPolicy:
     """The run's policy before calibration; its initial parameters ignore the state."""
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
+    return make_policy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
 
 
 def _canonical(settings: Mapping[str, Any]) -> str:

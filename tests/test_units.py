@@ -13,8 +13,9 @@ import torch
 from palf_dist import units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
+from palf_dist.errors import ConfigError
 from palf_dist.evaluation.measures import MEASURES
-from palf_dist.evaluation.methods import METHODS, baseline_policy
+from palf_dist.evaluation.methods import METHODS, baseline_policy, check_methods
 from palf_dist.group_work import EARLY_STOPPING_EVERY, final_accuracy
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.outer_loss import accuracy
@@ -139,6 +140,88 @@ def test_online_learnloss_is_a_method_of_the_comparison(
     assert accuracies["online_learnloss"] != accuracies["ce"]
 
 
+@pytest.fixture(scope="module")
+def compared(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> tuple[units.Runner, torch.Tensor, dict[str, list[float]]]:
+    """A runner and a policy that follows its state, with the accuracies of it and its controls, and of hedge."""
+    config, datasets = data
+    methods = ("policy", "policy_schedule", "policy_shuffled", "hedge")
+    work = units.Runner(
+        config.model_copy(
+            update={
+                "evaluation": config.evaluation.model_copy(update={"methods": methods, "seeds": 2}),
+                "tasks": config.tasks.model_copy(update={"group_size": 6}),
+                "inner": config.inner.model_copy(update={"steps": 40}),
+            }
+        ),
+        datasets,
+    )
+    phi = torch.randn(units.initial_policy(config).size, generator=torch.Generator().manual_seed(0))
+    check_methods(work.config, datasets)
+    made = [work.run(unit, phi.numpy(), 0, prepared) for unit in units.evaluate_units(work.config, datasets)]
+    rows = units.rows_of(made)
+    return work, phi, {name: [r["accuracy"] for r in rows if r["method"] == name] for name in ("ce", *methods)}
+
+
+def test_the_controls_of_the_policy_and_hedge_are_methods_of_the_comparison(
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]],
+) -> None:
+    _, _, accuracies = compared
+    assert len({len(values) for values in accuracies.values()}) == 1
+    assert len({tuple(values) for values in accuracies.values()}) == 5, "each trains in another way"
+    assert all(np.isfinite(values).all() for values in accuracies.values())
+
+
+def test_the_own_schedule_is_the_mean_over_training_tasks(
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]], prepared: dict[str, Any]
+) -> None:
+    work, phi, _ = compared
+    policy = units.learned_policy(work.config, prepared)
+    schedule = work._own_schedule(policy, phi, prepared)
+    controls = []
+    for index in range(units.SCHEDULE_GROUPS):
+        group = work._group(("schedule", work.config.seed, index), prepared)
+        assert {spec.dataset for spec in group.specs} <= {source.name for source in work.config.data.train}
+        loop = InnerLoop(group, policy, work.config.inner)
+        state = loop.start()
+        loop.run(state, phi, 9)  # the third refresh of every fourth step
+        controls.append(state.controls)
+    want = torch.cat(controls).double().mean(0)  # type: ignore[arg-type]
+    torch.testing.assert_close(schedule.table[2].double(), want, rtol=1e-6, atol=1e-7)
+    assert schedule.table.shape[0] == 10 and not torch.allclose(schedule.table[0], schedule.table[2])
+
+
+def test_a_task_that_is_alone_in_its_group_cannot_be_shuffled(
+    data: tuple[RunConfig, dict[str, EncodedDataset]],
+) -> None:
+    config, datasets = data
+    evaluation = {"methods": ("policy_shuffled",), "noise_rates": (0.0,), "conditions": ("balanced",)}
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
+    check_methods(config, datasets)
+    tasks = config.tasks.model_copy(update={"group_size": 1})
+    with pytest.raises(ConfigError, match=r"one of iris is alone; change tasks\.group_size"):
+        check_methods(config.model_copy(update={"tasks": tasks}), datasets)
+
+
+@pytest.mark.parametrize("kind", ["widened", "validation_free", "recurrent", "schedule", "constant"])
+def test_every_kind_of_policy_is_calibrated_and_learns(
+    kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    config, datasets = data
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"kind": kind})})
+    work, phi = units.Runner(config, datasets), units.initial_policy(config)
+    found = [work.run(unit, phi, 0, prepared) for unit in units.calibrate_units(config)]
+    tuned = {**prepared, **units.reduce_calibrate(config, found)}
+    policy = units.learned_policy(config, tuned)
+    assert len(tuned["feature_mean"]) == len(tuned["feature_std"]) == len(policy.features)
+    made = work.run(units.meta_gradient_units(config, 0)[0], phi, 0, tuned)
+    assert made.gradient is not None and made.gradient.shape == phi.shape and np.linalg.norm(made.gradient) > 0
+    assert {f"state_{name}" for name in policy.features} <= {*made.trajectory.column_names}
+    scores = work.run(units.select_units(config, 0)[0], phi, 0, tuned).metrics
+    assert 0 <= scores["accuracy"] <= 1
+
+
 def test_meta_gradient_differs_by_step_and_group(
     data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:
@@ -197,12 +280,16 @@ def test_the_shield_is_counted_in_every_outer_step_and_every_run_of_the_comparis
     assert set(shares[False]) == {None} and all(0 <= share <= 1 for share in shares[True]) and max(shares[True]) > 0
 
 
+@pytest.mark.parametrize("policy", ["robust", "recurrent"])
 @pytest.mark.parametrize("kind", ["adjoint", "unroll", "es", "pes"])
 def test_windows_go_through_the_whole_run_and_begin_anew(
-    kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+    kind: str, policy: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:
     """12 steps in windows of 5: 5 + 5 + 2, then a new inner run."""
     work = runner(data, kind=kind, window=5, pairs=1)
+    if policy != "robust":
+        changed = work.config.policy.model_copy(update={"kind": policy})
+        work = units.Runner(work.config.model_copy(update={"policy": changed}), work.datasets)
     phi = units.initial_policy(work.config)
     carried, lengths = None, []
     for step in range(4):

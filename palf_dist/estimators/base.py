@@ -92,7 +92,7 @@ class Recorder:
 
     def step(self, state: InnerState, result: StepResult) -> None:
         """Call after each step."""
-        assert state.features is not None and state.controls is not None
+        assert state.controls is not None
         if result.refreshed:
             self._controls.append(state.controls)
             self._lengths.append(0)
@@ -100,7 +100,7 @@ class Recorder:
             self._shielded = state.shielded
         self._lengths[-1] += 1
         if not self._last:  # a window may begin between two refreshes
-            self._last = {"state": state.features, "controls": state.controls.detach()}
+            self._last = {"state": state.last_features, "controls": state.controls.detach()}
         if not (result.refreshed or self.outer.running_sum):
             return
         loss = result.adaptive_loss()
@@ -113,7 +113,7 @@ class Recorder:
             own = log_p.gather(2, result.labels[:, :, None])[:, :, 0]
             row: dict[str, Tensor | float] = {
                 "inner_step": float(state.step - 1),
-                "state": state.features,
+                "state": state.last_features,
                 "controls": state.controls,
                 "adaptive_loss": loss,
                 "cross_entropy": -own.mean(1),
@@ -242,7 +242,10 @@ def policy_gradient(
     ``mixings``: how far the shield mixed each, [G], constants; empty where there is none."""
     with torch.enable_grad():
         leaf = phi.detach().requires_grad_(True)
-        controls = loop.policy.controls(leaf, torch.cat(states))
+        if loop.policy.reads_history:  # of other lengths
+            controls = torch.cat([loop.policy.controls(leaf, state) for state in states])
+        else:
+            controls = loop.policy.controls(leaf, torch.cat(states))
         if not controls.requires_grad:
             return np.zeros(phi.shape[-1])
         if mixings:

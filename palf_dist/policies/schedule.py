@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from palf_dist.policies.base import WithoutParameters
 from palf_dist.policies.static import control_vector
 
 
-class CurriculumPolicy:
+class CurriculumPolicy(WithoutParameters):
     """Easy to hard: label smoothing first, cross-entropy in the middle, the focal loss (which stresses hard examples)
     at the end, mixed linearly in between."""
 
     features: tuple[str, ...] = ("time",)
     active_basis: tuple[str, ...] = ("ce", "focal", "label_smoothing")
-    num_parameters = 0
-    shield: float | None = None
 
     def __init__(self, refresh: int = 10) -> None:
         self.refresh = refresh
         self._knots = torch.stack([control_vector({name: 1.0}) for name in ("label_smoothing", "ce", "focal")])
-
-    def initial(self) -> np.ndarray:
-        return np.zeros(0, np.float32)
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
         time = state[:, :1].clamp(0, 1)
@@ -31,3 +26,18 @@ class CurriculumPolicy:
         first = (1 - 2 * time) * start + 2 * time * middle
         second = (2 - 2 * time) * middle + (2 * time - 1) * end
         return torch.where(time < 0.5, first, second)
+
+
+class RecordedSchedule(WithoutParameters):
+    """Plays controls that were recorded: the same at each refresh, whatever the task."""
+
+    features: tuple[str, ...] = ("time",)
+
+    def __init__(self, table: Tensor, steps: int, refresh: int, active_basis: tuple[str, ...]) -> None:
+        """``table``: controls [R, U] of each refresh of a run of ``steps`` inner steps."""
+        assert len(table) == -(-steps // refresh)
+        self.table, self.refresh, self.active_basis = table, refresh, active_basis
+        self._refreshes = steps / refresh
+
+    def controls(self, phi: Tensor, state: Tensor) -> Tensor:
+        return self.table.to(state)[(state[:, 0] * self._refreshes).round().long()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from palf_dist.estimators import Estimate, make_estimator
 from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.inner_loop import InnerLoop, InnerState
 from palf_dist.outer_loss import validation_loss
-from palf_dist.policies import LearnedPolicy, policy_spec
+from palf_dist.policies import LearnedPolicy, make_policy, policy_spec
 from palf_dist.shield import least_mixing
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 from tests.groups import make_group
@@ -164,16 +164,65 @@ def test_terms_add_up_to_the_outer_loss(kind: str) -> None:
     assert estimate(kind, loop, phi).metrics == {}, "there is nothing to tell apart"
 
 
-def stopped_policy(basis: tuple[str, ...], hyperparameters: tuple[str, ...]) -> tuple[LearnedPolicy, torch.Tensor]:
-    """A policy that sees the clock alone, so that nothing is stopped between phi and the outer loss but the averaged
-    predictions, which only the posterior weights (ew) read."""
-    spec = policy_spec(
-        PolicyConfig(features=("time",), basis=basis, hyperparameters=hyperparameters, refresh=2, hidden=3)
-    )
-    policy = LearnedPolicy(spec, [0.5], [0.3])
+def random_policy(config: PolicyConfig) -> tuple[LearnedPolicy, torch.Tensor]:
+    """A policy with random parameters, in float64."""
+    spec = policy_spec(config)
+    policy = make_policy(spec, [0.5] * len(spec.features), [0.3] * len(spec.features))
     torch.manual_seed(1)
     phi = torch.from_numpy(policy.initial()).double()
     return policy, phi + 0.2 * torch.randn_like(phi)
+
+
+def stopped_policy(
+    basis: tuple[str, ...], hyperparameters: tuple[str, ...], **others: str
+) -> tuple[LearnedPolicy, torch.Tensor]:
+    """A policy that sees the clock alone, so that nothing is stopped between phi and the outer loss but the averaged
+    predictions, which only the posterior weights (ew) read."""
+    settings = {"features": ("time",), "basis": basis, "hyperparameters": hyperparameters, "refresh": 2, "hidden": 3}
+    return random_policy(PolicyConfig.model_validate(settings | others))
+
+
+KINDS = get_args(PolicyConfig.model_fields["kind"].annotation)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outer", [OUTER, INFORMATION], ids=["validation", "information"])
+def test_adjoint_equals_unroll_for_every_kind_of_policy(kind: str, outer: OuterLossConfig) -> None:
+    policy, phi = random_policy(PolicyConfig(kind=kind, refresh=2, hidden=4))
+    loop = InnerLoop(make_group(), policy, InnerConfig())
+    adjoint, unroll = (estimate(estimator, loop, phi, outer) for estimator in ("adjoint", "unroll"))
+    assert relative(adjoint.gradient, unroll.gradient) <= 1e-10
+    assert np.linalg.norm(unroll.gradient) > 1e-6
+    np.testing.assert_allclose(adjoint.records["state"], unroll.records["state"], rtol=1e-5, atol=1e-6)
+    assert adjoint.records["state"].shape[1:] == (3, len(policy.features))
+    if "time" in policy.features:
+        time = adjoint.records["state"][:, 0, policy.features.index("time")]
+        at_refresh = np.isnan(adjoint.records["outer_loss"][:, 0])
+        np.testing.assert_allclose(time[at_refresh], np.arange(0, 7, 2) / 7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "schedule", "constant"])
+def test_kinds_equal_finite_differences(kind: str) -> None:
+    """As the test below, for parameters of the policy that it does not have: of the recurrent one those that act by
+    what it remembers."""
+    hyper = tuple(h for h in HYPERPARAMETERS if h not in ("e", "la", "ew"))
+    features = {"features": ()} if kind == "constant" else {}
+    policy, phi = stopped_policy(BASIS_LOSSES[:5], hyper, kind=kind, **features)
+    loop = InnerLoop(make_group(steps=5), policy, InnerConfig())
+    adjoint, unroll = (estimate(estimator, loop, phi).gradient for estimator in ("adjoint", "unroll"))
+    memory = slice(9, 9 + 27)  # of the recurrent one: [3, 9] after [1, 9] for the state
+    assert kind != "recurrent" or np.abs(adjoint[memory]).max() > 1e-6
+    torch.manual_seed(2)
+    directions = [torch.randn_like(phi) for _ in range(3)]
+    if kind == "recurrent":
+        directions.append(torch.zeros_like(phi))
+        directions[-1][memory] = 1.0
+    for direction in directions:
+        h = 1e-7
+        up, down = (estimate("adjoint", loop, phi + sign * h * direction).outer_loss for sign in (1, -1))
+        slope = (up - down) / (2 * h)
+        assert adjoint @ direction.numpy() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+        assert unroll @ direction.numpy() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("outer", [OUTER, INFORMATION], ids=["validation", "information"])
@@ -204,10 +253,14 @@ def test_float32_is_close_to_float64() -> None:
 
 
 @pytest.mark.parametrize("shield", [None, 0.7])
-@pytest.mark.parametrize("refresh", [2, 3])
-def test_windows_chain_the_inner_state_and_use_the_present_policy(refresh: int, shield: float | None) -> None:
+@pytest.mark.parametrize(("kind", "refresh"), [("full", 2), ("full", 3), ("recurrent", 3)])
+def test_windows_chain_the_inner_state_and_use_the_present_policy(
+    kind: str, refresh: int, shield: float | None
+) -> None:
     """Adjoint = unroll on a window that starts with a refresh or between two, under a policy that has changed."""
     policy, phi = full_policy(refresh)
+    if kind == "recurrent":
+        policy, phi = random_policy(PolicyConfig(kind=kind, refresh=refresh, hidden=4))
     policy.shield = shield
     loop = InnerLoop(make_group(), policy, InnerConfig())
     first = loop.start()

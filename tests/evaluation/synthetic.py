@@ -25,6 +25,9 @@ from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, Tas
 
 GAINS = {
     "policy": 4.3,
+    "policy_schedule": 2.5,
+    "policy_shuffled": -2.8,
+    "hedge": 0.2,
     "ce": 0.0,
     "focal": -0.4,
     "label_smoothing": 0.3,

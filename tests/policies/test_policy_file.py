@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.errors import PolicyFileError
-from palf_dist.policies import policy_spec
+from palf_dist.policies import make_policy, policy_spec
 from palf_dist.policies.policy_file import CARD, TENSORS, PolicyArtefact, digest, load_policy, policy_bytes, save_policy
 
 
@@ -31,6 +32,18 @@ def test_round_trip_is_exact(artefact: PolicyArtefact, tmp_path: Path) -> None:
         for field in ("phi", "mean", "std"):
             assert np.array_equal(getattr(loaded, field), getattr(artefact, field))
     assert policy_bytes(loaded) == policy_bytes(artefact) == (path.read_bytes(), path.with_name(CARD).read_bytes())
+
+
+@pytest.mark.parametrize("kind", get_args(PolicyConfig.model_fields["kind"].annotation))
+def test_every_kind_makes_a_round_trip(kind: str, tmp_path: Path) -> None:
+    spec = policy_spec(PolicyConfig(kind=kind, hidden=3))
+    zero = np.zeros(len(spec.features), np.float32)
+    phi = make_policy(spec, zero, zero + 2).initial() + np.float32(0.1)
+    save_policy(tmp_path, PolicyArtefact(spec, phi, zero, zero + 2))
+    loaded = load_policy(tmp_path)
+    assert loaded.spec == spec and np.array_equal(loaded.phi, phi)
+    assert type(loaded.policy()) is type(make_policy(spec, zero, zero + 2))
+    assert json.loads((tmp_path / CARD).read_text())["format_version"] == (1 if kind in ("robust", "palf") else 3)
 
 
 def test_start_is_kept_and_asks_for_the_newer_format(artefact: PolicyArtefact, tmp_path: Path) -> None:
