@@ -18,6 +18,7 @@ from palf_dist.estimators import Estimate, make_estimator
 from palf_dist.evaluation.metrics import curve_metrics, prediction_metrics
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.outer_loss import accuracy
+from palf_dist.policies import Policy, RecordedSchedule
 from palf_dist.types import Rows, TaskGroup
 
 EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation accuracy
@@ -159,6 +160,11 @@ def part_of(carried: Mapping[str, np.ndarray] | None, part: TaskGroup) -> Carrie
         return None
     tasks = slice(part.first, part.first + part.size)
     return {name: value[tasks] if value.ndim else value for name, value in carried.items()}
+
+
+def policy_of(policy: Policy, part: TaskGroup) -> Policy:
+    """What sets the controls of the tasks of ``part``."""
+    return policy.part(slice(part.first, part.first + part.size)) if isinstance(policy, RecordedSchedule) else policy
 
 
 def join(stretches: Sequence[Stretch]) -> Stretch:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import inf
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from palf_dist.config import RunConfig
+from palf_dist.evaluation.controls import PolicyControls
 from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_policy, select_methods
 from palf_dist.faults import fault_point
 from palf_dist.group_work import (
@@ -33,10 +35,11 @@ from palf_dist.group_work import (
     meta_gradient,
     moments,
     part_of,
+    policy_of,
 )
 from palf_dist.inner_loop import InnerLoop, InnerState, move_group
 from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
-from palf_dist.policies import LearnedPolicy, Policy, RecordedSchedule, ShuffledPolicy, make_policy, policy_spec
+from palf_dist.policies import LearnedPolicy, Policy, make_policy, policy_spec
 from palf_dist.rehearsal import Work
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
@@ -45,7 +48,6 @@ from palf_dist.types import Contribution, TaskGroup, TaskSpec, Unit
 
 TUNING_GROUPS = 4  # task groups per grid point: fewer leave the choice to chance
 CALIBRATION_GROUPS = 2
-SCHEDULE_GROUPS = 4  # training task groups that policy_schedule is averaged over
 
 Result = TypeVar("Result")
 
@@ -162,7 +164,7 @@ class Runner:
         self.device = torch.device("cuda" if gpu else "cpu")
         self._plan = Plan(config, datasets, self._gpu_memory() if gpu else inf)
         self._halvings = 0
-        self._schedules: dict[tuple[bytes, str], np.ndarray] = {}  # of policy_schedule, by policy and preparation
+        self._controls = PolicyControls(config, datasets, self._recorded)
         self._kinds: dict[str, Callable[..., Contribution]] = {
             "tune": self._tune,
             "calibrate": self._calibrate,
@@ -227,7 +229,8 @@ class Runner:
         group = self._group(("calibrate", self.config.seed, unit.group), prepared)
         policy = _unnormalised(self.config)
         untrained = torch.from_numpy(policy.initial()).to(phi)
-        parts = self._at_refreshes(group, policy, untrained, lambda state: state.last_features)
+        read = partial(at_refreshes, phi=untrained, read=lambda state: state.last_features)
+        parts = self._in_parts("train", group, policy, lambda loop, _: read(loop))
         values = np.concatenate([refresh for part in parts for refresh in part])
         known = np.isfinite(values)
         values = np.where(known, values, 0.0)
@@ -279,9 +282,9 @@ class Runner:
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
         specs = evaluation_specs(self.config, self.datasets)[unit.group]
-        group = self._build(specs, prepared["reference"])
         method = METHODS[settings["method"]]
-        policy = self._policy(method, unit.group, phi, prepared)
+        policy = self._policy(method, unit.group, specs, phi, prepared)
+        group = self._build(specs, prepared["reference"])
         parts = self._in_parts(
             "evaluate", group, policy, lambda loop, _: measure(loop, phi, early_stopping=method.early_stopping)
         )
@@ -294,30 +297,29 @@ class Runner:
         ]
         return Contribution(unit, 0, metrics={"accuracy": float(measured["accuracy"].mean())}, rows=rows)
 
-    def _policy(self, method: Method, group: int, phi: Tensor, prepared: Mapping[str, Any]) -> Policy:
+    def _policy(
+        self, method: Method, group: int, specs: Sequence[TaskSpec], phi: Tensor, prepared: Mapping[str, Any]
+    ) -> Policy:
         """What sets the controls of one group of held-out tasks."""
         if not (method.uses_policy or method.control):
             return baseline_policy(method)
         policy = learned_policy(self.config, prepared)
-        if method.control == "shuffled":
-            return ShuffledPolicy(policy, (group,))
-        return self._own_schedule(policy, phi, prepared) if method.control == "schedule" else policy
+        if method.control is None:
+            return policy
+        return self._controls.schedule(method.control, group, specs, policy, phi, prepared)
 
-    def _own_schedule(self, policy: LearnedPolicy, phi: Tensor, prepared: Mapping[str, Any]) -> RecordedSchedule:
-        """The mean of the policy's controls at each refresh, over tasks of the training datasets; made once."""
-        key = (phi.cpu().numpy().tobytes(), _canonical(prepared))
-        if key not in self._schedules:
-            groups = [self._group(("schedule", self.config.seed, index), prepared) for index in range(SCHEDULE_GROUPS)]
-            runs = [run for g in groups for run in self._at_refreshes(g, policy, phi, lambda state: state.controls)]
-            self._schedules[key] = np.concatenate(runs, 1).mean(1)
-        table = torch.from_numpy(self._schedules[key]).to(phi)
-        return RecordedSchedule(table, self.config.inner.steps, policy.refresh, policy.active_basis)
+    def _recorded(
+        self, kind: str, specs: Sequence[TaskSpec], policy: LearnedPolicy, phi: Tensor, prepared: Mapping[str, Any]
+    ) -> np.ndarray:
+        """The controls [R, G, U] that the policy asks for, before the shield, in an inner run of these tasks; the
+        group is gone when this returns, as the memory estimate knows of one at a time."""
+        group = self._build(specs, prepared["reference"])
 
-    def _at_refreshes(
-        self, group: TaskGroup, policy: Policy, phi: Tensor, read: Callable[[InnerState], Any]
-    ) -> list[np.ndarray]:
-        """What ``read`` says of the tasks [R, G, X] at each refresh of an inner run, for each part of the group."""
-        return self._in_parts("train", group, policy, lambda loop, _: at_refreshes(loop, phi, read))
+        def asked(state: InnerState) -> Tensor:
+            assert state.features is not None
+            return policy.controls(phi, state.features)
+
+        return np.concatenate(self._in_parts(kind, group, policy, lambda loop, _: at_refreshes(loop, phi, asked)), 1)
 
     def _gpu_memory(self) -> float:
         """Bytes of this worker's share of its GPU."""
@@ -362,7 +364,8 @@ class Runner:
         while True:
             parts = min(planned << self._halvings, group.size)
             try:
-                return [work(InnerLoop(part, policy, self.config.inner), part) for part in in_parts(group, parts)]
+                some = in_parts(group, parts)
+                return [work(InnerLoop(part, policy_of(policy, part), self.config.inner), part) for part in some]
             except Exception as error:
                 if not out_of_memory(error):
                     raise

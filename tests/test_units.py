@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from palf_dist import units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
 from palf_dist.errors import ConfigError
+from palf_dist.evaluation.controls import SCHEDULE_GROUPS
 from palf_dist.evaluation.measures import MEASURES
 from palf_dist.evaluation.methods import METHODS, baseline_policy, check_methods
 from palf_dist.group_work import EARLY_STOPPING_EVERY, final_accuracy
@@ -21,7 +24,8 @@ from palf_dist.inner_loop import InnerLoop
 from palf_dist.outer_loss import accuracy
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
-from palf_dist.types import Contribution, Unit
+from palf_dist.tasks.family import evaluation_specs
+from palf_dist.types import Contribution, TaskGroup, Unit
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 
@@ -178,9 +182,10 @@ def test_the_own_schedule_is_the_mean_over_training_tasks(
 ) -> None:
     work, phi, _ = compared
     policy = units.learned_policy(work.config, prepared)
-    schedule = work._own_schedule(policy, phi, prepared)
+    held_out = evaluation_specs(work.config, work.datasets)[0]
+    schedule = work._controls.schedule("schedule", 0, held_out, policy, phi, prepared)
     controls = []
-    for index in range(units.SCHEDULE_GROUPS):
+    for index in range(SCHEDULE_GROUPS):
         group = work._group(("schedule", work.config.seed, index), prepared)
         assert {spec.dataset for spec in group.specs} <= {source.name for source in work.config.data.train}
         loop = InnerLoop(group, policy, work.config.inner)
@@ -188,8 +193,49 @@ def test_the_own_schedule_is_the_mean_over_training_tasks(
         loop.run(state, phi, 9)  # the third refresh of every fourth step
         controls.append(state.controls)
     want = torch.cat(controls).double().mean(0)  # type: ignore[arg-type]
-    torch.testing.assert_close(schedule.table[2].double(), want, rtol=1e-6, atol=1e-7)
-    assert schedule.table.shape[0] == 10 and not torch.allclose(schedule.table[0], schedule.table[2])
+    assert schedule.table.shape[:2] == (10, len(held_out))
+    torch.testing.assert_close(schedule.table[2].double(), want.expand(len(held_out), -1), rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(schedule.table[0], schedule.table[2])
+
+
+def test_shuffled_states_do_not_depend_on_the_parts_that_a_group_is_done_in(
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]], prepared: dict[str, Any]
+) -> None:
+    """Each task at a time, its partner is still another one of the whole group; no part is too small."""
+    work, phi, _ = compared
+    unit = next(u for u in units.evaluate_units(work.config, work.datasets) if "policy_shuffled" in u.settings)
+    whole = work.run(unit, phi.numpy(), 0, prepared)
+    apart = work.run(unit, phi.numpy(), 0, prepared, halvings=3)
+    assert len(whole.rows) == 6
+    for one, other in zip(whole.rows, apart.rows, strict=True):
+        assert one["nll"] == pytest.approx(other["nll"], rel=1e-3)
+    own = work.run(replace(unit, settings=unit.settings.replace("_shuffled", "")), phi.numpy(), 0, prepared)
+    assert max(abs(a["nll"] / b["nll"] - 1) for a, b in zip(whole.rows, own.rows, strict=True)) > 0.05
+
+
+@pytest.mark.parametrize("name", ["policy_schedule", "policy_shuffled"])
+def test_the_controls_of_the_policy_hold_one_group_at_a_time(
+    name: str,
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]],
+    prepared: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the memory estimate knows it."""
+    config, datasets = compared[0].config, compared[0].datasets
+    work = units.Runner(config, datasets)
+    groups: list[weakref.ref[TaskGroup]] = []
+    build = work._build
+
+    def watched(*arguments: Any) -> TaskGroup:
+        assert not any(each() for each in groups), "an earlier group is still there"
+        group = build(*arguments)
+        groups.append(weakref.ref(group))
+        return group
+
+    monkeypatch.setattr(work, "_build", watched)
+    unit = next(u for u in units.evaluate_units(config, datasets) if name in u.settings)
+    work.run(unit, compared[1].numpy(), 0, prepared)
+    assert len(groups) == (SCHEDULE_GROUPS if name == "policy_schedule" else 1) + 1
 
 
 def test_a_task_that_is_alone_in_its_group_cannot_be_shuffled(

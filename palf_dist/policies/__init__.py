@@ -5,7 +5,6 @@ from palf_dist.policies.hedge import HedgePolicy
 from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, RecurrentPolicy, make_policy, policy_spec
 from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.policies.schedule import CurriculumPolicy, RecordedSchedule
-from palf_dist.policies.shuffled import ShuffledPolicy
 from palf_dist.policies.static import StaticPolicy
 
 __all__ = [
@@ -17,7 +16,6 @@ __all__ = [
     "PolicySpec",
     "RecordedSchedule",
     "RecurrentPolicy",
-    "ShuffledPolicy",
     "StaticPolicy",
     "make_policy",
     "policy_spec",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from palf_dist.policies.base import WithoutParameters
+from palf_dist.policies.base import Policy, WithoutParameters
 from palf_dist.policies.static import control_vector
 
 
@@ -29,15 +29,22 @@ class CurriculumPolicy(WithoutParameters):
 
 
 class RecordedSchedule(WithoutParameters):
-    """Plays controls that were recorded: the same at each refresh, whatever the task."""
+    """Plays, by the clock, the controls that a policy was seen to ask for: of each task those in its own column of the
+    table, under that policy's shield."""
 
     features: tuple[str, ...] = ("time",)
 
-    def __init__(self, table: Tensor, steps: int, refresh: int, active_basis: tuple[str, ...]) -> None:
-        """``table``: controls [R, U] of each refresh of a run of ``steps`` inner steps."""
-        assert len(table) == -(-steps // refresh)
-        self.table, self.refresh, self.active_basis = table, refresh, active_basis
-        self._refreshes = steps / refresh
+    def __init__(self, table: Tensor, steps: int, policy: Policy) -> None:
+        """``table``: controls [R, G, U] of each refresh of a run of ``steps`` inner steps under ``policy``, before the
+        shield."""
+        assert len(table) == -(-steps // policy.refresh)
+        self.table, self.steps, self.policy = table, steps, policy
+        self.refresh, self.active_basis, self.shield = policy.refresh, policy.active_basis, policy.shield
+
+    def part(self, tasks: slice) -> RecordedSchedule:
+        """The same for some of the tasks."""
+        return RecordedSchedule(self.table[:, tasks], self.steps, self.policy)
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
-        return self.table.to(state)[(state[:, 0] * self._refreshes).round().long()]
+        moment = (state[:, 0] * (self.steps / self.refresh)).round().long()
+        return self.table.to(state)[moment, torch.arange(len(state), device=state.device)]
