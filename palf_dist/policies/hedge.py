@@ -30,9 +30,9 @@ def hedge_weights(cumulative: Tensor, eta: Tensor | float) -> Tensor:
 class HedgePolicy(WithoutParameters):
     """alpha_k proportional to exp(-eta * sum of the losses of basis loss k at the refreshes so far).
 
-    The loss of basis loss k at a refresh is its mean over the training rows divided by that at the first refresh, at
-    most 1: so all are in [0, 1] and none wins by its scale. What is not finite counts as 1. Hyper-parameters keep their
-    defaults.
+    The loss of basis loss k at a refresh is its mean over the training rows divided by that at the first refresh at
+    which it was finite, at most 1: so all are in [0, 1] and none wins by its scale. What is not finite counts as 1.
+    Hyper-parameters keep their defaults.
     """
 
     features: tuple[str, ...] = (SNAPSHOTS,)
@@ -61,6 +61,8 @@ class HedgePolicy(WithoutParameters):
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
         """Controls [G, U] from the snapshots state [G, n, 1 + K], of which the validation error is not read."""
         losses = state[:, :, 1:]
-        relative = (losses / losses[:, :1]).nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1)
+        known = losses.isfinite()
+        scale = torch.where(known & (known.cumsum(1) == 1), losses, 0.0).sum(1, keepdim=True)  # the first finite one
+        relative = (losses / scale).nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1)
         eta = hedge_rate(len(self.active_basis), self._horizon or max(state.shape[1], 1))
         return mixture_controls(hedge_weights(relative.sum(1), eta), self.active_basis)

@@ -47,6 +47,16 @@ def test_no_loss_wins_by_its_scale_and_what_is_not_finite_counts_as_one() -> Non
     assert plain[1] > plain[0] == plain[2] > plain[3]
 
 
+def test_a_first_round_that_is_not_finite_costs_that_round_alone() -> None:
+    later = np.array([[2.0, 1.0, 4.0, 3.0], [1.0, 0.9, 1.0, 3.0], [0.5, 0.8, 1.2, 1.5]])
+    for first in (np.nan, np.inf):
+        got = alpha(HedgePolicy(horizon=4), np.vstack([[2.0, first, 4.0, 3.0], later]))
+        want = alpha(HedgePolicy(horizon=4), np.vstack([[2.0, 1.0, 4.0, 3.0], later]))
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    never = alpha(HedgePolicy(horizon=4), np.column_stack([later[:, :3], np.full(3, np.nan)]))
+    assert np.isfinite(never).all() and never.argmin() == 3
+
+
 def test_it_begins_uniform() -> None:
     assert alpha(HedgePolicy(), np.zeros((0, 4))).tolist() == [0.25] * 4
     assert alpha(HedgePolicy(("focal", "ce")), np.array([[3.0, 1.0]])).tolist() == [0.5] * 2
