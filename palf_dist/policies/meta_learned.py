@@ -66,7 +66,8 @@ class PolicySpec:
 
     def __post_init__(self) -> None:
         check_features(self.features)
-        _check_reading(self.kind, self.features)
+        if problem := misread(self.kind, self.features):
+            raise ConfigError(f"policy.features: {problem}")
         assert len(self.initial_weights) == len(self.basis)
 
 
@@ -77,20 +78,19 @@ def start_values(start: PolicyStart) -> dict[str, float]:
     return {name: value for name, value in given.items() if value != DEFAULT_HYPERPARAMETERS[name]}
 
 
-def _check_reading(kind: str, features: tuple[str, ...]) -> None:
-    """Refuse features that would make a policy another one than its kind says."""
+def misread(kind: str, features: tuple[str, ...]) -> str | None:
+    """What is wrong with features that would make a policy another one than its kind says; None: nothing."""
     if kind in ("schedule", "constant") and features != _PRESETS[kind]["features"]:
         reads = "time alone" if kind == "schedule" else "no state"
-        raise ConfigError(
-            f"policy.features: {', '.join(features) or 'none'} given, but a {kind} policy reads {reads}; leave it out, "
-            "or choose policy.kind: robust"
-        )
+        given = ", ".join(features) or "none"
+        return f"{given} given, but a {kind} policy reads {reads}; leave it out, or choose policy.kind: robust"
     validation = [name for name in features if name in VALIDATION_FEATURES]
     if kind == "validation_free" and validation:
-        raise ConfigError(
-            f"policy.features: {', '.join(validation)} read validation rows, which policy.kind: validation_free rules "
-            "out; leave them out, or choose policy.kind: robust"
+        return (
+            f"{', '.join(validation)} read validation rows, which policy.kind: validation_free rules out; leave them "
+            "out, or choose policy.kind: robust"
         )
+    return None
 
 
 def policy_spec(config: PolicyConfig) -> PolicySpec:
