@@ -35,13 +35,15 @@ class ForwardTrace:
     """What the forward run leaves behind for the walk back."""
 
     steps: list[StepTrace] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)  # features [G, S] of each segment
+    states: list[Tensor] = field(default_factory=list)  # features [G, S] of each segment; or one of all, [G, n, S]
     controls: list[Tensor] = field(default_factory=list)  # [G, U] of each segment
     mixings: list[Tensor] = field(default_factory=list)  # [G] of each segment, where there is a shield
     outer_gradients: dict[int, Tensor] = field(default_factory=dict)  # of J, after this many steps: [G, P]
 
     def open_segment(self, state: InnerState) -> None:
         assert state.features is not None and state.controls is not None
+        if state.features.dim() == 3:  # the last holds what was seen before
+            self.states.clear()
         self.states.append(state.features)
         self.controls.append(state.controls)
         if state.mixing is not None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.outer_loss import accuracy, checkpoints, complexity, outer_loss, outer_terms
+from palf_dist.policies import RecurrentPolicy
 from palf_dist.shield import mix
 
 
@@ -239,11 +240,12 @@ def policy_gradient(
     loop: InnerLoop, phi: Tensor, states: list[Tensor], mixings: list[Tensor], cotangents: list[Tensor]
 ) -> np.ndarray:
     """Chain cotangents of the controls [G, U], one per refresh, through the policy once: float64 [len(phi)].
-    ``mixings``: how far the shield mixed each, [G], constants; empty where there is none."""
+    ``states``: what it read at each, or all of it, [G, n, S], for a recurrent one. ``mixings``: how far the shield
+    mixed each [G], constants; empty where there is none."""
     with torch.enable_grad():
         leaf = phi.detach().requires_grad_(True)
-        if loop.policy.reads_history:  # of other lengths
-            controls = torch.cat([loop.policy.controls(leaf, state) for state in states])
+        if isinstance(loop.policy, RecurrentPolicy):
+            controls = loop.policy.controls_along(leaf, states[-1])[-len(cotangents) :].flatten(0, 1)
         else:
             controls = loop.policy.controls(leaf, torch.cat(states))
         if not controls.requires_grad:

@@ -151,14 +151,21 @@ class LearnedPolicy:
         return phi
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
-        raw = OUTPUT_SCALE * self._network(self._parts(phi), normalise(state, self.mean.to(state), self.std.to(state)))
+        return self._controls_from(self._network(self._parts(phi), self._normalised(state)))
+
+    def _normalised(self, state: Tensor) -> Tensor:
+        return normalise(state, self.mean.to(state), self.std.to(state))
+
+    def _controls_from(self, outputs: Tensor) -> Tensor:
+        """Controls [G, U] from the network's outputs [G, number of controls that are set]."""
+        raw = OUTPUT_SCALE * outputs
         columns: list[Tensor] = [torch.zeros_like(raw[:, 0])] * len(BASIS_LOSSES)
         start = torch.tensor(self.spec.initial_weights, dtype=raw.dtype, device=raw.device).log()
         alpha = torch.softmax(start + raw[:, : len(self.spec.basis)], -1)
         for column, name in zip(alpha.unbind(1), self.spec.basis, strict=True):
             columns[CONTROL_INDEX[name]] = column
-        outputs = dict(zip(self.spec.hyperparameters, raw[:, len(self.spec.basis) :].unbind(1), strict=True))
-        columns += [_bounded(name, self._start[name], outputs.get(name), raw[:, 0]) for name in HYPERPARAMETERS]
+        given = dict(zip(self.spec.hyperparameters, raw[:, len(self.spec.basis) :].unbind(1), strict=True))
+        columns += [_bounded(name, self._start[name], given.get(name), raw[:, 0]) for name in HYPERPARAMETERS]
         assert len(columns) == len(CONTROLS)
         return torch.stack(columns, 1)
 
@@ -177,7 +184,8 @@ class RecurrentPolicy(LearnedPolicy):
     """A GRU cell (Cho et al. 2014, as torch.nn.GRUCell) over the refreshes of a run, and a linear layer on its hidden
     state. It is given the states of all refreshes so far, [G, n, S], and starts from a hidden state of zero each time:
     so it stays a function of phi and what was seen, and its meta-gradient goes back through every refresh of the run,
-    whatever the window. (Runs have ten to twenty refreshes: to go through them again costs next to nothing.)"""
+    whatever the window. (Runs have ten to twenty refreshes: to go through them again costs next to nothing. What a
+    graph keeps, ``controls_along`` makes once.)"""
 
     reads_history = True
     _drawn = 2
@@ -187,8 +195,21 @@ class RecurrentPolicy(LearnedPolicy):
         return (inputs, 3 * hidden), (hidden, 3 * hidden), (3 * hidden,), (hidden, outputs), (outputs,)
 
     def _network(self, parts: list[Tensor], state: Tensor) -> Tensor:
-        w_state, w_memory, bias, w_out, b_out = parts
-        memory = state.new_zeros(len(state), self.spec.hidden)
+        *_, w_out, b_out = parts
+        return _times(self._memories(parts, state)[-1], w_out) + b_out
+
+    def controls_along(self, phi: Tensor, state: Tensor) -> Tensor:
+        """The controls [n, G, U] of all n refreshes of state [G, n, S], in one pass: those of refresh i are
+        ``controls(phi, state[:, : i + 1])``."""
+        parts = self._parts(phi)
+        *_, w_out, b_out = parts
+        memories = self._memories(parts, self._normalised(state))
+        return torch.stack([self._controls_from(_times(memory, w_out) + b_out) for memory in memories])
+
+    def _memories(self, parts: list[Tensor], state: Tensor) -> list[Tensor]:
+        """The hidden state [G, H] after each refresh."""
+        w_state, w_memory, bias, _, _ = parts
+        memory, found = state.new_zeros(len(state), self.spec.hidden), []
         for now in state.unbind(1):
             seen = _times(now, w_state) + bias
             reset_in, update_in, new_in = seen.chunk(3, -1)
@@ -196,7 +217,8 @@ class RecurrentPolicy(LearnedPolicy):
             update = torch.sigmoid(update_in + update_on)
             new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_on) * new_on)
             memory = torch.lerp(new, memory, update)
-        return _times(memory, w_out) + b_out
+            found.append(memory)
+        return found
 
 
 def make_policy(spec: PolicySpec, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> LearnedPolicy:

@@ -15,6 +15,7 @@ from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.inner_loop import InnerLoop, InnerState
 from palf_dist.outer_loss import validation_loss
 from palf_dist.policies import LearnedPolicy, make_policy, policy_spec
+from palf_dist.rehearsal import Meter
 from palf_dist.shield import least_mixing
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 from tests.groups import make_group
@@ -199,6 +200,18 @@ def test_adjoint_equals_unroll_for_every_kind_of_policy(kind: str, outer: OuterL
         time = adjoint.records["state"][:, 0, policy.features.index("time")]
         at_refresh = np.isnan(adjoint.records["outer_loss"][:, 0])
         np.testing.assert_allclose(time[at_refresh], np.arange(0, 7, 2) / 7, rtol=1e-6)
+
+
+def test_what_a_recurrent_policy_needs_of_memory_grows_by_the_refresh() -> None:
+    """Not by its square, as the memory estimate goes on from a few refreshes to all."""
+    policy, phi = random_policy(PolicyConfig(kind="recurrent", refresh=1, hidden=16))
+    peaks = []
+    for steps in (10, 20, 40):
+        loop = InnerLoop(make_group(steps=steps), policy, InnerConfig())
+        with Meter() as meter:
+            estimate("adjoint", loop, phi)
+        peaks.append(meter.peak)
+    assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "schedule", "constant"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.errors import ConfigError
 from palf_dist.evaluation.methods import METHODS, baseline_policy
-from palf_dist.policies import CurriculumPolicy, LearnedPolicy, Policy, make_policy, policy_spec
+from palf_dist.policies import CurriculumPolicy, LearnedPolicy, Policy, RecurrentPolicy, make_policy, policy_spec
 from palf_dist.training_state import FEATURES, PAPER_FEATURES, VALIDATION_FEATURES
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, HYPERPARAMETERS, NUM_BASIS
 
@@ -148,6 +148,15 @@ def test_the_recurrent_policy_is_torchs_gru_cell() -> None:
         for now in state.unbind(1):
             memory = cell(now, memory)
     torch.testing.assert_close(policy._network(policy._parts(phi), state), memory @ w_out + b_out)
+
+
+def test_one_pass_over_a_run_gives_the_controls_of_every_refresh() -> None:
+    policy = POLICIES["recurrent"]
+    assert isinstance(policy, RecurrentPolicy)
+    phi, state = torch.randn(policy.num_parameters), torch.randn(4, 6, len(policy.features))
+    along = policy.controls_along(phi, state)
+    assert along.shape == (6, 4, len(CONTROLS))
+    assert all(torch.equal(along[at], policy.controls(phi, state[:, : at + 1])) for at in range(6))
 
 
 def test_the_recurrent_policy_remembers() -> None:
