@@ -147,7 +147,7 @@ def verdict(found: Regrets) -> str:
     spread = [share.max() / share.min() for share in shares]
     holds = "sqrt(log K / T)" if spread[1] < spread[0] else "log K / sqrt(T)"
     return (
-        f"**{holds} is the rate that holds.** On the worst case, eta for the known horizon, the regret goes as "
+        f"**In the worst case {holds} is the rate that holds.** There, eta for the known horizon, the regret goes as "
         f"T^{its.of_rounds:.2f} (log K)^{its.of_log_experts:.2f}; divided by sqrt(log K / T) it stays within a factor "
         f"of {spread[1]:.2f} over all T and K, divided by log K / sqrt(T) within one of {spread[0]:.2f}. Both rates "
         "fall with T alike: only K tells them apart. From three losses on log K / sqrt(T) is the larger of the two, so "

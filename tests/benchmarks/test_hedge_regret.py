@@ -40,5 +40,5 @@ def test_the_fit_finds_both_exponents_and_the_verdict_follows() -> None:
         assert (its.of_rounds, its.of_log_experts) == pytest.approx((-0.5, exponent), abs=1e-6)
         found = {("worst case", "known horizon"): 0.3 * rate}
         said = "log K / sqrt(T)" if exponent == 1 else "sqrt(log K / T)"
-        assert hedge_regret.verdict(found).startswith(f"**{said} is the rate that holds.**")
+        assert hedge_regret.verdict(found).startswith(f"**In the worst case {said} is the rate that holds.**")
     assert ROUNDS[-1] / ROUNDS[0] >= 100, "two decades"
