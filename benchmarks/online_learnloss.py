@@ -72,7 +72,6 @@ class TaskConstants(WithoutParameters):
     """Constant weights, others for each task."""
 
     features: tuple[str, ...] = ()
-    shield: float | None = None
     refresh = 1_000_000_000
 
     def __init__(self, weights: np.ndarray) -> None:

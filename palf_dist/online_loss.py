@@ -31,6 +31,10 @@ class OnlineLoss(nn.Module):
     controls: Tensor  # [U] in force
 
     def __init__(self, policy: OnlineLearnLoss | HedgePolicy) -> None:
+        """
+        Args:
+            policy: sets the mixture weights from the snapshots of the run, at each ``observe``.
+        """
         super().__init__()
         self.policy = policy
         self._snapshots: list[list[float]] = []  # [n][1 + K] e, then phi

@@ -47,7 +47,7 @@ def outer_loss(config: OuterLossConfig, terms: Mapping[str, Tensor]) -> Tensor:
     """The outer loss [G] of one checkpoint from its terms: validation - information * objective (3)."""
     value = terms["validation"]
     for name, weight in (("information", -1.0), ("cross_entropy", config.beta), ("gradient_variance", config.gamma)):
-        if name in terms:
+        if name in terms and config.information * weight:  # cross_entropy may be there for the stability alone
             value = value + config.information * weight * terms[name]
     return value
 

@@ -249,3 +249,8 @@ def test_accuracy_ignores_padding() -> None:
 )
 def test_checkpoints(every: int, start: int, stop: int, want: list[int]) -> None:
     assert checkpoints(every, start, stop) == want
+
+
+def test_cross_entropy_that_is_read_for_the_stability_alone_is_no_part_of_a_checkpoint() -> None:
+    terms = {"validation": torch.tensor([0.25]), "cross_entropy": torch.tensor([math.inf])}
+    assert outer_loss(OuterLossConfig(stability=1.0), terms).tolist() == [0.25]
