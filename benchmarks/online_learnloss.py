@@ -20,16 +20,17 @@ from torch import Tensor
 
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
-from palf_dist.evaluation.statistics import clustered_mean
+from palf_dist.evaluation.inference import clustered_mean
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.losses import MASKED_LOGIT
 from palf_dist.outer_loss import accuracy
 from palf_dist.policies import OnlineLearnLoss, Policy, StaticPolicy
-from palf_dist.policies.static import control_vector
+from palf_dist.policies.base import WithoutParameters
+from palf_dist.policies.static import control_vector, mixture_controls
 from palf_dist.randomness import random_generator
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.family import build_group, evaluation_specs
-from palf_dist.types import CONTROL_INDEX, Rows, TaskGroup
+from palf_dist.types import Rows, TaskGroup
 
 BUDGET = 450  # gradient evaluations (of a minibatch) that a method may spend on a task
 TPE_TRIALS = 15
@@ -67,23 +68,18 @@ def _pick(validation: Sequence[np.ndarray], error: Sequence[np.ndarray]) -> tupl
     return np.take_along_axis(scores, place, 0)[0], np.take_along_axis(np.array(error), place, 0)[0]
 
 
-class TaskConstants:
+class TaskConstants(WithoutParameters):
     """Constant weights, others for each task."""
 
     features: tuple[str, ...] = ()
     refresh = 1_000_000_000
-    num_parameters = 0
 
     def __init__(self, weights: np.ndarray) -> None:
         """``weights`` [G, k] of SPACE; normalised to the simplex with the reference."""
         self.active_basis = (SPACE.reference, *SPACE.names)
         lambdas = np.column_stack([np.ones(len(weights)), weights])
-        self.vectors = control_vector({}).repeat(len(weights), 1)
-        columns = [CONTROL_INDEX[name] for name in self.active_basis]
-        self.vectors[:, columns] = torch.from_numpy(lambdas / lambdas.sum(1, keepdims=True)).float()
-
-    def initial(self) -> np.ndarray:
-        return np.zeros(0, np.float32)
+        alpha = torch.from_numpy(lambdas / lambdas.sum(1, keepdims=True)).float()
+        self.vectors = mixture_controls(alpha, self.active_basis)
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
         return self.vectors

@@ -22,7 +22,8 @@ from palf_dist.errors import ConfigError
 from palf_dist.losses import LossContext
 from palf_dist.mixture_loss import check_batch, mixture_loss
 from palf_dist.online_loss import OnlineLoss
-from palf_dist.policies.online_learnloss import PER_EXAMPLE
+from palf_dist.policies.hedge import HedgePolicy
+from palf_dist.policies.online_learnloss import PER_EXAMPLE, OnlineLearnLoss
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
 from palf_dist.training_state import (
@@ -56,6 +57,7 @@ class AdaptiveLoss(LateBuffers):
     controls: Tensor  # [U] in force
     statistics: Tensor  # [1, 4] of the StateReader
     gradient_norm2: Tensor  # [1] NaN where unknown
+    history: Tensor  # [1, n, S] the states of all refreshes so far, where the policy reads them
     label_counts: Tensor  # [C] labels seen so far, where class_counts is not given
 
     def __init__(
@@ -75,9 +77,15 @@ class AdaptiveLoss(LateBuffers):
             target_prior: class frequencies where the model will be used: "train" (as in training), "uniform", or [C].
 
         Raises:
-            ConfigError: an argument is out of range, or they do not fit together.
+            ConfigError: an argument is out of range, or they do not fit together; or the policy has a shield.
         """
         super().__init__()
+        if artefact.spec.shield is not None:
+            raise ConfigError(
+                f"policy.shield: the policy was meta-trained under a Lyapunov shield ({artefact.spec.shield:g}), which "
+                "compares gradients with respect to a model's parameters; a loss sees the logits alone, where the "
+                "condition promises nothing. Meta-train a policy without one"
+            )
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(
                 f"total_steps: {total_steps!r} is not a positive whole number; give the optimiser steps of the run"
@@ -102,6 +110,8 @@ class AdaptiveLoss(LateBuffers):
         self.register_buffer("statistics", torch.zeros(1, 4))
         self.register_buffer("gradient_norm2", torch.full((1,), torch.nan))
         self.register_buffer("label_counts", torch.zeros(0))
+        history = torch.zeros(1, 0, len(self.policy.features))
+        self.register_buffer("history", history, persistent=self.policy.reads_history)
         unseen = set(self.policy.features) & {*VALIDATION_FEATURES, *NEIGHBOUR_FEATURES}
         if unseen:
             self._say(
@@ -128,8 +138,14 @@ class AdaptiveLoss(LateBuffers):
     @staticmethod
     def online(basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0) -> OnlineLoss:
         """A loss that learns its mixture weights during the very run that it trains, from the validation errors that
-        its ``observe`` is told: no policy file is needed. Arguments are those of ``OnlineLoss``."""
-        return OnlineLoss(basis, low=low, high=high)
+        its ``observe`` is told: no policy file is needed. Arguments are those of ``OnlineLearnLoss``."""
+        return OnlineLoss(OnlineLearnLoss(basis, low=low, high=high))
+
+    @staticmethod
+    def hedge(basis: Sequence[str] = PER_EXAMPLE, *, horizon: int | None = None) -> OnlineLoss:
+        """A loss whose mixture weights follow Hedge over the run's own training losses: its ``observe`` ends a round
+        and is told nothing. Arguments are those of ``HedgePolicy``; ``horizon`` counts the calls of ``observe``."""
+        return OnlineLoss(HedgePolicy(basis, horizon=horizon))
 
     @property
     def weight_decay_multiplier(self) -> float:
@@ -286,6 +302,9 @@ class AdaptiveLoss(LateBuffers):
         state = reader.read(observation)
         assert reader.statistics is not None
         self.statistics = reader.statistics.to(self.statistics)
+        if self.policy.reads_history:
+            self.history = torch.cat([self.history, state[:, None].to(self.history)], 1)
+            state = self.history.to(z)
         self.controls = self.policy.controls(self.phi.to(z), state)[0].to(self.controls)
         self._weight_decay_multiplier = float(self.controls[CONTROL_INDEX["wd"]])
         self._refreshed_at = self._step

@@ -45,6 +45,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+SuiteOption = Annotated[
+    str | None, typer.Option("--suite", metavar="SUITE", help="Suite: palf12, palf12-hub, or a YAML file of your own.")
+]
 datasets_app = typer.Typer(help="List, describe and fetch the datasets that a config can name.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
 app.command()(tune)
@@ -135,6 +138,9 @@ def meta_train(
                 emit(record)
             raise typer.Exit(130)
         assert result.report is not None and result.policy is not None, "a run that was not interrupted has both"
+        hint = ["\nin your own training loop:\n" + indent(usage(near(result.policy)), "    ")]
+        if settings.policy.shield is not None:  # AdaptiveLoss refuses it
+            hint = []
         mlflow = result.mlflow_run_id or "not reached yet; palf-dist report delivers what is left"
         emit(
             record,
@@ -142,7 +148,7 @@ def meta_train(
             *_report_lines(result.report),
             f"policy  {near(result.policy)}",
             f"mlflow  {mlflow if settings.tracking.enabled else 'off'}",
-            "\nin your own training loop:\n" + indent(usage(near(result.policy)), "    "),
+            *hint,
         )
 
 
@@ -161,13 +167,13 @@ def evaluate(
     """
     with output(as_json) as emit:
         from palf_dist.distributed.driver import evaluate_policy
-        from palf_dist.evaluation.statistics import compare
+        from palf_dist.evaluation.derived import held_out
         from palf_dist.evaluation.table import to_records, to_rich
         from palf_dist.policies.policy_file import load_policy
 
         load_policy(policy)  # a damaged file is the first thing to say
         settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
-        comparisons = compare(evaluate_policy(settings, policy))
+        comparisons, _ = held_out(evaluate_policy(settings, policy))
         emit({"policy": str(policy), "held_out": to_records(comparisons)}, to_rich(comparisons))
 
 
@@ -199,16 +205,18 @@ def report(
 
 
 @datasets_app.command("list")
-def list_command(as_json: AsJson = False) -> None:
-    """The datasets known by name; nothing is downloaded."""
+def list_command(suite: SuiteOption = None, as_json: AsJson = False) -> None:
+    """The datasets known by name, or those of a suite; nothing is downloaded."""
     with output(as_json) as emit:
         from palf_dist.tasks.datasets import list_datasets
+        from palf_dist.tasks.suites import list_suite, load_suite
 
-        records = list_datasets()
-        table = Table("name", "family", "rows", "classes", "package", "here")
+        records = list_suite(load_suite(suite)) if suite else list_datasets()
+        columns = ["name", "family", "rows", "classes", "package", *(["fold"] if suite else [])]
+        table = Table(*columns, "here")
         for record in records:
-            here = "yes" if record["cached"] else "no"
-            table.add_row(*(escape(str(record[key])) for key in ("name", "family", "rows", "classes", "package")), here)
+            cells = ["" if record[key] is None else escape(str(record[key])) for key in columns]
+            table.add_row(*cells, {True: "yes", False: "no", None: ""}[record["cached"]])
         emit({"datasets": records}, table)
 
 
@@ -223,12 +231,22 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: AsJson =
 
 
 @datasets_app.command()
-def fetch(names: Annotated[list[str], typer.Argument(metavar="NAME...")], as_json: AsJson = False) -> None:
-    """Bring datasets into the cache ($PALF_CACHE, else ./.palf_cache), where they can be used offline."""
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", show_default=False)] = None,
+    suite: SuiteOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring datasets, or all those of a suite, into the cache ($PALF_CACHE, else ./.palf_cache), where they can be used
+    offline. Parquet paths of a suite stay where they are; they are only looked up."""
     with output(as_json) as emit:
+        from palf_dist.errors import ConfigError
         from palf_dist.tasks.datasets import fetch as fetch_datasets
+        from palf_dist.tasks.suites import fetch_suite, load_suite
 
-        paths = {name: str(path) for name, path in fetch_datasets(names).items()}
+        if not names and not suite:
+            raise ConfigError("nothing to fetch: name datasets, or a suite with --suite")
+        paths = fetch_suite(load_suite(suite)) if suite else {}
+        paths |= {name: str(path) for name, path in fetch_datasets(names or []).items()}
         table = Table("dataset", "file")
         for name, path in paths.items():
             table.add_row(escape(name), escape(path))

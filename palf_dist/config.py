@@ -16,6 +16,7 @@ Decay = Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 BasisName = Literal["ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce"]
 HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau"]
+NoiseKind = Literal["uniform", "pair_flip", "class_dependent", "instance_dependent"]
 assert get_args(BasisName) == BASIS_LOSSES and get_args(HyperparameterName) == HYPERPARAMETERS
 
 
@@ -86,9 +87,10 @@ class DataConfig(Section):
 
 class NoiseConfig(Section):
     """Label noise of training and validation rows. ``uniform`` resamples over all k classes, the true one included;
-    ``pair_flip`` moves class y to y + 1 mod k."""
+    ``pair_flip`` moves class y to y + 1 mod k. ``class_dependent`` draws a transition matrix for each task, and with
+    ``instance_dependent`` rate and wrong label depend on the inputs; there a rate is the share of wrong labels."""
 
-    kind: Literal["uniform", "pair_flip"] = "uniform"
+    kind: NoiseKind = "uniform"
     clean_share: Share = Field(default=0.25, description="share of tasks with no noise")
     low: Share = 0.05
     high: Share = 0.6
@@ -233,9 +235,9 @@ assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
 
 
 class PolicyConfig(Section):
-    """Who sets the controls. ``robust`` and ``palf`` are presets: fields left out take the preset's values."""
+    """Who sets the controls. Each kind is a preset: fields left out take its values; see docs/method.md."""
 
-    kind: Literal["robust", "palf"] = "robust"
+    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "palf", "widened"] = "robust"
     features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
     basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
     hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")
@@ -243,8 +245,18 @@ class PolicyConfig(Section):
     hidden: Count = 16
     refresh: Count = Field(default=10, description="inner steps between two evaluations of the policy")
     seed: Annotated[int, Field(strict=True)] = 0
+    shield: Annotated[FiniteFloat, Field(strict=True, gt=0, le=1)] | None = Field(
+        default=None,
+        description="kappa of the Lyapunov shield (none: off); AdaptiveLoss refuses policies that have one",
+    )
 
     _no_twins = field_validator("features", "basis", "hyperparameters")(_distinct)
+
+    @model_validator(mode="after")
+    def _shield_has_its_reference(self) -> PolicyConfig:
+        if self.shield is not None and self.basis is not None and "ce" not in self.basis:
+            raise ValueError("shield mixes alpha towards ce, which basis leaves out; add ce to basis")
+        return self
 
 
 class EstimatorConfig(Section):
@@ -267,6 +279,15 @@ class OuterLossConfig(Section):
     beta: NonNegative = Field(default=1.0, description="of equation (3): weight of the mean cross-entropy")
     gamma: NonNegative = Field(
         default=0.0, description="of equation (3): weight of the variance of the last layer's gradients"
+    )
+    entropy: Annotated[FiniteFloat, Field(strict=True)] = Field(
+        default=0.0, description="of equation (2): weight of alpha's mean entropy in nats; below 0 rewards mixing"
+    )
+    total_variation: NonNegative = Field(
+        default=0.0, description="of equation (2): weight of alpha's total variation over the run's refreshes"
+    )
+    stability: NonNegative = Field(
+        default=0.0, description="weight of the rises of the cross-entropy from checkpoint to checkpoint, summed"
     )
 
 
@@ -307,7 +328,9 @@ class DistributedConfig(Section):
 class EvaluationConfig(Section):
     """Held-out comparison at the end, and the selection score along the way."""
 
-    methods: tuple[str, ...] | None = Field(default=None, description="none: all; see palf_dist.evaluation.methods")
+    methods: tuple[str, ...] | None = Field(
+        default=None, description="none: the usual ones; see palf_dist.evaluation.methods"
+    )
     noise_rates: tuple[Share, ...] = Field(default=(0.0, 0.15, 0.3, 0.5), min_length=1)
     conditions: tuple[Literal["balanced", "matched", "shifted"], ...] = Field(
         default=("balanced", "matched", "shifted"),

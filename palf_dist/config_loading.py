@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from palf_dist.config import RunConfig, Section
 from palf_dist.errors import ConfigError
+from palf_dist.policies.meta_learned import misread
 from palf_dist.redaction import redact
 from palf_dist.storage import first_line, read_file
 from palf_dist.training_state import FEATURES
@@ -228,6 +229,8 @@ def _cross_checks(config: RunConfig) -> dict[Path_, str]:
             nearest = difflib.get_close_matches(name, FEATURES, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known features: {', '.join(FEATURES)}"
             problems["policy", "features", index] = f"unknown feature {name!r}; {hint}"
+    if config.policy.features is not None and (problem := misread(config.policy.kind, config.policy.features)):
+        problems["policy", "features"] = problem
     return problems
 
 

@@ -4,7 +4,7 @@ memory is done in parts, whose results join to what the whole gives, up to round
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from palf_dist.config import RunConfig
 from palf_dist.estimators import Estimate, make_estimator
+from palf_dist.evaluation.metrics import curve_metrics, prediction_metrics
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.outer_loss import accuracy
+from palf_dist.policies import Policy, RecordedSchedule
 from palf_dist.types import Rows, TaskGroup
 
 EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation accuracy
+CURVE_INTERVALS = 15  # of a learning curve
 
 Carried = dict[str, np.ndarray]
 """Inner state and estimator's memory between two windows; axis 0 of every array but ``state/step`` is the task."""
@@ -50,37 +53,95 @@ def meta_gradient(
     return Stretch(estimate, onward)
 
 
-def features_seen(loop: InnerLoop, phi: Tensor) -> np.ndarray:
-    """Raw state features [refreshes * G, S] float64 of a whole inner run."""
+def at_refreshes(loop: InnerLoop, phi: Tensor, read: Callable[[InnerState], Tensor]) -> np.ndarray:
+    """What ``read`` says of the inner state, [G, X], at each refresh of a whole inner run: [R, G, X] float64."""
     seen: list[Tensor] = []
 
     def after_step(state: InnerState, result: StepResult) -> None:
-        if result.refreshed and state.features is not None:
-            seen.append(state.features)
+        if result.refreshed:
+            seen.append(read(state))
 
     loop.run(loop.start(), phi, loop.steps, after_step=after_step)
-    return torch.cat(seen).double().cpu().numpy()
+    return torch.stack(seen).double().cpu().numpy()
 
 
 def final_accuracy(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> np.ndarray:
     """Clean test accuracy [G] float64 after a whole inner run."""
-    group, state = loop.group, loop.start()
+    return _accuracy(loop, _trained(loop, loop.start(), phi, early_stopping), loop.group.test)
+
+
+def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> dict[str, np.ndarray]:
+    """A whole inner run, measured: float64 arrays whose axis 0 is the task, by name.
+
+    - accuracy [G]: as ``final_accuracy``, and bit for bit that: looking on changes nothing.
+    - validation_accuracy [G]: of the same parameters on the validation rows, whose labels are as noisy as in training.
+    - those of ``prediction_metrics`` [G], on the test rows.
+    - curve_accuracy [G, M]: on the test rows after each of ``moments(loop.steps)``, of the parameters that the method
+      would hand over by then; and those of ``curve_metrics`` [G].
+    - shield_share [G]: share of the refreshes at which the shield acted; only where the policy has one.
+    """
+    group, curve, wanted = loop.group, [], set(moments(loop.steps))
+    state = loop.start()
+
+    def look(step: int, theta: Tensor) -> None:
+        if step in wanted:
+            curve.append(_accuracy(loop, theta, group.test))
+
+    look(0, group.theta0)
+    theta = _trained(loop, state, phi, early_stopping, look)
+    test, clean = group.test, group.clean_train_labels
+    frequencies = torch.zeros_like(group.log_prior_ratio).scatter_add(1, clean, group.train.mask)
+    metrics = prediction_metrics(loop.evaluate(theta, test), test.labels, test.mask, group.class_mask, frequencies)
+    share = loop.shield_share(state)
+    return {
+        "accuracy": curve[-1],
+        "validation_accuracy": _accuracy(loop, theta, group.validation),
+        **{name: value.cpu().numpy() for name, value in metrics.items()},
+        **curve_metrics(moments(loop.steps), np.stack(curve, 1)),
+        "curve_accuracy": np.stack(curve, 1),
+        **({} if share is None else {"shield_share": share.double().cpu().numpy()}),
+    }
+
+
+def moments(steps: int) -> list[int]:
+    """Inner steps taken when test accuracy is read along a run of ``steps``: from none to all of them, at the ends of
+    ``CURVE_INTERVALS`` equal intervals, to the nearest step."""
+    intervals = min(steps, CURVE_INTERVALS)
+    return [round(steps * index / intervals) for index in range(intervals + 1)]
+
+
+def _trained(
+    loop: InnerLoop,
+    state: InnerState,
+    phi: Tensor,
+    early_stopping: bool,
+    look: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The parameters [G, P] that a whole inner run hands over: the last, or the latest of those with the best accuracy
+    on the validation rows. ``look`` sees them after every step. ``state`` is that of the start, and advances."""
+    group = loop.group
     best = torch.full_like(state.theta[:, 0], -1.0)
     kept = state.theta
 
     def after_step(now: InnerState, result: StepResult) -> None:
         nonlocal best, kept
-        if now.step % EARLY_STOPPING_EVERY and now.step < loop.steps:
-            return
-        rows = group.validation
-        score = accuracy(loop.evaluate(now.theta, rows), rows.labels, rows.mask, group.class_mask)
-        better = score >= best
-        best = torch.where(better, score, best)
-        kept = torch.where(better[:, None], now.theta, kept)
+        if not early_stopping:
+            kept = now.theta
+        elif now.step % EARLY_STOPPING_EVERY == 0 or now.step == loop.steps:
+            rows = group.validation
+            score = accuracy(loop.evaluate(now.theta, rows), rows.labels, rows.mask, group.class_mask)
+            better = score >= best
+            best = torch.where(better, score, best)
+            kept = torch.where(better[:, None], now.theta, kept)
+        if look is not None:
+            look(now.step, kept)
 
-    loop.run(state, phi, loop.steps, after_step=after_step if early_stopping else None)
-    theta = kept if early_stopping else state.theta
-    right = accuracy(loop.evaluate(theta, group.test), group.test.labels, group.test.mask, group.class_mask)
+    loop.run(state, phi, loop.steps, after_step=after_step)
+    return kept
+
+
+def _accuracy(loop: InnerLoop, theta: Tensor, rows: Rows) -> np.ndarray:
+    right = accuracy(loop.evaluate(theta, rows), rows.labels, rows.mask, loop.group.class_mask)
     return right.double().cpu().numpy()
 
 
@@ -99,6 +160,11 @@ def part_of(carried: Mapping[str, np.ndarray] | None, part: TaskGroup) -> Carrie
         return None
     tasks = slice(part.first, part.first + part.size)
     return {name: value[tasks] if value.ndim else value for name, value in carried.items()}
+
+
+def policy_of(policy: Policy, part: TaskGroup) -> Policy:
+    """What sets the controls of the tasks of ``part``."""
+    return policy.part(slice(part.first, part.first + part.size)) if isinstance(policy, RecordedSchedule) else policy
 
 
 def join(stretches: Sequence[Stretch]) -> Stretch:
@@ -123,7 +189,7 @@ def join(stretches: Sequence[Stretch]) -> Stretch:
         gradient=mean([estimate.gradient for estimate in estimates]),
         outer_loss=mean([estimate.outer_loss for estimate in estimates]),
         records=joined([estimate.records for estimate in estimates], axis=1),
-        terms={name: mean([estimate.terms[name] for estimate in estimates]) for name in estimates[0].terms},
+        metrics={name: mean([estimate.metrics[name] for estimate in estimates]) for name in estimates[0].metrics},
     )
     onward = [stretch.carried for stretch in stretches if stretch.carried is not None]
     return Stretch(whole, joined(onward, axis=0) if onward else None)

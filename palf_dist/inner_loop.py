@@ -2,7 +2,8 @@
 
 One definition of a step serves every estimator, evaluation and recording; only how the gradient is taken differs:
 in closed form (the hot path) or by autograd with a graph (the reference ``unroll``). What is stopped, everywhere alike:
-no gradient flows through the training state, the averaged predictions, or the choice of minibatches.
+no gradient flows through the training state, the averaged predictions, the choice of minibatches, or how far the shield
+mixes alpha.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from palf_dist.loss_head import Evaluation, HeadTape, LossHead
 from palf_dist.losses import LossContext, reference_mixture
 from palf_dist.policies.base import Policy
 from palf_dist.policies.static import control_vector
+from palf_dist.shield import least_mixing, mix, reference_products
 from palf_dist.training_state import (
     HUTCHINSON_ROWS,
     SNAPSHOTS,
@@ -32,7 +34,7 @@ from palf_dist.training_state import (
     hutchinson_probes,
     neighbour_agreement,
 )
-from palf_dist.types import CONTROL_INDEX, Inputs, Rows, TaskGroup
+from palf_dist.types import CONTROL_INDEX, NUM_BASIS, Inputs, Rows, TaskGroup
 
 WD = CONTROL_INDEX["wd"]
 
@@ -47,12 +49,20 @@ class InnerState:
     averaged: Tensor  # [G, N, C] moving average of each training row's predicted probabilities
     seen: Tensor  # [G, N] bool: rows that have been in a minibatch
     statistics: Tensor | None = None  # [G, 4] of the StateReader
-    features: Tensor | None = None  # [G, S] raw features of the last refresh; or the snapshots so far, [G, n, 1 + K]
+    features: Tensor | None = None  # what the policy read last: raw features [G, S]; all so far, [G, n, S]; snapshots
     controls: Tensor | None = None  # [G, U] in force
     gradient_norm2: Tensor | None = None  # [G] of the last step
+    mixing: Tensor | None = None  # [G] how far the shield mixed alpha towards the reference at the last refresh
+    shielded: Tensor | None = None  # [G] refreshes so far at which it acted
+
+    @property
+    def last_features(self) -> Tensor:
+        """Raw features [G, S] of the last refresh."""
+        assert self.features is not None
+        return self.features if self.features.dim() == 2 else self.features[:, -1]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """As numpy arrays, for a windowed estimator's carried state (controls are recomputed from the features)."""
+        """As numpy arrays, for a windowed estimator's carried state; ``InnerLoop.resume`` recomputes the controls."""
         arrays: dict[str, Tensor | np.ndarray] = {
             "step": np.array(self.step),
             "theta": self.theta,
@@ -60,7 +70,7 @@ class InnerState:
             "seen": self.seen,
         }
         arrays |= {f"slot_{index}": slot for index, slot in enumerate(self.slots)}
-        for name in ("statistics", "features", "gradient_norm2"):
+        for name in ("statistics", "features", "gradient_norm2", "mixing", "shielded"):
             value = getattr(self, name)
             if value is not None:
                 arrays[name] = value
@@ -155,12 +165,15 @@ class InnerLoop:
         refreshed = t % self.policy.refresh == 0 or state.features is None
         if refreshed:
             state.features = self._snapshots(state) if self._keeps_snapshots else self._observe(state, logits, labels)
+            state.mixing = None
         if refreshed or state.controls is None:
-            assert state.features is not None
-            state.controls = self.policy.controls(phi, state.features)
-        controls = state.controls
+            self.resume(state, phi)
+        assert state.controls is not None
         own, seen = self._remember(state, logits.detach(), labels)
         context = self.context(own, seen)
+        if refreshed and self.policy.shield is not None:
+            self._shield(state, inputs, labels, context, None if tape is None else (logits, features, tape))
+        controls = state.controls
         if differentiable:
             loss: Tensor | None = reference_mixture(
                 logits, labels, features, controls, context, self.policy.active_basis
@@ -179,6 +192,39 @@ class InnerLoop:
         state.step = t + 1
         return StepResult(logits, labels, own, seen, refreshed, head, loss)
 
+    def resume(self, state: InnerState, phi: Tensor) -> None:
+        """Set the controls in force, [G, U]: what the policy says of the last refresh, if there was one, under ``phi``
+        as it is now, mixed as far as the shield did then."""
+        if state.features is not None:
+            state.controls = self.policy.controls(phi, state.features)
+            if state.mixing is not None:
+                state.controls = mix(state.controls, state.mixing)
+
+    def shield_share(self, state: InnerState) -> Tensor | None:
+        """Share [G] of the run's refreshes so far at which the shield acted; None where it was never asked."""
+        return None if state.shielded is None else state.shielded / -(-state.step // self.policy.refresh)
+
+    def _shield(
+        self,
+        state: InnerState,
+        inputs: Inputs,
+        labels: Tensor,
+        context: LossContext,
+        outputs: tuple[Tensor, Tensor, Any] | None,
+    ) -> None:
+        """Mix the controls as far as the descent condition asks for on this minibatch; ``outputs``: of the model there,
+        where they are known with their tape."""
+        assert state.controls is not None and self.policy.shield is not None
+        model, theta, controls = self.group.model, state.theta.detach(), state.controls.detach()
+        if outputs is None:
+            with torch.no_grad():
+                outputs = model.forward(theta, inputs)
+        products = reference_products(model, self.head, theta, outputs, labels, controls, context)
+        state.mixing = least_mixing(controls[:, :NUM_BASIS], products, self.policy.shield)
+        acted = (state.mixing > 0).to(state.mixing.dtype)
+        state.shielded = acted if state.shielded is None else state.shielded + acted
+        state.controls = mix(state.controls, state.mixing)
+
     def _remember(self, state: InnerState, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Own-label averaged probabilities and seen flags [G, B] before this step, then the averages' update."""
         with torch.no_grad():
@@ -193,7 +239,7 @@ class InnerLoop:
         return own, seen
 
     def _observe(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
-        """Raw features [G, S] at the current step."""
+        """Raw features [G, S] at the current step, after those before it where the policy reads its history."""
         reader = StateReader(self.policy.features, self._facts)
         reader.statistics = state.statistics
         group = self.group
@@ -223,7 +269,7 @@ class InnerLoop:
         )
         features = reader.read(observation)
         state.statistics = reader.statistics
-        return features
+        return _appended(state.features, features) if self.policy.reads_history else features
 
     def _snapshots(self, state: InnerState) -> Tensor:
         """The snapshots [G, n, 1 + K] of the run with the present one: cross-entropy on the (noisy) validation rows,
@@ -236,8 +282,7 @@ class InnerLoop:
             values = dict(at.values())
             # 0 / 0, unknown, where there are no validation rows
             means += [(values[name] * rows.mask).sum(1) / rows.mask.sum(1) for name in active]
-        now = torch.stack(means, 1)[:, None]
-        return now if state.features is None else torch.cat([state.features, now], 1)
+        return _appended(state.features, torch.stack(means, 1))
 
     def run(
         self,
@@ -258,6 +303,11 @@ class InnerLoop:
         """Logits [G, N, C] on a split."""
         with torch.no_grad():
             return self.group.model.forward(theta, rows.inputs)[0]
+
+
+def _appended(past: Tensor | None, now: Tensor) -> Tensor:
+    """What was seen at each refresh so far, [G, n, X], from what was before and is now, [G, X]."""
+    return now[:, None] if past is None else torch.cat([past, now[:, None]], 1)
 
 
 def task_facts(group: TaskGroup, *, needs_neighbours: bool = False) -> TaskFacts:

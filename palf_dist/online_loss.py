@@ -1,8 +1,7 @@
-"""Online LearnLoss in anybody's PyTorch loop: mixture weights re-learned from the run's own validation errors."""
+"""Policies that learn within one run, in anybody's PyTorch loop: online LearnLoss and Hedge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,15 +11,17 @@ from torch.nn import functional
 from palf_dist.errors import ConfigError
 from palf_dist.losses import LossContext
 from palf_dist.mixture_loss import check_batch, mixture_loss
-from palf_dist.policies.online_learnloss import PER_EXAMPLE, OnlineLearnLoss
+from palf_dist.policies.hedge import HedgePolicy
+from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.types import CONTROL_INDEX
 
 
 class OnlineLoss(nn.Module):
-    """A loss whose mixture weights follow LearnLoss over the history of the run (``AdaptiveLoss.online`` makes one).
+    """A loss whose mixture weights follow the history of the run, by LearnLoss (``AdaptiveLoss.online`` makes one) or
+    by Hedge (``AdaptiveLoss.hedge``).
 
     ``loss = criterion(logits, y); loss.backward(); optimizer.step()``, and every few (about ten) iterations
-    ``criterion.observe(validation_error)``.
+    ``criterion.observe(validation_error)``, with Hedge ``criterion.observe()``.
 
     In eval mode the module is the plain mean cross-entropy. Everything that changes is in its ``state_dict``. It
     follows the logits to their device.
@@ -29,20 +30,13 @@ class OnlineLoss(nn.Module):
     totals: Tensor  # [1 + K] examples since the last snapshot, and the sum of each basis loss over them
     controls: Tensor  # [U] in force
 
-    def __init__(self, basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0) -> None:
+    def __init__(self, policy: OnlineLearnLoss | HedgePolicy) -> None:
         """
         Args:
-            basis: basis losses of the mixture: ce, whose weight is 1 before all are normalised to a sum of 1, and
-                others of focal, label_smoothing, symmetric_ce.
-            low: smallest weight of the others.
-            high: their largest one.
-
-        Raises:
-            ConfigError: basis does not fit, or [low, high] is no interval of positive numbers.
+            policy: sets the mixture weights from the snapshots of the run, at each ``observe``.
         """
         super().__init__()
-        self.policy = OnlineLearnLoss(basis, low=low, high=high)
-        self._settings = {"basis": list(self.policy.active_basis), "low": low, "high": high}
+        self.policy = policy
         self._snapshots: list[list[float]] = []  # [n][1 + K] e, then phi
         self._context: LossContext | None = None
         self.register_buffer("totals", torch.zeros(1 + len(self.policy.active_basis)))
@@ -73,8 +67,8 @@ class OnlineLoss(nn.Module):
                 self.totals += torch.cat([values.new_tensor([len(y)]), values.sum(1)]).to(self.totals)
             return loss.mean()
 
-    def observe(self, validation_error: float | Tensor) -> None:
-        """Tell the model's present validation error and learn new weights.
+    def observe(self, validation_error: float | Tensor | None = None) -> None:
+        """Tell the model's present validation error, which Hedge does not need, and learn new weights.
 
         The snapshot is (phi, e): the mean of each basis loss over the training batches since the last call, and the
         error. One that is not finite is left out, so that a model that diverged for a while does no harm.
@@ -83,8 +77,12 @@ class OnlineLoss(nn.Module):
             validation_error: whatever is to be made small on held-out rows, such as their mean cross-entropy.
 
         Raises:
-            ConfigError: no batch has passed since the last call.
+            ConfigError: no batch has passed since the last call, or LearnLoss is told no error.
         """
+        if validation_error is None:
+            if isinstance(self.policy, OnlineLearnLoss):
+                raise ConfigError("observe: LearnLoss needs the model's validation error; pass it")
+            validation_error = torch.nan
         count, *sums = self.totals.double().tolist()
         if not count:
             raise ConfigError("observe: no training batch has passed since the last call; call it every few iterations")
@@ -98,12 +96,12 @@ class OnlineLoss(nn.Module):
         return {name: float(self.controls[CONTROL_INDEX[name]]) for name in self.policy.active_basis}
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"settings": self._settings, "snapshots": [*self._snapshots]}
+        return {"settings": self.policy.settings, "snapshots": [*self._snapshots]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        if state["settings"] != self._settings:
+        if state["settings"] != self.policy.settings:
             raise ConfigError(
-                f"load_state_dict: the state was saved with {state['settings']}, not with {self._settings}; "
+                f"load_state_dict: the state was saved with {state['settings']}, not with {self.policy.settings}; "
                 "make the loss with the same arguments"
             )
         self._snapshots = [list(snapshot) for snapshot in state["snapshots"]]

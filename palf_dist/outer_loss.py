@@ -1,24 +1,27 @@
-"""The outer loss: what the meta-learner minimises over phi. Read on clean meta-validation rows at checkpoints along
-the inner run and at its end.
+"""The outer loss: what the meta-learner minimises over phi. Most of it is read on clean meta-validation rows at
+checkpoints along the inner run and at its end; the complexity of the losses is read off the mixture weights themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from palf_dist.config import OuterLossConfig
+from palf_dist.types import NUM_BASIS
 
 
 def outer_terms(
     config: OuterLossConfig, logits: Tensor, features: Tensor, labels: Tensor, mask: Tensor, class_mask: Tensor
 ) -> dict[str, Tensor]:
-    """The terms [G] of the outer loss, before their weights; those of equation (3) where ``information`` weighs them.
+    """The terms [G] of the outer loss at one checkpoint, before their weights; those of equation (3) where
+    ``information`` weighs them.
 
     - validation: ``validation_loss``. - information: I(Yhat; Y) in nats. - cross_entropy: E[l], l being plain
-    cross-entropy, the reference of every adaptive loss: one yardstick whatever mixture the inner model minimised.
+    cross-entropy, the reference of every adaptive loss: one yardstick whatever mixture the inner model minimised. It is
+      also the V whose rises ``stability`` weighs.
     - gradient_variance: Var[grad l] over examples, of the gradient with respect to the last layer.
 
     Args:
@@ -26,15 +29,16 @@ def outer_terms(
         labels: [G, V]. mask: [G, V], 1 on real rows. class_mask: [G, C], True on real classes.
     """
     terms = {"validation": validation_loss(config, logits, labels, mask, class_mask)}
-    if not config.information:
+    if not (config.information or config.stability):
         return terms
     weight = mask / mask.sum(1, keepdim=True).clamp_min(1)
     log_p = torch.log_softmax(logits.masked_fill(~class_mask[:, None, :], -1e9), -1)
     p, truth = log_p.exp(), torch.zeros_like(log_p).scatter(2, labels[:, :, None], 1.0)
-    terms["information"] = soft_information(p, truth, weight)
-    if config.beta:
+    if config.information:
+        terms["information"] = soft_information(p, truth, weight)
+    if config.beta or config.stability:
         terms["cross_entropy"] = -(log_p.gather(2, labels[:, :, None])[:, :, 0] * weight).sum(1)
-    if config.gamma:
+    if config.gamma and config.information:
         terms["gradient_variance"] = last_layer_variance(p - truth, features, weight)
     return terms
 
@@ -43,9 +47,38 @@ def outer_loss(config: OuterLossConfig, terms: Mapping[str, Tensor]) -> Tensor:
     """The outer loss [G] of one checkpoint from its terms: validation - information * objective (3)."""
     value = terms["validation"]
     for name, weight in (("information", -1.0), ("cross_entropy", config.beta), ("gradient_variance", config.gamma)):
-        if name in terms:
+        if name in terms and config.information * weight:  # cross_entropy may be there for the stability alone
             value = value + config.information * weight * terms[name]
     return value
+
+
+def complexity(config: OuterLossConfig, controls: Sequence[Tensor], lengths: Sequence[int]) -> dict[str, Tensor]:
+    """The terms [G] of R(l) in equation (2) that have a weight, before it, over a stretch of the inner run.
+
+    R is taken of the loss, that is of alpha: the paper's (2) has no norm of theta (weight decay is theirs).
+
+    - entropy: the mean over steps of -sum_k alpha_k log alpha_k, in nats. - total_variation: the sum over refreshes of
+    ||alpha_{t+1} - alpha_t||_1 from one refresh to the next, for bounded variation as in theorem 1.
+
+    Args:
+        controls: [G, U] each, in the order they came into force: of each refresh, and before those what was in force at
+            the start of the stretch, if anything was. So a change at the edge of a window is part of the later window,
+            and the variations of all windows add up to that of the run.
+        lengths: number of steps for which each was in force; 0 for the first where the stretch begins with a refresh.
+    """
+    alphas = [each[:, :NUM_BASIS] for each in controls]
+    terms = {}
+    if config.entropy:
+        parts = [steps * mixture_entropy(alpha) for steps, alpha in zip(lengths, alphas, strict=True)]
+        terms["entropy"] = torch.stack(parts).sum(0) / sum(lengths)
+    if config.total_variation:
+        terms["total_variation"] = torch.stack(alphas).diff(dim=0).abs().sum((0, 2))
+    return terms
+
+
+def mixture_entropy(alpha: Tensor) -> Tensor:
+    """Entropy [G] in nats of mixture weights [G, K]; 0 log 0 = 0, with a finite gradient."""
+    return -(alpha * alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()).sum(1)
 
 
 def soft_information(p: Tensor, truth: Tensor, weight: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from palf_dist.config import RunConfig
 from palf_dist.evaluation.methods import baseline_policy, select_methods
-from palf_dist.group_work import final_accuracy, meta_gradient
+from palf_dist.group_work import final_accuracy, measure, meta_gradient
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.inner_models import build_model
-from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, policy_spec
+from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, make_policy, policy_spec
 from palf_dist.policies.static import control_vector
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
@@ -138,7 +138,8 @@ def need(config: RunConfig, datasets: Datasets, work: Work) -> Need:
     used = [datasets[s.name] for s in sources if fits(architecture, datasets[s.name])]
     if work.kind == "meta_gradient":
         return _of_meta_gradient(config, used, work)
-    peaks = [_rehearse(config, used, work, policy, _train) for policy in _policies(config, work)]
+    body = _measure if work.kind == "evaluate" else _train
+    peaks = [_rehearse(config, used, work, policy, body) for policy in _policies(config, work)]
     return Need(peaks[0].data, max(peak.work for peak in peaks))
 
 
@@ -193,9 +194,15 @@ def _train(loop: InnerLoop, phi: Tensor) -> float:
     return 0.0
 
 
+def _measure(loop: InnerLoop, phi: Tensor) -> float:
+    loop.steps = STEPS[0]
+    measure(loop, phi, early_stopping=True)
+    return 0.0
+
+
 def _learned(config: RunConfig) -> LearnedPolicy:
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, [0.0] * len(spec.features), [1.0] * len(spec.features))
+    return make_policy(spec, [0.0] * len(spec.features), [1.0] * len(spec.features))
 
 
 def _policies(config: RunConfig, work: Work) -> list[Policy]:
@@ -207,7 +214,7 @@ def _policies(config: RunConfig, work: Work) -> list[Policy]:
     basis = {name for method in methods for name in method.alpha}
     found: list[Policy] = [StaticPolicy(control_vector(dict.fromkeys(basis, 1 / len(basis)), {}))]
     found += [baseline_policy(method) for method in methods if method.schedule is not None]
-    return found + ([_learned(config)] if any(method.uses_policy for method in methods) else [])
+    return found + ([_learned(config)] if any(method.uses_policy or method.control for method in methods) else [])
 
 
 def _widest_group(config: RunConfig, used: list[EncodedDataset], work: Work) -> TaskGroup:

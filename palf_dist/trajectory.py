@@ -43,8 +43,17 @@ _KEYS = (
     _column("architecture", pa.int32(), "index into the configuration's tasks.architectures"),
     _column("optimiser", pa.string(), "inner optimiser: sgd, momentum or adam"),
     _column("train_size", pa.int32(), "training rows"),
-    _column("noise_kind", pa.string(), "uniform: resampled over all k classes; pair_flip: y -> y + 1 mod k"),
-    _column("noise_rate", pa.float32(), "share of training labels that the noise was applied to"),
+    _column(
+        "noise_kind",
+        pa.string(),
+        "uniform: resampled over all k classes; pair_flip: y -> y + 1 mod k; class_dependent and instance_dependent: "
+        "wrong labels by the class, or by the inputs",
+    ),
+    _column(
+        "noise_rate",
+        pa.float32(),
+        "share of training labels that the noise was applied to; of the last two kinds, share of wrong ones",
+    ),
     _column("imbalance", pa.float32(), "largest : smallest class frequency in training"),
     _column("target_prior", pa.string(), "class frequencies of the judged rows: train or uniform"),
     _column("inner_step", pa.int32(), "inner step at which the row was recorded"),

@@ -76,7 +76,9 @@ class TaskSpec:
     keys: tuple[int | str, ...]  # the random-number keys of this task
     dataset: str
     train_size: int
-    noise_kind: str  # "uniform": resampled over all k classes; "pair_flip": y -> y + 1 mod k
+    # "uniform": resampled over all k classes; "pair_flip": y -> y + 1 mod k; "class_dependent": a random transition
+    # matrix of the task; "instance_dependent": rates and wrong labels depend on the inputs (tasks/corruptions.py)
+    noise_kind: str
     noise_rate: float
     imbalance: float  # largest : smallest class frequency in training (1 = as the data is)
     target_prior: str  # "train": test rows have the training frequencies; "uniform": balanced test rows

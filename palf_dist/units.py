@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import inf
 from typing import Any, TypeVar
@@ -21,12 +22,24 @@ import torch
 from torch import Tensor
 
 from palf_dist.config import RunConfig
+from palf_dist.evaluation.controls import PolicyControls
 from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_policy, select_methods
 from palf_dist.faults import fault_point
-from palf_dist.group_work import Stretch, features_seen, final_accuracy, in_parts, join, meta_gradient, part_of
-from palf_dist.inner_loop import InnerLoop, move_group
+from palf_dist.group_work import (
+    Stretch,
+    at_refreshes,
+    final_accuracy,
+    in_parts,
+    join,
+    measure,
+    meta_gradient,
+    moments,
+    part_of,
+    policy_of,
+)
+from palf_dist.inner_loop import InnerLoop, InnerState, move_group
 from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
-from palf_dist.policies import LearnedPolicy, Policy, policy_spec
+from palf_dist.policies import LearnedPolicy, Policy, make_policy, policy_spec
 from palf_dist.rehearsal import Work
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
@@ -139,7 +152,7 @@ def initial_policy(config: RunConfig) -> np.ndarray:
 def learned_policy(config: RunConfig, prepared: Mapping[str, Any]) -> LearnedPolicy:
     """The policy of a run, with the calibrated normalisation of its state."""
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, torch.tensor(prepared["feature_mean"]), torch.tensor(prepared["feature_std"]))
+    return make_policy(spec, torch.tensor(prepared["feature_mean"]), torch.tensor(prepared["feature_std"]))
 
 
 class Runner:
@@ -151,6 +164,7 @@ class Runner:
         self.device = torch.device("cuda" if gpu else "cpu")
         self._plan = Plan(config, datasets, self._gpu_memory() if gpu else inf)
         self._halvings = 0
+        self._controls = PolicyControls(config, datasets, self._recorded)
         self._kinds: dict[str, Callable[..., Contribution]] = {
             "tune": self._tune,
             "calibrate": self._calibrate,
@@ -206,7 +220,7 @@ class Runner:
         specs = tuple(replace(spec, architecture=index) for spec in specs)
         chosen = {name: settings[name] for name in ("learning_rate", "weight_decay")}
         group = self._build(specs, {f"{index}/{settings['optimiser']}": chosen})
-        result = self._train("train", group, baseline_policy(METHODS[REFERENCE]), phi)
+        result = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(result.mean())})
 
     def _calibrate(
@@ -215,7 +229,9 @@ class Runner:
         group = self._group(("calibrate", self.config.seed, unit.group), prepared)
         policy = _unnormalised(self.config)
         untrained = torch.from_numpy(policy.initial()).to(phi)
-        values = np.concatenate(self._in_parts("train", group, policy, lambda loop, _: features_seen(loop, untrained)))
+        read = partial(at_refreshes, phi=untrained, read=lambda state: state.last_features)
+        parts = self._in_parts("train", group, policy, lambda loop, _: read(loop))
+        values = np.concatenate([refresh for part in parts for refresh in part])
         known = np.isfinite(values)
         values = np.where(known, values, 0.0)
         arrays = {"count": known.sum(0).astype(float), "sum": values.sum(0), "square": (values**2).sum(0)}
@@ -248,7 +264,7 @@ class Runner:
         return Contribution(
             unit,
             0,
-            metrics={"outer_loss": estimate.outer_loss, **{f"outer_{n}": term for n, term in estimate.terms.items()}},
+            metrics={"outer_loss": estimate.outer_loss, **estimate.metrics},
             gradient=estimate.gradient,
             trajectory=build_table(unit, group.specs, estimate.records, policy.features),
             carried=whole.carried,
@@ -258,27 +274,60 @@ class Runner:
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
         group = self._group(("select", self.config.seed, unit.group), prepared)
-        ours = self._train("train", group, learned_policy(self.config, prepared), phi)
-        reference = self._train("train", group, baseline_policy(METHODS[REFERENCE]), phi)
+        ours = self._train(group, learned_policy(self.config, prepared), phi)
+        reference = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(ours.mean()), "reference": float(reference.mean())})
 
     def _evaluate(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
         specs = evaluation_specs(self.config, self.datasets)[unit.group]
-        group = self._build(specs, prepared["reference"])
         method = METHODS[settings["method"]]
-        policy: Policy = learned_policy(self.config, prepared) if method.uses_policy else baseline_policy(method)
-        result = self._train("evaluate", group, policy, phi, early_stopping=method.early_stopping)
-        rows = [self._row(method, spec, value) for spec, value in zip(specs, result.tolist(), strict=True)]
-        return Contribution(unit, 0, metrics={"accuracy": float(result.mean())}, rows=rows)
+        policy = self._policy(method, unit.group, specs, phi, prepared)
+        group = self._build(specs, prepared["reference"])
+        parts = self._in_parts(
+            "evaluate", group, policy, lambda loop, _: measure(loop, phi, early_stopping=method.early_stopping)
+        )
+        measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if self.config.policy.shield is not None:  # every row has the column
+            measured.setdefault("shield_share", np.full(len(specs), np.nan))
+        rows = [
+            self._row(method, spec, {name: values[task].tolist() for name, values in measured.items()})
+            for task, spec in enumerate(specs)
+        ]
+        return Contribution(unit, 0, metrics={"accuracy": float(measured["accuracy"].mean())}, rows=rows)
+
+    def _policy(
+        self, method: Method, group: int, specs: Sequence[TaskSpec], phi: Tensor, prepared: Mapping[str, Any]
+    ) -> Policy:
+        """What sets the controls of one group of held-out tasks."""
+        if not (method.uses_policy or method.control):
+            return baseline_policy(method)
+        policy = learned_policy(self.config, prepared)
+        if method.control is None:
+            return policy
+        return self._controls.schedule(method.control, group, specs, policy, phi, prepared)
+
+    def _recorded(
+        self, kind: str, specs: Sequence[TaskSpec], policy: LearnedPolicy, phi: Tensor, prepared: Mapping[str, Any]
+    ) -> np.ndarray:
+        """The controls [R, G, U] that the policy asks for, before the shield, in an inner run of these tasks; the
+        group is gone when this returns, as the memory estimate knows of one at a time."""
+        group = self._build(specs, prepared["reference"])
+
+        def asked(state: InnerState) -> Tensor:
+            assert state.features is not None
+            return policy.controls(phi, state.features)
+
+        return np.concatenate(self._in_parts(kind, group, policy, lambda loop, _: at_refreshes(loop, phi, asked)), 1)
 
     def _gpu_memory(self) -> float:
         """Bytes of this worker's share of its GPU."""
         share = min(1.0, self.config.distributed.gpus_per_worker or 1.0)
         return share * torch.cuda.get_device_properties(self.device).total_memory
 
-    def _row(self, method: Method, spec: TaskSpec, value: float) -> dict[str, Any]:
+    def _row(self, method: Method, spec: TaskSpec, measured: dict[str, Any]) -> dict[str, Any]:
+        """The result of one task; what is not defined is None."""
         condition = "balanced" if spec.imbalance == 1 else "matched" if spec.target_prior == "train" else "shifted"
         return {
             "method": method.name,
@@ -290,7 +339,8 @@ class Runner:
             "target_prior": spec.target_prior,
             "seed": int(spec.keys[-1]),
             "train_size": spec.train_size,
-            "accuracy": value,
+            **{name: None if value != value else value for name, value in measured.items()},
+            "curve_steps": moments(self.config.inner.steps),
         }
 
     def _group(self, keys: tuple[int | str, ...], prepared: Mapping[str, Any]) -> TaskGroup:
@@ -300,15 +350,9 @@ class Runner:
     def _build(self, specs: Sequence[TaskSpec], reference: Mapping[str, Mapping[str, float]]) -> TaskGroup:
         return move_group(build_group(self.config, self.datasets, specs, reference), device=self.device)
 
-    def _train(
-        self, kind: str, group: TaskGroup, policy: Policy, phi: Tensor, *, early_stopping: bool = False
-    ) -> np.ndarray:
+    def _train(self, group: TaskGroup, policy: Policy, phi: Tensor) -> np.ndarray:
         """Clean test accuracy [G] after a whole inner run under ``policy``."""
-        return np.concatenate(
-            self._in_parts(
-                kind, group, policy, lambda loop, _: final_accuracy(loop, phi, early_stopping=early_stopping)
-            )
-        )
+        return np.concatenate(self._in_parts("train", group, policy, lambda loop, _: final_accuracy(loop, phi)))
 
     def _in_parts(
         self, kind: str, group: TaskGroup, policy: Policy, work: Callable[[InnerLoop, TaskGroup], Result]
@@ -320,7 +364,8 @@ class Runner:
         while True:
             parts = min(planned << self._halvings, group.size)
             try:
-                return [work(InnerLoop(part, policy, self.config.inner), part) for part in in_parts(group, parts)]
+                some = in_parts(group, parts)
+                return [work(InnerLoop(part, policy_of(policy, part), self.config.inner), part) for part in some]
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -335,7 +380,7 @@ class Runner:
 def _unnormalised(config: RunConfig) -> LearnedPolicy:
     """The run's policy before calibration; its initial parameters ignore the state."""
     spec = policy_spec(config.policy)
-    return LearnedPolicy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
+    return make_policy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
 
 
 def _canonical(settings: Mapping[str, Any]) -> str:
@@ -343,5 +388,10 @@ def _canonical(settings: Mapping[str, Any]) -> str:
 
 
 def rows_of(contributions: Iterable[Contribution]) -> list[dict[str, Any]]:
-    """Per-task rows in key order."""
-    return [row for item in sorted(contributions, key=lambda c: c.unit) for row in item.rows]
+    """Per-task rows in key order. Their ``seconds``, a task's share of its unit's, are all that another run of the same
+    configuration may give otherwise: what else the machine had to do is in them."""
+    return [
+        {**row, "seconds": item.seconds / len(item.rows)}
+        for item in sorted(contributions, key=lambda c: c.unit)
+        for row in item.rows
+    ]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from palf_dist.config import PolicyConfig
-from palf_dist.policies import LearnedPolicy, policy_spec
+from palf_dist.policies import make_policy, policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact
 from palf_dist.randomness import random_generator
 
@@ -24,7 +24,7 @@ def untrained(**settings) -> PolicyArtefact:
     """The policy before meta-training: its static starting point."""
     spec = policy_spec(PolicyConfig(**settings))
     mean, std = np.zeros(len(spec.features), np.float32), np.ones(len(spec.features), np.float32)
-    return PolicyArtefact(spec, LearnedPolicy(spec, mean, std).initial(), mean, std)
+    return PolicyArtefact(spec, make_policy(spec, mean, std).initial(), mean, std)
 
 
 def batch(seed: int, n: int = 8, classes: int = 4):

@@ -27,10 +27,11 @@ from tests.groups import make_group
 pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no optimizer")  # most tests need none
 
 
-def test_it_sees_what_the_policy_saw_in_meta_training():
+@pytest.mark.parametrize("kind", ["robust", "recurrent"])
+def test_it_sees_what_the_policy_saw_in_meta_training(kind):
     """Same losses, gradients' sources and controls as the inner loop, step for step, in float64."""
     group = make_group(size=2, steps=11, batch=5)
-    policy = artefact()
+    policy = artefact(kind=kind)
     learned, phi = policy.policy(), torch.from_numpy(policy.phi).double()
     loop = InnerLoop(group, learned, InnerConfig())
     task = 1  # the one with a shifted prior and without padding
@@ -101,12 +102,13 @@ class PlainCrossEntropy:
         pass
 
 
+@pytest.mark.parametrize("kind", ["robust", "recurrent"])
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("counts", [None, [10, 20, 5, 15]])
 @pytest.mark.filterwarnings("ignore:AdaptiveLoss. no index")
-def test_a_restored_state_continues_bit_for_bit(with_index, counts):
+def test_a_restored_state_continues_bit_for_bit(with_index, counts, kind):
     def make():
-        return AdaptiveLoss(artefact(), total_steps=20, class_counts=counts)
+        return AdaptiveLoss(artefact(kind=kind), total_steps=20, class_counts=counts)
 
     def losses(criterion, steps):
         result = []
@@ -130,6 +132,16 @@ def test_a_restored_state_continues_bit_for_bit(with_index, counts):
     for ours, theirs in zip(before + after, whole, strict=True):
         assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs
     assert losses(make(), range(7, 14))[0] != after[0], "the state makes no difference: the test cannot fail"
+
+
+def test_only_a_recurrent_policy_keeps_what_it_has_seen():
+    criterion = AdaptiveLoss(artefact(kind="recurrent"), total_steps=20)
+    for step in range(7):
+        logits, y, index = batch(step)
+        criterion(logits, y, index=index)
+        criterion.step(nn.Identity())
+    assert criterion.state_dict()["history"].shape == (1, 3, len(criterion.policy.features)), "refreshed at 0, 3 and 6"
+    assert "history" not in AdaptiveLoss(artefact(), total_steps=20).state_dict()
 
 
 def test_a_state_of_another_policy_is_refused():

@@ -44,6 +44,7 @@ ORDER = (
     "inner_optimisers",
     "tasks",
     "outer_loss",
+    "shield",
     "inner_loop",
     "trajectory",
     "estimators",

@@ -28,7 +28,8 @@ def test_help_is_quick_and_says_what_there_is() -> None:
         (("evaluate",), ["POLICY", "--config", "--set", "--workers", "--json"]),
         (("report",), ["RUN_DIR", "--json"]),
         (("datasets",), ["list", "show", "fetch"]),
-        (("datasets", "fetch"), ["NAME", "--json", "PALF_CACHE"]),
+        (("datasets", "fetch"), ["NAME", "--suite", "palf12", "--json", "PALF_CACHE"]),
+        (("datasets", "list"), ["--suite", "palf12", "--json"]),
     ],
 )
 def test_help_of_every_command(cli: Command, arguments: tuple[str, ...], words: list[str]) -> None:
@@ -80,6 +81,34 @@ def test_datasets_show_and_fetch(cli: Command) -> None:
     assert "178" in cli("datasets", "show", "wine").out
     paths = json.loads(cli("datasets", "fetch", "wine", "iris", "--json").out)["paths"]
     assert [pq.read_metadata(paths[name]).num_rows for name in ("wine", "iris")] == [178, 150]
+
+
+def test_datasets_of_a_suite(cli: Command) -> None:
+    records = json.loads(cli("datasets", "list", "--suite", "palf12", "--json").out)["datasets"]
+    assert [record["name"] for record in records if record["fold"] == 0][:2] == ["fashion-mnist", "digits"]
+    assert {record["fold"] for record in records} == {0, 1, None}
+    table = cli("datasets", "list", "--suite", "palf12-hub").out
+    assert "fold" in table and "hf://" in table and "fold" not in cli("datasets", "list").out
+    suite = {
+        "name": "own",
+        "datasets": ["wine", "iris"],
+        "folds": [["wine"], ["iris"]],
+        "conditions": [{"name": "as-is"}],
+    }
+    (cli.folder / "own.yaml").write_text(json.dumps(suite))
+    paths = json.loads(cli("datasets", "fetch", "digits", "--suite", "own.yaml", "--json").out)["paths"]
+    assert {name: pq.read_metadata(path).num_rows for name, path in paths.items()} == {
+        "wine": 178,
+        "iris": 150,
+        "digits": 1797,
+    }
+
+
+def test_suites_that_cannot_be_used(cli: Command) -> None:
+    for command in ("list", "fetch"):
+        assert "unknown suite palf-12: did you mean palf12?" in cli.refused("datasets", command, "--suite", "palf-12")
+        assert "config file no.yaml cannot be read" in cli.refused("datasets", command, "--suite", "no.yaml")
+    assert "name datasets, or a suite with --suite" in cli.refused("datasets", "fetch")
 
 
 @pytest.mark.parametrize("command", ["show", "fetch"])

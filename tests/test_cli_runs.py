@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from palf_dist.run_directory import CONFIG
@@ -51,8 +52,14 @@ def test_json_of_a_run(folder: Path, result: dict[str, Any]) -> None:
     assert Path(result["policy"]).is_file()
     assert set(result["contributions"]) == {"applied", "reissued", "refused"}
     assert result["contributions"]["applied"] == 8
-    assert [set(row) >= {"method", "accuracy", "diff_vs_ce", "se"} for row in result["held_out"]] == [True] * 3
-    assert {row["method"] for row in result["held_out"]} == {"policy", "ce", "s5"}
+    assert [set(row) >= {"method", "accuracy", "diff_vs_ce", "se"} for row in result["held_out"]] == [True] * 5
+    assert {row["method"] for row in result["held_out"]} == {
+        "policy",
+        "ce",
+        "s5",
+        "static_oracle",
+        "static_by_validation",
+    }
     assert not result["interrupted"]
     assert all(Path(picture).is_file() for picture in result["pictures"])
 
@@ -95,6 +102,28 @@ def test_interrupt_then_resume_gives_the_same_policy(
     assert ended.code == 0, ended.err
     assert indent(usage("cut/best/policy.safetensors"), "    ") in ended.out and "meta-learned policy" in ended.out
     assert (cli.folder / "cut" / "best" / "policy.safetensors").read_bytes() == Path(result["policy"]).read_bytes()
+
+
+def test_a_run_with_every_outer_term_and_the_shield_tells_what_they_did(cli: Command) -> None:
+    terms = {
+        "information": 0.1,
+        "gamma": 0.1,
+        "running_sum": 0.1,
+        "entropy": -0.1,
+        "total_variation": 1,
+        "stability": 1,
+    }
+    settings = [*(f"outer_loss.{name}={value:.1f}" for name, value in terms.items()), "policy.shield=0.9"]
+    options = [part for setting in (*settings, "tracking.enabled=false") for part in ("--set", setting)]
+    ended = cli("meta-train", "--config", SMOKE, "--workers", "0", *options, "--run-dir", "rich")
+    assert ended.code == 0, ended.err
+    assert "AdaptiveLoss" not in ended.out, "it refuses such a policy"
+    rows = pq.read_table(cli.folder / "rich" / "metrics.parquet").to_pylist()
+    names = {*terms, "validation", "cross_entropy", "gradient_variance"} - {"gamma"}
+    wanted = {"shield_share", *(f"outer_{name}" for name in names)}
+    assert len(rows) == 4 and all(all(row[name] is not None for name in wanted) for row in rows)
+    results = pq.read_table(cli.folder / "rich" / "results.parquet").to_pylist()
+    assert all((row["shield_share"] is None) == (row["method"] != "policy") for row in results)
 
 
 def test_resume_with_another_configuration_names_the_fields(cli: Command, run: Path) -> None:

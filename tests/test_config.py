@@ -39,6 +39,13 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
         ("inner: {stesp: 3}", "inner.stesp: unknown key; did you mean inner.steps?"),
         ("estimatr: {kind: es}", "estimatr: unknown key; did you mean estimator?"),
         (
+            "policy: {shield: 0.5, basis: [focal, robust_ce]}",
+            "policy: shield mixes alpha towards ce, which basis leaves out; add ce to basis",
+        ),
+        ("policy: {shield: 0.0}", "policy.shield: must be greater than 0, not 0.0"),
+        ("policy: {shield: 1.5}", "policy.shield: must be less than or equal to 1, not 1.5"),
+        ("outer_loss: {stability: -1.0}", "outer_loss.stability: must be greater than or equal to 0, not -1.0"),
+        (
             "checkpoint: {colour: red}",
             "checkpoint.colour: unknown key; known here: every, keep",
         ),
@@ -114,6 +121,16 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
         ("policy: {start: {tau: 0}}", "policy.start.tau: must be greater than 0, not 0"),
         ("outer_loss: {beta: -1}", "outer_loss.beta: must be greater than or equal to 0, not -1"),
         ("policy: {features: [tiem]}", "policy.features.0: unknown feature 'tiem'; did you mean time?"),
+        (
+            "policy: {kind: schedule, features: [time, loss]}",
+            "policy.features: time, loss given, but a schedule policy reads time alone; leave it out, or choose "
+            "policy.kind: robust",
+        ),
+        (
+            "policy: {kind: validation_free, features: [loss_gap]}",
+            "policy.features: loss_gap read validation rows, which policy.kind: validation_free rules out; leave them "
+            "out, or choose policy.kind: robust",
+        ),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(yaml: str, line: str) -> None:

@@ -16,12 +16,25 @@ import torch
 from palf_dist import units
 from palf_dist.config import EstimatorConfig, OuterLossConfig, RunConfig
 from palf_dist.faults import VARIABLE
-from palf_dist.group_work import Stretch, features_seen, final_accuracy, in_parts, join, meta_gradient, part_of
+from palf_dist.group_work import (
+    CURVE_INTERVALS,
+    Stretch,
+    at_refreshes,
+    final_accuracy,
+    in_parts,
+    join,
+    measure,
+    meta_gradient,
+    moments,
+    part_of,
+)
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.memory import GB, OutOfMemory
+from palf_dist.outer_loss import accuracy
 from palf_dist.rehearsal import Work, need
 from palf_dist.types import Contribution
 from tests import memory_cases
+from tests.estimators.test_exact import ALONG_THE_RUN
 from tests.groups import make_group
 from tests.test_inner_loop import full_policy
 
@@ -41,10 +54,11 @@ def stretches(estimator: EstimatorConfig, parts: int, dtype: torch.dtype, name: 
         {
             "data": {"train": ["iris"], "held_out": ["wine"]},
             "estimator": estimator,
-            "outer_loss": OuterLossConfig(every=2, running_sum=0.5, information=0.5, gamma=0.1),
+            "outer_loss": OuterLossConfig(every=2, running_sum=0.5, information=0.5, gamma=0.1, **ALONG_THE_RUN),
         }
     )
     policy, phi = full_policy()
+    policy.shield = 0.9
     group = make_group(name, size=5, steps=7, dtype=dtype)
     done: list[Stretch] = []
     while not done or done[-1].carried is not None:
@@ -79,7 +93,7 @@ def test_parts_join_to_the_whole(kind: str, parts: int) -> None:
         assert np.linalg.norm(a.estimate.gradient) > 0
         assert gap(a.estimate.gradient, b.estimate.gradient) < 1e-12
         assert a.estimate.outer_loss == pytest.approx(b.estimate.outer_loss, rel=1e-12)
-        assert a.estimate.terms == pytest.approx(b.estimate.terms, rel=1e-12)
+        assert a.estimate.metrics == pytest.approx(b.estimate.metrics, rel=1e-12)
         assert all(gap(value, b.estimate.records[name]) < 1e-6 for name, value in a.estimate.records.items())
         assert (a.carried is None) == (b.carried is None)
         for name, value in (a.carried or {}).items():
@@ -98,11 +112,48 @@ def test_the_other_work_in_parts() -> None:
     config = memory_cases.case("mlp adjoint adam")[0]
     parts = [InnerLoop(part, policy, config.inner) for part in in_parts(group, 2)]
     whole = InnerLoop(group, policy, config.inner)
-    accuracies = [final_accuracy(loop, phi, early_stopping=True) for loop in parts]
-    assert np.array_equal(np.concatenate(accuracies), final_accuracy(whole, phi, early_stopping=True))
-    seen, of_parts = features_seen(whole, phi), [features_seen(loop, phi) for loop in parts]
-    assert len(np.concatenate(of_parts)) == len(seen)
-    assert np.nansum(np.concatenate(of_parts), 0) == pytest.approx(np.nansum(seen, 0), rel=1e-9)
+    measured = [measure(loop, phi, early_stopping=True) for loop in parts]
+    for name, value in measure(whole, phi, early_stopping=True).items():
+        joined = np.concatenate([each[name] for each in measured])
+        assert joined == pytest.approx(value, rel=1e-9, nan_ok=True), name
+    seen, *of_parts = (at_refreshes(loop, phi, lambda state: state.last_features) for loop in (whole, *parts))
+    assert np.concatenate(of_parts, 1) == pytest.approx(seen, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_measured_run_is_the_run_itself(early_stopping: bool) -> None:
+    """Its accuracy bit for bit, and its curve that of runs which are asked at each moment."""
+    policy, phi = full_policy()
+    inner = memory_cases.case("mlp adjoint adam")[0].inner
+    group = make_group(size=5, steps=40, rows=20, learning_rate=0.5, dtype=torch.float32)
+    loop = InnerLoop(group, policy, inner)
+    got = measure(loop, phi.float(), early_stopping=early_stopping)
+    assert np.array_equal(got["accuracy"], final_accuracy(loop, phi.float(), early_stopping=early_stopping))
+    asked = moments(40)
+    assert (asked[0], asked[-1], len(asked)) == (0, 40, CURVE_INTERVALS + 1) and got["curve_accuracy"].shape == (5, 16)
+    if early_stopping:
+        assert (got["curve_accuracy"][:, -1] == got["accuracy"]).all()
+    else:
+        state = loop.start()
+        for index, step in enumerate(asked):
+            loop.run(state, phi.float(), step)
+            right = accuracy(
+                loop.evaluate(state.theta, group.test), group.test.labels, group.test.mask, group.class_mask
+            )
+            assert np.array_equal(got["curve_accuracy"][:, index], right.double().numpy())
+        noisy = accuracy(
+            loop.evaluate(state.theta, group.validation),
+            group.validation.labels,
+            group.validation.mask,
+            group.class_mask,
+        )
+        assert np.array_equal(got["validation_accuracy"], noisy.double().numpy())
+    assert np.ptp(got["curve_accuracy"]) > 0
+
+
+def test_moments_are_the_steps_themselves_in_a_short_run() -> None:
+    assert moments(4) == [0, 1, 2, 3, 4] and moments(1) == [0, 1]
+    assert moments(150) == list(range(0, 151, 10))
 
 
 @pytest.fixture(scope="module")

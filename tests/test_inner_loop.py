@@ -12,7 +12,7 @@ from palf_dist.inner_loop import InnerLoop, InnerState, task_facts
 from palf_dist.inner_optimisers import cosine_rate
 from palf_dist.losses import LossContext, reference_mixture
 from palf_dist.outer_loss import accuracy, validation_loss
-from palf_dist.policies import LearnedPolicy, policy_spec
+from palf_dist.policies import LearnedPolicy, make_policy, policy_spec
 from palf_dist.training_state import HUTCHINSON_ROWS, hessian_trace, hutchinson_probes
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 from tests.groups import make_group
@@ -93,8 +93,12 @@ def test_averaged_predictions_follow_their_definition() -> None:
         assert state.seen[task].nonzero()[:, 0].tolist() == sorted(set(index[task].tolist()))
 
 
-def test_carried_state_continues_exactly() -> None:
+@pytest.mark.parametrize("kind", ["full", "recurrent"])
+def test_carried_state_continues_exactly(kind: str) -> None:
     policy, phi = full_policy(refresh=3)
+    if kind == "recurrent":
+        policy = make_policy(policy_spec(PolicyConfig(kind=kind, refresh=3)), torch.zeros(12), torch.ones(12))
+        phi = torch.from_numpy(policy.initial()).double() + 0.2
     whole, parts = (InnerLoop(make_group(), policy, InnerConfig()) for _ in range(2))
     straight = whole.start()
     whole.run(straight, phi, 7)

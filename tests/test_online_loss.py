@@ -15,7 +15,7 @@ from palf_dist import AdaptiveLoss
 from palf_dist.errors import ConfigError
 from palf_dist.losses import LossContext, reference_losses
 from palf_dist.online_loss import OnlineLoss
-from palf_dist.policies import OnlineLearnLoss
+from palf_dist.policies import HedgePolicy, OnlineLearnLoss
 from palf_dist.randomness import random_generator
 from palf_dist.types import BASIS_LOSSES
 from tests.adaptive_cases import batch
@@ -25,7 +25,7 @@ BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce")
 
 def plain_losses(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """[n, K] by the plain formulas, in the order of BASIS."""
-    controls = OnlineLoss().controls[None]
+    controls = AdaptiveLoss.online().controls[None]
     context = LossContext.create(torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4))
     losses = reference_losses(logits[None], y[None], None, controls, context, BASIS)[:, 0]
     return torch.stack([losses[BASIS_LOSSES.index(name)] for name in BASIS], 1)
@@ -123,6 +123,36 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     assert torch.equal(criterion(logits, y), functional.cross_entropy(logits, y))
     with pytest.raises(ConfigError, match="observe: no training batch"):
         criterion.observe(0.5)
+
+
+def test_hedge_learns_from_the_mean_losses_alone() -> None:
+    """Against the policy on the same snapshots; its state makes a round trip."""
+    criterion = AdaptiveLoss.hedge(BASIS, horizon=4)
+    assert criterion.weights == dict.fromkeys(BASIS, 0.25)
+    means = []
+    for number in range(4):
+        logits, y, _ = batch(number)
+        logits = logits + number * functional.one_hot(y, 4)  # a model that learns
+        criterion(logits, y)
+        means.append([0.0, *plain_losses(logits, y).double().mean(0).tolist()])
+        criterion.observe()
+    want = HedgePolicy(BASIS, horizon=4).controls(torch.zeros(0), torch.tensor(means)[None])[0]
+    got = list(criterion.weights.values())
+    assert got == pytest.approx([want[BASIS_LOSSES.index(name)].item() for name in BASIS], rel=1e-4)
+    assert max(got) > min(got) + 0.01
+    restored = AdaptiveLoss.hedge(BASIS, horizon=4)
+    restored.load_state_dict(criterion.state_dict())
+    assert restored.weights == criterion.weights
+    with pytest.raises(ConfigError, match="make the loss with the same arguments"):
+        AdaptiveLoss.hedge(BASIS).load_state_dict(criterion.state_dict())
+
+
+def test_learnloss_needs_an_error() -> None:
+    criterion = AdaptiveLoss.online()
+    logits, y, _ = batch(0)
+    criterion(logits, y)
+    with pytest.raises(ConfigError, match="observe: LearnLoss needs the model's validation error"):
+        criterion.observe()
 
 
 def test_a_training_loop() -> None:

@@ -13,7 +13,9 @@ from palf_dist.config import OuterLossConfig
 from palf_dist.outer_loss import (
     accuracy,
     checkpoints,
+    complexity,
     last_layer_variance,
+    mixture_entropy,
     outer_loss,
     outer_terms,
     soft_information,
@@ -184,6 +186,57 @@ def test_terms_without_weight_are_not_computed(case: tuple[torch.Tensor, ...]) -
     torch.testing.assert_close(outer_loss(pure, terms), terms["validation"] - terms["information"])
 
 
+def random_controls(seed: int, refreshes: int) -> list[Tensor]:
+    """Of 2 tasks; the last two basis losses are not in the mixture."""
+    torch.manual_seed(seed)
+    alpha = nn.functional.pad(torch.softmax(3 * torch.randn(refreshes, 2, 4).double(), 2), (0, 2))
+    return list(torch.cat([alpha, torch.randn(refreshes, 2, 9).double()], 2))
+
+
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=5), edge=st.booleans(), seed=st.integers(0, 10**6))
+def test_complexity_equals_loops_over_the_steps(lengths: list[int], edge: bool, seed: int) -> None:
+    """``edge``: the stretch begins with a refresh, and something else was in force before."""
+    lengths = [0, *lengths] if edge else lengths
+    controls = random_controls(seed, len(lengths))
+    terms = complexity(OuterLossConfig(entropy=-0.3, total_variation=2.0), controls, lengths)
+    for task in range(2):
+        entropies, changes, before = [], 0.0, None
+        for each, steps in zip(controls, lengths, strict=True):
+            alpha = each[task, :6].tolist()
+            entropies += steps * [-sum(a * math.log(a) for a in alpha if a > 0)]
+            changes += 0.0 if before is None else sum(abs(a - b) for a, b in zip(alpha, before, strict=True))
+            before = alpha
+        assert terms["entropy"][task].item() == pytest.approx(sum(entropies) / len(entropies), rel=1e-12)
+        assert terms["total_variation"][task].item() == pytest.approx(changes, rel=1e-12)
+
+
+def test_complexity_has_the_terms_that_weigh_something() -> None:
+    controls, lengths = random_controls(0, 3), [2, 2, 1]
+    assert complexity(OuterLossConfig(), controls, lengths) == {}
+    assert list(complexity(OuterLossConfig(entropy=0.1), controls, lengths)) == ["entropy"]
+    assert list(complexity(OuterLossConfig(total_variation=0.1), controls, lengths)) == ["total_variation"]
+
+
+def test_entropy_of_a_vertex_is_0_and_of_the_uniform_mixture_log_k() -> None:
+    alpha = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25] * 4], requires_grad=True)
+    entropy = mixture_entropy(alpha)
+    assert entropy.tolist() == pytest.approx([0, math.log(4)])
+    (gradient,) = torch.autograd.grad(entropy.sum(), alpha)
+    assert gradient.isfinite().all()
+
+
+def test_stability_has_the_cross_entropy_read_and_weighs_nothing_at_a_checkpoint(
+    case: tuple[torch.Tensor, ...],
+) -> None:
+    logits, labels, mask, class_mask = case
+    config = OuterLossConfig(stability=5.0, gamma=1.0)
+    terms = outer_terms(config, logits, torch.ones(2, 6, 1).double(), labels, mask, class_mask)
+    assert list(terms) == ["validation", "cross_entropy"]
+    want = validation_loss(OuterLossConfig(kind="cross_entropy"), logits, labels, mask, class_mask)
+    torch.testing.assert_close(terms["cross_entropy"], want)
+    torch.testing.assert_close(outer_loss(config, terms), terms["validation"])
+
+
 def test_accuracy_ignores_padding() -> None:
     logits = torch.tensor([[[0.0, 1.0, 9.0], [5.0, 0.0, 9.0], [0.0, 1.0, 9.0]]])
     labels, mask = torch.tensor([[1, 1, 0]]), torch.tensor([[1.0, 1.0, 0.0]])
@@ -196,3 +249,8 @@ def test_accuracy_ignores_padding() -> None:
 )
 def test_checkpoints(every: int, start: int, stop: int, want: list[int]) -> None:
     assert checkpoints(every, start, stop) == want
+
+
+def test_cross_entropy_that_is_read_for_the_stability_alone_is_no_part_of_a_checkpoint() -> None:
+    terms = {"validation": torch.tensor([0.25]), "cross_entropy": torch.tensor([math.inf])}
+    assert outer_loss(OuterLossConfig(stability=1.0), terms).tolist() == [0.25]

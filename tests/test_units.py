@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import torch
 from palf_dist import units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
-from palf_dist.evaluation.methods import METHODS, baseline_policy
-from palf_dist.group_work import EARLY_STOPPING_EVERY
+from palf_dist.errors import ConfigError
+from palf_dist.evaluation.controls import SCHEDULE_GROUPS
+from palf_dist.evaluation.measures import MEASURES
+from palf_dist.evaluation.methods import METHODS, baseline_policy, check_methods
+from palf_dist.group_work import EARLY_STOPPING_EVERY, final_accuracy
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.outer_loss import accuracy
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
-from palf_dist.types import Contribution, Unit
+from palf_dist.tasks.family import evaluation_specs
+from palf_dist.types import Contribution, TaskGroup, Unit
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 
@@ -114,6 +120,10 @@ def test_every_kind_is_a_pure_function_of_its_key(
     assert {row["dataset"] for row in rows} == {"iris", "digits"}
     assert {row["condition"] for row in rows} == set(config.evaluation.conditions)
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    paired = {"steps_to_best", "reached_best", "steps_to_95", "reached_95"}
+    assert all(rows[0].keys() >= MEASURES.keys() - paired for row in rows)
+    assert all(row["seconds"] > 0 and row["curve_accuracy"][-1] == row["accuracy"] for row in rows)
+    assert all(value == value for row in rows for value in row.values()), "what is not defined is None, not NaN"
 
 
 def test_online_learnloss_is_a_method_of_the_comparison(
@@ -132,6 +142,130 @@ def test_online_learnloss_is_a_method_of_the_comparison(
     assert len(accuracies["online_learnloss"]) == len(accuracies["ce"]) == len(rows) / 2
     assert all(np.isfinite(values).all() for values in accuracies.values())
     assert accuracies["online_learnloss"] != accuracies["ce"]
+
+
+@pytest.fixture(scope="module")
+def compared(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> tuple[units.Runner, torch.Tensor, dict[str, list[float]]]:
+    """A runner and a policy that follows its state, with the accuracies of it and its controls, and of hedge."""
+    config, datasets = data
+    methods = ("policy", "policy_schedule", "policy_shuffled", "hedge")
+    work = units.Runner(
+        config.model_copy(
+            update={
+                "evaluation": config.evaluation.model_copy(update={"methods": methods, "seeds": 2}),
+                "tasks": config.tasks.model_copy(update={"group_size": 6}),
+                "inner": config.inner.model_copy(update={"steps": 40}),
+            }
+        ),
+        datasets,
+    )
+    phi = torch.randn(units.initial_policy(config).size, generator=torch.Generator().manual_seed(0))
+    check_methods(work.config, datasets)
+    made = [work.run(unit, phi.numpy(), 0, prepared) for unit in units.evaluate_units(work.config, datasets)]
+    rows = units.rows_of(made)
+    return work, phi, {name: [r["accuracy"] for r in rows if r["method"] == name] for name in ("ce", *methods)}
+
+
+def test_the_controls_of_the_policy_and_hedge_are_methods_of_the_comparison(
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]],
+) -> None:
+    _, _, accuracies = compared
+    assert len({len(values) for values in accuracies.values()}) == 1
+    assert len({tuple(values) for values in accuracies.values()}) == 5, "each trains in another way"
+    assert all(np.isfinite(values).all() for values in accuracies.values())
+
+
+def test_the_own_schedule_is_the_mean_over_training_tasks(
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]], prepared: dict[str, Any]
+) -> None:
+    work, phi, _ = compared
+    policy = units.learned_policy(work.config, prepared)
+    held_out = evaluation_specs(work.config, work.datasets)[0]
+    schedule = work._controls.schedule("schedule", 0, held_out, policy, phi, prepared)
+    controls = []
+    for index in range(SCHEDULE_GROUPS):
+        group = work._group(("schedule", work.config.seed, index), prepared)
+        assert {spec.dataset for spec in group.specs} <= {source.name for source in work.config.data.train}
+        loop = InnerLoop(group, policy, work.config.inner)
+        state = loop.start()
+        loop.run(state, phi, 9)  # the third refresh of every fourth step
+        controls.append(state.controls)
+    want = torch.cat(controls).double().mean(0)  # type: ignore[arg-type]
+    assert schedule.table.shape[:2] == (10, len(held_out))
+    torch.testing.assert_close(schedule.table[2].double(), want.expand(len(held_out), -1), rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(schedule.table[0], schedule.table[2])
+
+
+def test_shuffled_states_do_not_depend_on_the_parts_that_a_group_is_done_in(
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]], prepared: dict[str, Any]
+) -> None:
+    """Each task at a time, its partner is still another one of the whole group; no part is too small."""
+    work, phi, _ = compared
+    unit = next(u for u in units.evaluate_units(work.config, work.datasets) if "policy_shuffled" in u.settings)
+    whole = work.run(unit, phi.numpy(), 0, prepared)
+    apart = work.run(unit, phi.numpy(), 0, prepared, halvings=3)
+    assert len(whole.rows) == 6
+    for one, other in zip(whole.rows, apart.rows, strict=True):
+        assert one["nll"] == pytest.approx(other["nll"], rel=1e-3)
+    own = work.run(replace(unit, settings=unit.settings.replace("_shuffled", "")), phi.numpy(), 0, prepared)
+    assert max(abs(a["nll"] / b["nll"] - 1) for a, b in zip(whole.rows, own.rows, strict=True)) > 0.05
+
+
+@pytest.mark.parametrize("name", ["policy_schedule", "policy_shuffled"])
+def test_the_controls_of_the_policy_hold_one_group_at_a_time(
+    name: str,
+    compared: tuple[units.Runner, torch.Tensor, dict[str, list[float]]],
+    prepared: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the memory estimate knows it."""
+    config, datasets = compared[0].config, compared[0].datasets
+    work = units.Runner(config, datasets)
+    groups: list[weakref.ref[TaskGroup]] = []
+    build = work._build
+
+    def watched(*arguments: Any) -> TaskGroup:
+        assert not any(each() for each in groups), "an earlier group is still there"
+        group = build(*arguments)
+        groups.append(weakref.ref(group))
+        return group
+
+    monkeypatch.setattr(work, "_build", watched)
+    unit = next(u for u in units.evaluate_units(config, datasets) if name in u.settings)
+    work.run(unit, compared[1].numpy(), 0, prepared)
+    assert len(groups) == (SCHEDULE_GROUPS if name == "policy_schedule" else 1) + 1
+
+
+def test_a_task_that_is_alone_in_its_group_cannot_be_shuffled(
+    data: tuple[RunConfig, dict[str, EncodedDataset]],
+) -> None:
+    config, datasets = data
+    evaluation = {"methods": ("policy_shuffled",), "noise_rates": (0.0,), "conditions": ("balanced",)}
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
+    check_methods(config, datasets)
+    tasks = config.tasks.model_copy(update={"group_size": 1})
+    with pytest.raises(ConfigError, match=r"one of iris is alone; change tasks\.group_size"):
+        check_methods(config.model_copy(update={"tasks": tasks}), datasets)
+
+
+@pytest.mark.parametrize("kind", ["widened", "validation_free", "recurrent", "schedule", "constant"])
+def test_every_kind_of_policy_is_calibrated_and_learns(
+    kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    config, datasets = data
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"kind": kind})})
+    work, phi = units.Runner(config, datasets), units.initial_policy(config)
+    found = [work.run(unit, phi, 0, prepared) for unit in units.calibrate_units(config)]
+    tuned = {**prepared, **units.reduce_calibrate(config, found)}
+    policy = units.learned_policy(config, tuned)
+    assert len(tuned["feature_mean"]) == len(tuned["feature_std"]) == len(policy.features)
+    made = work.run(units.meta_gradient_units(config, 0)[0], phi, 0, tuned)
+    assert made.gradient is not None and made.gradient.shape == phi.shape and np.linalg.norm(made.gradient) > 0
+    assert {f"state_{name}" for name in policy.features} <= {*made.trajectory.column_names}
+    scores = work.run(units.select_units(config, 0)[0], phi, 0, tuned).metrics
+    assert 0 <= scores["accuracy"] <= 1
 
 
 def test_meta_gradient_differs_by_step_and_group(
@@ -165,12 +299,43 @@ def test_the_terms_of_an_outer_loss_that_has_several_are_reported(
     assert terms["information"] > 0 and terms["gradient_variance"] > 0
 
 
+def test_the_shield_is_counted_in_every_outer_step_and_every_run_of_the_comparison(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    """Against the looks at whole runs; kappa 1 asks for a gradient along cross-entropy's own as long as that."""
+    config, datasets = data
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"shield": 1.0})})
+    work, phi = units.Runner(config, datasets), units.initial_policy(config)
+    unit = units.meta_gradient_units(config, 0)[0]
+    made = work.run(unit, phi, 0, prepared)
+    assert made.metrics.keys() == {"outer_loss", "shield_share"}
+    loop = InnerLoop(
+        work._group(("meta_gradient", config.seed, 0, 0), prepared),
+        units.learned_policy(config, prepared),
+        config.inner,
+    )
+    state = loop.start()
+    loop.run(state, torch.from_numpy(phi), loop.steps)
+    share = loop.shield_share(state)
+    assert share is not None and made.metrics["shield_share"] == pytest.approx(float(share.mean())) and share.sum() > 0
+    rows = units.rows_of(work.run(unit, phi, 0, prepared) for unit in units.evaluate_units(config, datasets))
+    shares = {
+        is_policy: [r["shield_share"] for r in rows if (r["method"] == "policy") == is_policy]
+        for is_policy in (True, False)
+    }
+    assert set(shares[False]) == {None} and all(0 <= share <= 1 for share in shares[True]) and max(shares[True]) > 0
+
+
+@pytest.mark.parametrize("policy", ["robust", "recurrent"])
 @pytest.mark.parametrize("kind", ["adjoint", "unroll", "es", "pes"])
 def test_windows_go_through_the_whole_run_and_begin_anew(
-    kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+    kind: str, policy: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:
     """12 steps in windows of 5: 5 + 5 + 2, then a new inner run."""
     work = runner(data, kind=kind, window=5, pairs=1)
+    if policy != "robust":
+        changed = work.config.policy.model_copy(update={"kind": policy})
+        work = units.Runner(work.config.model_copy(update={"policy": changed}), work.datasets)
     phi = units.initial_policy(work.config)
     carried, lengths = None, []
     for step in range(4):
@@ -206,7 +371,7 @@ def test_early_stopping_keeps_the_parameters_of_the_best_validation_accuracy(
     work, ce = units.Runner(config, datasets), baseline_policy(METHODS["ce"])
     group = work._group(("early stopping", 0), prepared)
     phi = torch.zeros(0)
-    got = work._train("train", group, ce, phi, early_stopping=True)
+    got = final_accuracy(InnerLoop(group, ce, config.inner), phi, early_stopping=True)
     looks = []
     loop = InnerLoop(group, ce, config.inner)
     state = loop.start()

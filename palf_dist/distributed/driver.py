@@ -23,6 +23,7 @@ from palf_dist.distributed.meta_training import MetaTraining, Selection, fingerp
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
 from palf_dist.errors import DataError, PolicyFileError
+from palf_dist.evaluation.methods import check_methods
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import load_policy
 from palf_dist.progress import Progress
@@ -134,6 +135,7 @@ def _open(
         if checkpoint:
             _check_unchanged(checkpoint, datasets)
         check_tasks(config, datasets)
+        check_methods(config, datasets)
         stop = stop or threading.Event()
         session = stack.enter_context(open_session(config, datasets, shown, stop, make_runner, place.shared))
         if not resume:
@@ -164,6 +166,7 @@ def evaluate_policy(
         datasets = load_all(config.data)
         _check_held_out([datasets[source.name] for source in config.data.held_out], artefact.card)
         check_tasks(config, datasets)
+        check_methods(config, datasets)
         session = stack.enter_context(open_session(config, datasets, shown, threading.Event(), make_runner))
         normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
         try:

@@ -26,6 +26,11 @@ def tune(session: Session) -> dict[str, Any]:
 def prepare(session: Session) -> dict[str, Any]:
     """All that the meta-training needs to know beforehand: tuned values and the state's normalisation, plain JSON."""
     config = session.config
+    if config.policy.shield is not None:
+        session.progress.event(
+            "policy.shield: the finished policy is good for the held-out comparison alone, as AdaptiveLoss refuses one "
+            "with a shield; leave it out for a policy to use"
+        )
     prepared = tune(session)
     broadcast = Broadcast(units.initial_policy(config), 0, prepared)
     calibration = _phase(session, "calibrating", units.calibrate_units(config), broadcast)

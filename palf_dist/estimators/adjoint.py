@@ -35,14 +35,19 @@ class ForwardTrace:
     """What the forward run leaves behind for the walk back."""
 
     steps: list[StepTrace] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)  # features [G, S] of each segment
+    states: list[Tensor] = field(default_factory=list)  # features [G, S] of each segment; or one of all, [G, n, S]
     controls: list[Tensor] = field(default_factory=list)  # [G, U] of each segment
-    outer_gradients: dict[int, Tensor] = field(default_factory=dict)  # after this many steps: [G, P]
+    mixings: list[Tensor] = field(default_factory=list)  # [G] of each segment, where there is a shield
+    outer_gradients: dict[int, Tensor] = field(default_factory=dict)  # of J, after this many steps: [G, P]
 
     def open_segment(self, state: InnerState) -> None:
         assert state.features is not None and state.controls is not None
+        if state.features.dim() == 3:  # the last holds what was seen before
+            self.states.clear()
         self.states.append(state.features)
         self.controls.append(state.controls)
+        if state.mixing is not None:
+            self.mixings.append(state.mixing)
 
 
 class Adjoint:
@@ -63,28 +68,29 @@ class Adjoint:
         carried: dict[str, np.ndarray] | None = None,
     ) -> Estimate:
         start = state.step
-        recorder = Recorder(loop, self.outer, start, stop)
+        loop.resume(state, phi)
+        recorder = Recorder(loop, self.outer, state, stop)
         if self.truncated:
             recorder.checkpoints = set(range(start + 1, stop + 1))
         trace = self._forward(loop, phi, state, stop, recorder)
         with torch.no_grad():
-            cotangents = self._walk_back(loop, start, state.slots, trace)
+            cotangents = self._walk_back(loop, start, state.slots, trace, recorder.complexity_cotangents())
         return Estimate(
-            gradient=policy_gradient(loop, phi, trace.states, cotangents),
+            gradient=policy_gradient(loop, phi, trace.states, trace.mixings, cotangents),
             outer_loss=float(recorder.objective().mean()),
             records=recorder.arrays(),
-            terms=recorder.terms(),
+            metrics=recorder.metrics(),
         )
 
     def _forward(self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder) -> ForwardTrace:
         trace = ForwardTrace()
-        if state.features is not None:  # a window that starts between two refreshes: same state, present phi
-            state.controls = loop.policy.controls(phi, state.features)
+        if state.features is not None:  # a window that goes on from a refresh before it
             trace.open_segment(state)
         before = (state.theta, state.slots)
+        last_reference: tuple[int, Tensor] | None = None  # step and gradient of V at the checkpoint before
 
         def after_step(now: InnerState, result: StepResult) -> None:
-            nonlocal before
+            nonlocal before, last_reference
             assert result.head is not None
             if result.refreshed:
                 trace.open_segment(now)
@@ -92,18 +98,26 @@ class Adjoint:
             before = (now.theta, now.slots)
             recorder.step(now, result)
             if now.step in recorder.checkpoints:
-                trace.outer_gradients[now.step] = outer_gradient(loop, recorder, now.theta, now.step)
+                gradient, *of_reference = outer_gradient(loop, recorder, now.theta, now.step)
+                trace.outer_gradients[now.step] = gradient.mul_(1 / len(recorder.checkpoints))
+                for reference in of_reference:
+                    rise = recorder.rise_slope()
+                    trace.outer_gradients[now.step] += rise * reference
+                    if last_reference is not None and not self.truncated:
+                        step, earlier = last_reference
+                        trace.outer_gradients[step] -= rise * earlier
+                    last_reference = now.step, reference
 
         loop.run(state, phi, stop, after_step=after_step)
         return trace
 
-    def _walk_back(self, loop: InnerLoop, start: int, last_slots: Slots, trace: ForwardTrace) -> list[Tensor]:
-        """Cotangents [G, U] of the controls of each segment."""
-        cotangents = [torch.zeros_like(controls) for controls in trace.controls]
+    def _walk_back(
+        self, loop: InnerLoop, start: int, last_slots: Slots, trace: ForwardTrace, cotangents: list[Tensor]
+    ) -> list[Tensor]:
+        """Cotangents [G, U] of the controls of each segment: ``cotangents``, which come from no step, and the rest."""
         of_theta = torch.zeros_like(trace.steps[-1].theta)
         of_slots: Slots = tuple(torch.zeros_like(slot) for slot in last_slots)
         new_slots = last_slots
-        share = 1 / len(trace.outer_gradients)
         running = self.outer.running_sum / len(trace.steps)
         while trace.steps:
             step = trace.steps.pop()  # frees its memory as the walk goes on
@@ -112,7 +126,7 @@ class Adjoint:
                 of_theta = torch.zeros_like(of_theta)
                 of_slots = tuple(torch.zeros_like(slot) for slot in of_slots)
             if t + 1 in trace.outer_gradients:
-                of_theta = of_theta + share * trace.outer_gradients[t + 1]
+                of_theta = of_theta + trace.outer_gradients[t + 1]
             controls, rate = trace.controls[step.segment], loop.rate(t)
             along, of_slots = loop.optimiser.adjoint(of_theta, of_slots, step.slots, new_slots, rate, t)
             new_slots = step.slots

@@ -38,27 +38,25 @@ class ES:
         for pair in range(self.config.pairs):
             xi = self._perturbation(loop, phi, (*keys, state.step, pair))
             up, down = (
-                self._run(loop, phi + sign * self.config.sigma * xi, InnerState.from_arrays(origin, phi.device), stop)
+                self._run(
+                    loop, phi + sign * self.config.sigma * xi, InnerState.from_arrays(origin, phi.device), stop
+                ).objective()
                 for sign in (1, -1)
             )
             samples.append((up - down)[:, None] / (2 * self.config.sigma) * xi)
         gradient = torch.stack(samples).mean((0, 1)).double().cpu().numpy()
-        recorder = Recorder(loop, self.outer, state.step, stop)
-        objective = self._run(loop, phi, state, stop, recorder)
-        return Estimate(gradient, float(objective.mean()), recorder.arrays(), terms=recorder.terms())
+        recorder = self._run(loop, phi, state, stop)
+        return Estimate(gradient, float(recorder.objective().mean()), recorder.arrays(), metrics=recorder.metrics())
 
     def _perturbation(self, loop: InnerLoop, phi: Tensor, keys: tuple[int | str, ...]) -> Tensor:
         group = loop.group  # perhaps a part of the unit's tasks: the draws are those of the whole
         draws = random_generator("perturbation", *keys).standard_normal((group.first + group.size, phi.shape[-1]))
         return torch.from_numpy(draws[group.first :]).to(phi)
 
-    def _run(
-        self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder | None = None
-    ) -> Tensor:
-        """J [G] of a forward run under phi, one per task or shared."""
-        recorder = recorder or Recorder(loop, self.outer, state.step, stop)
-        if state.features is not None:
-            state.controls = loop.policy.controls(phi, state.features)
+    def _run(self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int) -> Recorder:
+        """What a forward run under phi, one per task or shared, leaves behind."""
+        loop.resume(state, phi)
+        recorder = Recorder(loop, self.outer, state, stop)
 
         def after_step(now: InnerState, result: StepResult) -> None:
             recorder.step(now, result)
@@ -67,7 +65,7 @@ class ES:
                 recorder.checkpoint(now.step, logits, features)
 
         loop.run(state, phi, stop, after_step=after_step)
-        return recorder.objective()
+        return recorder
 
 
 class PES(ES):
@@ -95,11 +93,10 @@ class PES(ES):
                 prefix = f"{pair}/{side}/"
                 begin = {name[len(prefix) :]: value for name, value in carried.items() if name.startswith(prefix)}
                 perturbed = InnerState.from_arrays(begin or origin, phi.device)
-                outer.append(self._run(loop, phi + sign * self.config.sigma * xi, perturbed, stop))
+                outer.append(self._run(loop, phi + sign * self.config.sigma * xi, perturbed, stop).objective())
                 onward |= {prefix + name: value for name, value in perturbed.to_arrays().items()}
             onward[f"{pair}/total"] = total.cpu().numpy()
             samples.append((outer[0] - outer[1])[:, None] / (2 * self.config.sigma) * total)
         gradient = torch.stack(samples).mean((0, 1)).double().cpu().numpy()
-        recorder = Recorder(loop, self.outer, state.step, stop)
-        objective = self._run(loop, phi, state, stop, recorder)
-        return Estimate(gradient, float(objective.mean()), recorder.arrays(), onward, recorder.terms())
+        recorder = self._run(loop, phi, state, stop)
+        return Estimate(gradient, float(recorder.objective().mean()), recorder.arrays(), onward, recorder.metrics())

@@ -26,13 +26,12 @@ class Unroll:
         keys: tuple[int | str, ...],
         carried: dict[str, np.ndarray] | None = None,
     ) -> Estimate:
-        recorder = Recorder(loop, self.outer, state.step, stop)
         rows = loop.group.meta_validation
         with torch.enable_grad():
             leaf = phi.detach().requires_grad_(True)
             state.theta = state.theta.detach().requires_grad_(True)
-            if state.features is not None:
-                state.controls = loop.policy.controls(leaf, state.features)
+            loop.resume(state, leaf)
+            recorder = Recorder(loop, self.outer, state, stop)
             while state.step < stop:
                 result = loop.step(state, leaf, differentiable=True)
                 recorder.step(state, result)
@@ -47,5 +46,5 @@ class Unroll:
             gradient=gradient.double().cpu().numpy(),
             outer_loss=float(objective.detach()),
             records=recorder.arrays(),
-            terms=recorder.terms(),
+            metrics=recorder.metrics(),
         )

@@ -9,10 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+from palf_dist.config import RunConfig
 from palf_dist.errors import ConfigError
-from palf_dist.policies import CurriculumPolicy, OnlineLearnLoss, Policy, StaticPolicy
+from palf_dist.policies import CurriculumPolicy, HedgePolicy, OnlineLearnLoss, Policy, StaticPolicy
 from palf_dist.policies.static import control_vector
+from palf_dist.tasks.encoded import EncodedDataset
+from palf_dist.tasks.family import evaluation_specs
 from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
 
 PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
@@ -33,11 +37,13 @@ class Method:
     early_stopping: bool = False  # theta of the best accuracy on the noisy validation rows instead of the last
     schedule: Callable[[], Policy] | None = None  # makes the policy of a method that changes its weights on its own
     uses_policy: bool = False  # the meta-learned one
+    control: Literal["shuffled", "schedule"] | None = None  # the meta-learned one, without what its state tells it
+    by_name: bool = False  # compared only where it is asked for
     note: str = ""
 
     def __post_init__(self) -> None:
-        kinds = (self.uses_policy, bool(self.alpha), self.schedule is not None)
-        assert sum(kinds) == 1, f"{self.name}: the learned policy, mixture weights or a schedule"
+        kinds = (self.uses_policy, self.control is not None, bool(self.alpha), self.schedule is not None)
+        assert sum(kinds) == 1, f"{self.name}: the learned policy, a control of it, mixture weights or a schedule"
         assert set(self.alpha) <= set(BASIS_LOSSES) and set(self.hyperparameters) <= set(DEFAULT_HYPERPARAMETERS)
         assert not self.alpha or abs(sum(self.alpha.values()) - 1) < 1e-9, f"{self.name}: alpha is not convex"
 
@@ -46,6 +52,20 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("policy", "meta-learned policy", uses_policy=True),
+        Method(
+            "policy_schedule",
+            "own mean schedule",
+            control="schedule",
+            by_name=True,
+            note="a control: the policy's controls at each refresh, averaged over meta-training tasks, for every task",
+        ),
+        Method(
+            "policy_shuffled",
+            "shuffled states",
+            control="shuffled",
+            by_name=True,
+            note="a control: the policy sees the states of another held-out task of its group, at the same step",
+        ),
         Method("ce", "tuned CE", {"ce": 1.0}, note="reference: learning rate and L2 were tuned for it"),
         Method("focal", "focal", {"focal": 1.0}),
         Method("label_smoothing", "label smoothing", {"label_smoothing": 1.0}),
@@ -76,6 +96,13 @@ METHODS: dict[str, Method] = {
             schedule=OnlineLearnLoss,
             note="re-learns the weights of the per-example losses every 10 steps from the run's own validation loss",
         ),
+        Method(
+            "hedge",
+            "Hedge",
+            schedule=HedgePolicy,
+            by_name=True,
+            note="exponentiated-gradient weights of the per-example losses, by the run's own training losses",
+        ),
         Method("ce_rce", "0.1 CE + RCE", {"symmetric_ce": 1.0}, {"a": 0.1, "b": 1.0}),
         Method(
             "ce_early_stopping",
@@ -90,21 +117,35 @@ METHODS: dict[str, Method] = {
 
 def baseline_policy(method: Method) -> Policy:
     """The policy of a method that is not meta-learned."""
-    assert not method.uses_policy, f"{method.name} sets its controls by its policy file"
+    assert not (method.uses_policy or method.control), f"{method.name} sets its controls by its policy file"
     if method.schedule is not None:
         return method.schedule()
     return StaticPolicy(control_vector(method.alpha, method.hyperparameters))
 
 
 def select_methods(names: Iterable[str] | None = None) -> tuple[Method, ...]:
-    """The named methods in the order of ``METHODS``, always with the reference; None selects all.
+    """The named methods in the order of ``METHODS``, always with the reference; None selects all but those that are
+    compared by name only.
 
     Raises ConfigError for an unknown name.
     """
-    wanted = set(METHODS if names is None else names) | {REFERENCE}
+    usual = (name for name, method in METHODS.items() if not method.by_name)
+    wanted = set(usual if names is None else names) | {REFERENCE}
     for name in sorted(wanted - set(METHODS)):
         nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
         raise ConfigError(
             f"evaluation.methods: unknown method {name!r}; did you mean {nearest!r}? Known: {', '.join(METHODS)}"
         )
     return tuple(method for method in METHODS.values() if method.name in wanted)
+
+
+def check_methods(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
+    """Raises ConfigError for methods that the held-out tasks do not allow, before any work starts."""
+    methods = select_methods(config.evaluation.methods)
+    if any(method.control == "shuffled" for method in methods):
+        alone = [specs[0] for specs in evaluation_specs(config, datasets) if len(specs) == 1]
+        if alone:
+            raise ConfigError(
+                f"evaluation.methods: policy_shuffled needs two tasks in each group, but one of {alone[0].dataset} is "
+                "alone; change tasks.group_size or evaluation.seeds, or leave the method out"
+            )

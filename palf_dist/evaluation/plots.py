@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from palf_dist.evaluation.derived import PICKS
 from palf_dist.evaluation.methods import REFERENCE
 from palf_dist.evaluation.statistics import Comparison, Slice
 from palf_dist.evaluation.table import Column, condition_columns, is_policy, label_of
@@ -212,7 +213,7 @@ def plot_held_out(comparisons: Sequence[Comparison]) -> Figure:
         for row, (item, part) in enumerate(zip(shown, slices, strict=True)):
             _interval(axis, row, part, POLICY_COLOUR if is_policy(item.method) else OTHER_COLOUR, limits)
         title = title.replace(": ", "\n")
-        axis.set(title=f"{title}\n({label_of(REFERENCE)}: {of_reference.accuracy:.1f} %)", xlim=limits)
+        axis.set(title=f"{title}\n({label_of(REFERENCE)}: {of_reference.value:.1f} %)", xlim=limits)
         axis.grid(axis="y", visible=False)
     axes[0].set(yticks=range(len(shown)), ylim=(len(shown) - 0.4, -0.6))
     axes[0].set_yticklabels([label_of(item.method) for item in shown])
@@ -253,7 +254,8 @@ def _limits(parts: Sequence[Slice]) -> tuple[float, float]:
 def plot_noise(comparisons: Sequence[Comparison]) -> Figure:
     """Difference to tuned cross-entropy by label noise, in each condition, for the policy and the best others."""
     policies = [item for item in comparisons if is_policy(item.method)]
-    others = [item for item in comparisons if item.method != REFERENCE and not is_policy(item.method)]
+    hidden = {REFERENCE, *PICKS}
+    others = [item for item in comparisons if item.method not in hidden and not is_policy(item.method)]
     shown = policies + others[: len(LINE_LOOKS)]
     rates = list(comparisons[0].by_noise)
     panels = [("all conditions", [[item.by_noise[rate] for rate in rates] for item in shown])]

@@ -21,10 +21,23 @@ from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config, load_config
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import plots
+from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.methods import REFERENCE
 from palf_dist.evaluation.page import render_page
-from palf_dist.evaluation.statistics import Comparison, compare
-from palf_dist.evaluation.table import is_policy, label_of, table_notes, to_cells, to_markdown, to_records
+from palf_dist.evaluation.statistics import Comparison
+from palf_dist.evaluation.table import (
+    Cells,
+    is_policy,
+    label_of,
+    measure_notes,
+    table_notes,
+    to_cells,
+    to_markdown,
+    to_measure_cells,
+    to_pair_cells,
+    to_pair_records,
+    to_records,
+)
 from palf_dist.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -83,7 +96,7 @@ def make_report(run_dir: str | Path, location: str | Path | None = None) -> Repo
     config = load_config(run_dir / CONFIG)
     metrics = read_table(run_dir / METRICS)
     results = read_table(run_dir / RESULTS)
-    comparisons = compare(results) if results is not None and results.num_rows else []
+    comparisons, pairs = held_out(results) if results is not None and results.num_rows else ([], [])
     card = _policy_card(run_dir / BEST / "policy.json")
 
     pictures: dict[str, bytes] = {}
@@ -97,9 +110,10 @@ def make_report(run_dir: str | Path, location: str | Path | None = None) -> Repo
 
     files = {f"{name}.png": data for name, data in pictures.items()}
     if comparisons:
-        files[TABLE_MARKDOWN] = to_markdown(comparisons).encode()
-        files[TABLE_JSON] = (json.dumps({"held_out": to_records(comparisons)}, indent=2) + "\n").encode()
-    files[PAGE] = _page(run_dir, location or run_dir, config, metrics, comparisons, card, pictures).encode()
+        files[TABLE_MARKDOWN] = to_markdown(comparisons, pairs).encode()
+        tables = {"held_out": to_records(comparisons), "pairs": to_pair_records(pairs)}
+        files[TABLE_JSON] = (json.dumps(tables, indent=2) + "\n").encode()
+    files[PAGE] = _page(run_dir, location or run_dir, config, metrics, comparisons, pairs, card, pictures).encode()
     folder = run_dir / REPORT
     with replacing_folder(folder) as temporary:
         for name, data in files.items():
@@ -160,11 +174,22 @@ def _page(
     config: RunConfig,
     metrics: pa.Table | None,
     comparisons: Sequence[Comparison],
+    pairs: Sequence[Comparison],
     card: dict[str, Any] | None,
     pictures: dict[str, bytes],
 ) -> str:
     policy = f"{BEST}/policy.safetensors"
-    header, rows = to_cells(comparisons) if comparisons else ([], [])
+    looks = [
+        "policy" if is_policy(item.method) else "reference" if item.method == REFERENCE else "" for item in comparisons
+    ]
+    tables = []
+    if comparisons:
+        tables.append(_table("Held-out comparison", to_cells(comparisons), looks, table_notes(comparisons)))
+        tables.append(_table("By other measures", to_measure_cells(comparisons), looks, measure_notes(comparisons)))
+    if pairs:
+        tables.append(
+            _table(f"The {label_of(pairs[0].method)} against each", to_pair_cells(pairs), [""] * len(pairs), [])
+        )
     return render_page(
         "report.html.j2",
         pictures,
@@ -172,16 +197,17 @@ def _page(
         name=config.name,
         headline=_headline(comparisons),
         facts=_facts(config, metrics, card),
-        header=header,
-        rows=[
-            ("policy" if is_policy(item.method) else "reference" if item.method == REFERENCE else "", cells)
-            for item, cells in zip(comparisons, rows, strict=True)
-        ],
-        notes=table_notes(comparisons) if comparisons else [],
-        usage=usage(join(location, policy)) if (run_dir / policy).exists() else None,
+        tables=tables,
+        usage=usage(join(location, policy)) if (run_dir / policy).exists() and config.policy.shield is None else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
         configuration=dump_config(config),
     )
+
+
+def _table(title: str, cells: Cells, looks: Sequence[str], notes: Sequence[str]) -> dict[str, Any]:
+    """A table as the page's template asks for it; ``looks`` are the classes of its rows."""
+    header, rows = cells
+    return {"title": title, "header": header, "rows": list(zip(looks, rows, strict=True)), "notes": notes}
 
 
 def _headline(comparisons: Sequence[Comparison]) -> str:
@@ -197,7 +223,7 @@ def _headline(comparisons: Sequence[Comparison]) -> str:
     if estimate.clusters > 1:
         interval = f"95 % interval {estimate.low:+.2f} to {estimate.high:+.2f}, clustered by dataset"
     return (
-        f"The {label_of(policy.method)} reaches {policy.overall.accuracy:.1f} % on held-out datasets: "
+        f"The {label_of(policy.method)} reaches {policy.overall.value:.1f} % on held-out datasets: "
         f"{estimate.mean:+.2f} points against {label_of(REFERENCE)} ({interval}), "
         f"over {estimate.tasks} paired tasks of {estimate.clusters} datasets."
     )

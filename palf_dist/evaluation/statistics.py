@@ -1,21 +1,22 @@
 """Paired differences between methods on the same tasks, with standard errors clustered by dataset.
 
 Tasks of one dataset are not independent, and what we claim is about datasets never seen: so the dataset is the unit
-of replication. Accuracies come in as fractions; everything that goes out is in percentage points.
+of replication. Results come in as the columns of a row; what goes out is scaled as its measure says (``Measure.scale``:
+fractions in percentage points).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import ArrayLike
-from scipy import stats
 
+from palf_dist.evaluation.inference import Estimate, bootstrap_interval, clustered_mean, holm
+from palf_dist.evaluation.measures import MEASURES, SECONDS, Measure
 from palf_dist.evaluation.methods import REFERENCE
 
 TASK_KEYS = ("dataset", "architecture", "noise_rate", "condition", "seed")
@@ -24,99 +25,134 @@ TASK_KEYS = ("dataset", "architecture", "noise_rate", "condition", "seed")
 CONDITIONS = ("balanced", "matched", "shifted")
 """Class frequencies of a task, in the order of the tables; see ``EvaluationConfig.conditions``."""
 
+Task = tuple[str, int | str, float, str, int]  # the TASK_KEYS of a result
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over tasks with its uncertainty, in points. ``se``, ``low`` and ``high`` are NaN with one cluster."""
-
-    mean: float
-    se: float
-    low: float  # 95 % confidence interval, Student's t with clusters - 1 degrees of freedom
-    high: float
-    tasks: int
-    clusters: int
+Rows: TypeAlias = pa.Table | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One method on some of the tasks: its mean accuracy there, and its paired difference to the reference."""
+    """One method on some of the tasks: its mean there, and its paired difference to the reference."""
 
-    accuracy: float
+    value: float
     difference: Estimate
 
 
 @dataclass(frozen=True)
+class Tally:
+    """Datasets on which a method is better, no different, or worse than the reference. A tie: the 95 % t interval of
+    the mean difference over the dataset's own tasks holds zero; with a single task, a difference of zero."""
+
+    wins: int
+    ties: int
+    losses: int
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """One method against the reference. Means are over the tasks where both have a finite accuracy; the other tasks
-    are counted in ``missing`` (no row) and ``non_finite`` (NaN, inf or null)."""
+    """One method against a reference by one measure. Means are over the tasks where both have a finite value; the other
+    tasks are counted in ``missing`` (no row) and ``non_finite`` (NaN, inf or null)."""
 
     method: str
+    reference: str
+    measure: Measure
     overall: Slice
+    bootstrap: tuple[float, float]  # 95 % interval of the overall difference
     by_noise: dict[float, Slice]
     by_condition: dict[str, Slice]
     by_cell: dict[tuple[str, float], Slice]  # (condition, noise rate)
     by_dataset: dict[str, Slice]  # here the standard error is over tasks: it speaks of this dataset only
+    tally: Tally
     missing: int
     non_finite: int
+    adjusted_p: float = math.nan  # of the overall difference, by Holm over all that were compared together
+    others: Mapping[str, Comparison] = field(default_factory=dict)  # the same two by the other measures there are
 
 
-def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable]) -> Estimate:
-    """Mean of ``values`` [N] with its cluster-robust standard error; ``clusters`` [N] names each value's cluster.
+def compare(rows: Rows, reference: str = REFERENCE, measure: Measure = MEASURES["accuracy"]) -> list[Comparison]:
+    """Every method against ``reference``, which comes first; the others by falling gain.
 
-    SE = sqrt(G/(G-1) sum_g (sum_{i in g} (x_i - mean))^2) / N for G clusters: the sandwich estimator of a mean with
-    the usual small-sample factor. With one value per cluster it is the ordinary standard error.
+    ``rows`` holds one result per method and task: "method", the ``TASK_KEYS`` and the column of the measure (a fraction
+    where its scale is 100). By accuracy, the comparisons by the other measures come with it where rows have them.
     """
-    values = np.asarray(values, dtype=np.float64)
-    assert values.ndim == 1 and len(values) == len(clusters) and np.isfinite(values).all()
-    if not len(values):
-        return Estimate(math.nan, math.nan, math.nan, math.nan, 0, 0)
-    codes = {cluster: code for code, cluster in enumerate(dict.fromkeys(clusters))}
-    count = len(codes)
-    mean = float(values.mean())
-    if count == 1:
-        return Estimate(mean, math.nan, math.nan, math.nan, len(values), 1)
-    sums = np.bincount([codes[cluster] for cluster in clusters], weights=values - mean)
-    se = math.sqrt(count / (count - 1) * float(sums @ sums)) / len(values)
-    half_width = float(stats.t.ppf(0.975, count - 1)) * se
-    return Estimate(mean, se, mean - half_width, mean + half_width, len(values), count)
+    rows = to_rows(rows)
+    compared = _compare_all(rows, reference, measure)
+    if measure.name != "accuracy":
+        return compared
+    others: dict[str, dict[str, Comparison]] = {item.method: {} for item in compared}
+    for other in (*MEASURES.values(), SECONDS):
+        if other is not measure and any(row.get(other.name) is not None for row in rows):
+            for item in _compare_all(rows, reference, other):
+                others[item.method][other.name] = item
+    return [replace(item, others=others[item.method]) for item in compared]
 
 
-def compare(rows: pa.Table | Iterable[Mapping[str, Any]], reference: str = REFERENCE) -> list[Comparison]:
-    """Every method against ``reference``, which comes first; the others by falling mean difference.
+def compare_each(rows: Rows, method: str, measure: Measure = MEASURES["accuracy"]) -> list[Comparison]:
+    """``method`` against each other method as the reference, by rising gain over it."""
+    results, tasks = _index(to_rows(rows), measure)
+    assert method in results, f"no results of the method {method!r}"
+    compared = [_compare(method, other, measure, results, tasks) for other in results if other != method]
+    return _adjusted(sorted(compared, key=lambda item: (_gain(item, math.inf), item.reference)))
 
-    ``rows`` holds one result per method and task: "method", the ``TASK_KEYS`` and "accuracy", a fraction in [0, 1].
-    Other columns are ignored.
-    """
-    results = _index(rows.to_pylist() if isinstance(rows, pa.Table) else rows)
+
+def to_rows(rows: Rows) -> list[Mapping[str, Any]]:
+    """As a list of mappings."""
+    return rows.to_pylist() if isinstance(rows, pa.Table) else list(rows)
+
+
+def task_of(row: Mapping[str, Any]) -> Task:
+    """The ``TASK_KEYS`` of a row."""
+    # Rounded, so that a rate that went through float32 still meets its partner and prints as it was written.
+    return (row["dataset"], row["architecture"], round(row["noise_rate"], 6), row["condition"], row["seed"])
+
+
+Results = dict[str, dict[Task, float]]
+"""The scaled value of every method and task; NaN where it is null."""
+
+
+def _compare_all(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure) -> list[Comparison]:
+    results, tasks = _index(rows, measure)
     assert reference in results, f"no results of the reference method {reference!r}"
-    tasks = list(dict.fromkeys(task for accuracies in results.values() for task in accuracies))
-    comparisons = [_compare(method, results[method], results[reference], tasks) for method in results]
-    return sorted(comparisons, key=lambda item: (item.method != reference, -_or_lowest(item), item.method))
+    compared = [_compare(method, reference, measure, results, tasks) for method in results]
+    return _adjusted(
+        sorted(compared, key=lambda item: (item.method != reference, -_gain(item, -math.inf), item.method))
+    )
 
 
-Task = tuple[str, int | str, float, str, int]  # the TASK_KEYS of a result
+def _gain(item: Comparison, unknown: float) -> float:
+    """The overall difference, positive where it is for the better."""
+    mean = item.overall.difference.mean
+    return unknown if math.isnan(mean) else mean * item.measure.sign
 
 
-def _index(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[Task, float]]:
-    """Accuracy in points of every method and task; NaN where it is null."""
-    results: dict[str, dict[Task, float]] = {}
+def _adjusted(compared: list[Comparison]) -> list[Comparison]:
+    """With the p-values of all differences to another method corrected together."""
+    others = {str(index): item for index, item in enumerate(compared) if item.method != item.reference}
+    adjusted = holm({index: item.overall.difference.p for index, item in others.items()})
+    return [replace(item, adjusted_p=adjusted.get(str(index), math.nan)) for index, item in enumerate(compared)]
+
+
+def _index(rows: Sequence[Mapping[str, Any]], measure: Measure) -> tuple[Results, list[Task]]:
+    """Results, and all tasks in the order of the rows."""
+    results: Results = {}
     for row in rows:
-        # Rounded, so that a rate that went through float32 still meets its partner and prints as it was written.
-        task = (row["dataset"], row["architecture"], round(row["noise_rate"], 6), row["condition"], row["seed"])
-        accuracies = results.setdefault(row["method"], {})
-        assert task not in accuracies, f"two results of {row['method']} for the task {task}"
-        accuracies[task] = math.nan if row["accuracy"] is None else 100 * row["accuracy"]
-    return results
+        task = task_of(row)
+        values = results.setdefault(row["method"], {})
+        assert task not in values, f"two results of {row['method']} for the task {task}"
+        value = row.get(measure.name)
+        values[task] = math.nan if value is None else measure.scale * value
+    return results, list(dict.fromkeys(task for values in results.values() for task in values))
 
 
-def _compare(method: str, own: dict[Task, float], other: dict[Task, float], tasks: list[Task]) -> Comparison:
+def _compare(method: str, reference: str, measure: Measure, results: Results, tasks: list[Task]) -> Comparison:
+    own, other = results[method], results[reference]
     both = [task for task in tasks if task in own and task in other]
     paired = [task for task in both if math.isfinite(own[task]) and math.isfinite(other[task])]
 
     def summary(chosen: list[Task], cluster: Callable[[Task], Hashable] = lambda task: task[0]) -> Slice:
-        accuracy = float(np.mean([own[task] for task in chosen])) if chosen else math.nan
+        value = float(np.mean([own[task] for task in chosen])) if chosen else math.nan
         differences = [own[task] - other[task] for task in chosen]
-        return Slice(accuracy, clustered_mean(differences, [cluster(task) for task in chosen]))
+        return Slice(value, clustered_mean(differences, [cluster(task) for task in chosen]))
 
     def split(key: Callable[[Task], Any]) -> dict[Any, list[Task]]:
         # The values come from all tasks, so that a slice with no paired task is there and says so.
@@ -127,20 +163,31 @@ def _compare(method: str, own: dict[Task, float], other: dict[Task, float], task
         return CONDITIONS.index(condition)
 
     by_condition = split(lambda task: task[3])
+    by_dataset = {
+        name: summary(chosen, cluster=lambda task: task) for name, chosen in split(lambda task: task[0]).items()
+    }
     return Comparison(
         method=method,
+        reference=reference,
+        measure=measure,
         overall=summary(paired),
+        bootstrap=bootstrap_interval([own[task] - other[task] for task in paired], [task[0] for task in paired]),
         by_noise={rate: summary(chosen) for rate, chosen in split(lambda task: task[2]).items()},
         by_condition={name: summary(by_condition[name]) for name in sorted(by_condition, key=in_order)},
         by_cell={cell: summary(chosen) for cell, chosen in split(lambda task: (task[3], task[2])).items()},
-        by_dataset={
-            name: summary(chosen, cluster=lambda task: task) for name, chosen in split(lambda task: task[0]).items()
-        },
+        by_dataset=by_dataset,
+        tally=_tally([part.difference for part in by_dataset.values() if part.difference.tasks], measure),
         missing=len(tasks) - len(both),
         non_finite=len(both) - len(paired),
     )
 
 
-def _or_lowest(comparison: Comparison) -> float:
-    mean = comparison.overall.difference.mean
-    return -math.inf if math.isnan(mean) else mean
+def _tally(differences: Sequence[Estimate], measure: Measure) -> Tally:
+    outcomes = [_outcome(difference) * measure.sign for difference in differences]
+    return Tally(*(outcomes.count(outcome) for outcome in (1, 0, -1)))
+
+
+def _outcome(difference: Estimate) -> int:
+    """Whether the difference is above (1) or below (-1) zero, or neither (0)."""
+    low, high = (difference.low, difference.high) if difference.tasks > 1 else (difference.mean, difference.mean)
+    return (low > 0) - (high < 0)

@@ -11,17 +11,28 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from palf_dist.evaluation.derived import PICKS
+from palf_dist.evaluation.measures import SECONDS
 from palf_dist.evaluation.methods import METHODS, REFERENCE
 from palf_dist.evaluation.statistics import Comparison, Estimate, Slice
 
 NOTHING = "-"
 
 Column = tuple[str, list[Slice]]
+Cells = tuple[list[str], list[list[str]]]
+
+CONSOLE_TABLES = {
+    "Balanced accuracy": ("balanced %", "balanced % matched", "balanced % shifted"),
+    "Finished models by other measures": ("AUC %", "AP %", "ECE %", "NLL"),
+    "Along the run": ("curve %", "to best", "to 95 %", "seconds"),
+}
+"""The columns that a console has room for."""
 
 
 def label_of(method: str) -> str:
     """The label of a method; a method that this version does not know goes by its own name."""
-    return METHODS[method].label if method in METHODS else method
+    known = METHODS.get(method) or PICKS.get(method)
+    return known.label if known else method
 
 
 def is_policy(method: str) -> bool:
@@ -35,7 +46,7 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
         {
             "method": item.method,
             "label": label_of(item.method),
-            "accuracy": _number(item.overall.accuracy),
+            "accuracy": _number(item.overall.value),
             **_difference(item.overall.difference),
             "by_noise": _slices({f"{rate:g}": part for rate, part in item.by_noise.items()}),
             "by_condition": _slices(item.by_condition),
@@ -43,6 +54,8 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                 {f"{name} {rate:g}": part for (name, rate), part in item.by_cell.items()}
             ),
             "by_dataset": _slices(item.by_dataset),
+            **_test(item),
+            "measures": {name: _measured(other) for name, other in item.others.items() if name != SECONDS.name},
             "tasks": item.overall.difference.tasks,
             "datasets": item.overall.difference.clusters,
             "missing": item.missing,
@@ -52,8 +65,13 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     ]
 
 
-def to_cells(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
-    """The table with all columns as text: its header, and one row of cells per comparison."""
+def to_pair_records(pairs: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """The ``pairs`` list of the JSON output: one method against each other one, in points of accuracy."""
+    return [{"method": item.method, "against": item.reference, **_measured(item)} for item in pairs]
+
+
+def to_cells(comparisons: Sequence[Comparison]) -> Cells:
+    """The table by accuracy with all columns as text: its header, and one row of cells per comparison."""
     parts = [*condition_columns(comparisons), *noise_columns(comparisons)]
     header = ["method", "accuracy %", "difference", "95 % interval", *(name for name, _ in parts)]
     rows = [
@@ -64,24 +82,57 @@ def to_cells(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[st
     return header, rows
 
 
-def to_markdown(comparisons: Sequence[Comparison]) -> str:
-    """One Markdown table with all columns, the policy in bold, and the notes below it."""
-    header, rows = to_cells(comparisons)
-    lines = [_markdown_row(header), _markdown_row(["---", *["---:"] * (len(header) - 1)])]
-    for item, cells in zip(comparisons, rows, strict=True):
-        lines.append(_markdown_row([f"**{cell}**" for cell in cells] if is_policy(item.method) else cells))
-    return "\n".join([*lines, "", *(f"- {note}" for note in table_notes(comparisons))]) + "\n"
+def to_measure_cells(comparisons: Sequence[Comparison]) -> Cells:
+    """As ``to_cells``, by the other measures, over all tasks; and how sure the difference by accuracy is."""
+    parts = measure_columns(comparisons)
+    header = ["method", *(name for name, _ in parts), "bootstrap", "p (Holm)", "won-tied-lost"]
+    rows = [
+        [label_of(item.method), *(_cell(item, slices[index]) for _, slices in parts), *_certainty(item)]
+        for index, item in enumerate(comparisons)
+    ]
+    return header, rows
+
+
+def to_pair_cells(pairs: Sequence[Comparison]) -> Cells:
+    """One method against each other one (``compare_each``)."""
+    header = ["against", "difference", "95 % interval", "bootstrap", "p (Holm)", "won-tied-lost"]
+    rows = [
+        [label_of(item.reference), _signed(item.overall.difference), _interval(item), *_certainty(item)]
+        for item in pairs
+    ]
+    return header, rows
+
+
+def to_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] = ()) -> str:
+    """Markdown tables with all columns, the policy in bold, and the notes below each; ``pairs`` as a last one."""
+    bold = [is_policy(item.method) for item in comparisons]
+    parts = [
+        _markdown_table(to_cells(comparisons), bold),
+        _markdown_notes(table_notes(comparisons)),
+        _markdown_table(to_measure_cells(comparisons), bold),
+        _markdown_notes(measure_notes(comparisons)),
+    ]
+    if pairs:
+        title = f"The {label_of(pairs[0].method)} against each of the others, in points of accuracy:\n"
+        parts += [title, _markdown_table(to_pair_cells(pairs), [False] * len(pairs))]
+    return "\n".join(parts)
 
 
 def to_rich(comparisons: Sequence[Comparison]) -> RenderableType:
-    """Two tables for a console of 80 columns or more: by condition, and by label noise; then the notes."""
+    """Tables for a console of 80 columns or more: by condition, by label noise, and by the other measures; then the
+    notes."""
     overall: Column = ("all", [item.overall for item in comparisons])
     return Group(
         _rich_table(
             f"Held-out datasets against {label_of(REFERENCE)}", comparisons, [overall, *condition_columns(comparisons)]
         ),
         _rich_table("By label noise, all conditions", comparisons, noise_columns(comparisons)),
-        *(Text(f"- {note}", style="dim") for note in table_notes(comparisons)),
+        *(
+            _rich_table(title, comparisons, parts)
+            for title, names in CONSOLE_TABLES.items()
+            if (parts := [part for part in measure_columns(comparisons) if part[0] in names])
+        ),
+        *(Text(f"- {note}", style="dim") for note in (*table_notes(comparisons), *measure_notes(comparisons))),
     )
 
 
@@ -93,6 +144,32 @@ def condition_columns(comparisons: Sequence[Comparison]) -> list[Column]:
 def noise_columns(comparisons: Sequence[Comparison]) -> list[Column]:
     """Per noise rate a header and the slice of every comparison."""
     return [(f"noise {rate:g}", [item.by_noise[rate] for item in comparisons]) for rate in comparisons[0].by_noise]
+
+
+def measure_columns(comparisons: Sequence[Comparison]) -> list[Column]:
+    """Per measure that there is beside accuracy its label and the slice of every comparison, over all tasks; balanced
+    accuracy, by which imbalanced conditions are judged as well, in each of these too."""
+    columns: list[Column] = []
+    for name, of_reference in comparisons[0].others.items():
+        label = of_reference.measure.label
+        columns.append((label, [item.others[name].overall for item in comparisons]))
+        for condition in of_reference.by_condition if name == "balanced_accuracy" else ():
+            if condition != "balanced":
+                slices = [item.others[name].by_condition[condition] for item in comparisons]
+                columns.append((f"{label} {condition}", slices))
+    return columns
+
+
+def measure_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """What the columns of the table by other measures are."""
+    datasets = comparisons[0].overall.difference.clusters
+    measures = [other.measure for other in comparisons[0].others.values()]
+    return [
+        *(f"{each.label}: {each.meaning}." for each in measures),
+        "bootstrap: 95 % interval of the difference in accuracy when datasets are drawn anew. p (Holm): of its t test "
+        f"with {datasets} datasets as the units, corrected for all rows. won-tied-lost: datasets; a tie is "
+        "one where the 95 % interval over its own tasks holds zero.",
+    ]
 
 
 def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
@@ -109,7 +186,7 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
     ]
     if datasets == 1:
         notes.append("With one dataset there is no standard error: hold out two or more.")
-    known = [METHODS[item.method] for item in comparisons if item.method in METHODS]
+    known = [method for item in comparisons if (method := METHODS.get(item.method) or PICKS.get(item.method))]
     notes += [f"{method.label}: {method.note}." for method in known if method.note]
     for item in comparisons:
         if item.missing or item.non_finite:
@@ -138,12 +215,12 @@ def _signed(estimate: Estimate) -> str:
 
 
 def _accuracy(part: Slice) -> str:
-    return NOTHING if math.isnan(part.accuracy) else f"{part.accuracy:.2f}"
+    return NOTHING if math.isnan(part.value) else f"{part.value:.2f}"
 
 
 def _interval(item: Comparison) -> str:
     estimate = item.overall.difference
-    if item.method == REFERENCE or math.isnan(estimate.se):
+    if item.method == item.reference or math.isnan(estimate.se):
         return NOTHING
     return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
 
@@ -160,6 +237,27 @@ def _rich_table(title: str, comparisons: Sequence[Comparison], parts: Sequence[C
     return table
 
 
+def _certainty(item: Comparison) -> list[str]:
+    """Bootstrap interval, corrected p-value and tally."""
+    low, high = item.bootstrap
+    if item.method == item.reference or math.isnan(low):
+        return [NOTHING] * 3
+    tally = item.tally
+    p = "<.001" if item.adjusted_p < 0.001 else f"{item.adjusted_p:.3f}".lstrip("0")
+    return [f"{low:+.2f} to {high:+.2f}", p, f"{tally.wins}-{tally.ties}-{tally.losses}"]
+
+
+def _markdown_table(table: Cells, bold: Sequence[bool]) -> str:
+    header, rows = table
+    lines = [_markdown_row(header), _markdown_row(["---", *["---:"] * (len(header) - 1)])]
+    lines += [_markdown_row([f"**{c}**" for c in row] if b else row) for row, b in zip(rows, bold, strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_notes(notes: Sequence[str]) -> str:
+    return "".join(f"- {note}\n" for note in notes)
+
+
 def _markdown_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -167,7 +265,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
 def _slices(parts: Mapping[str, Slice]) -> dict[str, dict[str, Any]]:
     return {
         name: {
-            "accuracy": _number(part.accuracy),
+            "accuracy": _number(part.value),
             **_difference(part.difference),
             "tasks": part.difference.tasks,
         }
@@ -183,5 +281,34 @@ def _difference(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
+def _test(item: Comparison) -> dict[str, Any]:
+    low, high = (_number(end) for end in item.bootstrap)
+    return {
+        "ci95_bootstrap": None if low is None else [low, high],
+        "p": _number(item.overall.difference.p, 9),
+        "p_holm": _number(item.adjusted_p, 9),
+        "won_tied_lost": [item.tally.wins, item.tally.ties, item.tally.losses],
+    }
+
+
+def _measured(item: Comparison) -> dict[str, Any]:
+    """The comparison by another measure. ``ratio``: of the method's mean to the reference's, on the same tasks."""
+
+    def part(each: Slice) -> dict[str, Any]:
+        difference = each.difference
+        reference = each.value - difference.mean
+        interval = None if math.isnan(difference.se) else [_number(difference.low), _number(difference.high)]
+        return {
+            "value": _number(each.value),
+            "difference": _number(difference.mean),
+            "se": _number(difference.se),
+            "ci95": interval,
+            "ratio": _number(each.value / reference) if reference else None,
+        }
+
+    by_condition = {name: part(each) for name, each in item.by_condition.items()}
+    return {**part(item.overall), **_test(item), "by_condition": by_condition, "tasks": item.overall.difference.tasks}
+
+
+def _number(value: float, digits: int = 4) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None

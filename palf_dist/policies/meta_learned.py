@@ -1,5 +1,6 @@
-"""The meta-learned policy: a small tanh MLP from the normalised training state to mixture weights and bounded loss
-hyper-parameters. Its output layer starts at zero, so that an untrained policy is exactly its static starting point.
+"""The meta-learned policy: a small tanh MLP, or a GRU cell over the refreshes, from the normalised training state to
+mixture weights and bounded loss hyper-parameters. Its output layer starts at zero, so that an untrained policy is
+exactly its static starting point.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from palf_dist.config import PolicyConfig, PolicyStart
+from palf_dist.errors import ConfigError
 from palf_dist.randomness import random_generator
 from palf_dist.training_state import (
     NOISE_FEATURES,
     PAPER_FEATURES,
     TASK_FEATURES,
+    VALIDATION_FEATURES,
     check_features,
     normalise,
 )
@@ -31,13 +34,17 @@ _LOG_RANGE = {"la": (-4.0, 1.0), "wd": (-2.0, 1.5), "gamma": (-2.0, 1.0), "a": (
 _LOG_RANGE["tau"] = (-1.5, 1.5)
 """Positive hyper-parameters: start * exp, the exponent clamped to this range."""
 
+_ROBUST_FEATURES = ("time", "entropy", "loss", "loss_variance", *NOISE_FEATURES, *TASK_FEATURES)
+_ROBUST = {"basis": ("ce", "robust_ce"), "hyperparameters": ("e", "la", "ew", "wd")}
+_PAPER_BASIS = BASIS_LOSSES[:5]
 _PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "palf": {"features": PAPER_FEATURES, "basis": BASIS_LOSSES[:5], "hyperparameters": ()},
-    "robust": {
-        "features": ("time", "entropy", "loss", "loss_variance", *NOISE_FEATURES, *TASK_FEATURES),
-        "basis": ("ce", "robust_ce"),
-        "hyperparameters": ("e", "la", "ew", "wd"),
-    },
+    "robust": {"features": _ROBUST_FEATURES, **_ROBUST},
+    "validation_free": {"features": _ROBUST_FEATURES, **_ROBUST},
+    "recurrent": {"features": _ROBUST_FEATURES, **_ROBUST},
+    "schedule": {"features": ("time",), **_ROBUST},
+    "constant": {"features": (), **_ROBUST},
+    "palf": {"features": PAPER_FEATURES, "basis": _PAPER_BASIS, "hyperparameters": ()},
+    "widened": {"features": PAPER_FEATURES, "basis": _PAPER_BASIS, "hyperparameters": ("gamma", "eps", "a", "b")},
 }
 _ROBUST_SHARE = 0.96  # mixture weight of robust_ce at the start of the robust preset: nearly the static S5
 
@@ -55,9 +62,12 @@ class PolicySpec:
     seed: int
     initial_weights: tuple[float, ...]  # mixture weights of ``basis`` at phi's zero output layer
     start: Mapping[str, float] = field(default_factory=dict)  # see ``start_values``
+    shield: float | None = None  # kappa of the Lyapunov shield
 
     def __post_init__(self) -> None:
         check_features(self.features)
+        if problem := misread(self.kind, self.features):
+            raise ConfigError(f"policy.features: {problem}")
         assert len(self.initial_weights) == len(self.basis)
 
 
@@ -66,6 +76,21 @@ def start_values(start: PolicyStart) -> dict[str, float]:
     specs, however their configurations say so."""
     given = start.model_dump(exclude_none=True)
     return {name: value for name, value in given.items() if value != DEFAULT_HYPERPARAMETERS[name]}
+
+
+def misread(kind: str, features: tuple[str, ...]) -> str | None:
+    """What is wrong with features that would make a policy another one than its kind says; None: nothing."""
+    if kind in ("schedule", "constant") and features != _PRESETS[kind]["features"]:
+        reads = "time alone" if kind == "schedule" else "no state"
+        given = ", ".join(features) or "none"
+        return f"{given} given, but a {kind} policy reads {reads}; leave it out, or choose policy.kind: robust"
+    validation = [name for name in features if name in VALIDATION_FEATURES]
+    if kind == "validation_free" and validation:
+        return (
+            f"{', '.join(validation)} read validation rows, which policy.kind: validation_free rules out; leave them "
+            "out, or choose policy.kind: robust"
+        )
+    return None
 
 
 def policy_spec(config: PolicyConfig) -> PolicySpec:
@@ -87,6 +112,7 @@ def policy_spec(config: PolicyConfig) -> PolicySpec:
         seed=config.seed,
         initial_weights=weights,
         start=start_values(config.start),
+        shield=config.shield,
     )
 
 
@@ -94,48 +120,115 @@ class LearnedPolicy:
     """alpha, hyper-parameters = pi_phi(s_t), equation (5); ``mean`` and ``std`` [S] normalise the state and are frozen
     into the policy file. Hyper-parameters that the policy does not set keep their starting values."""
 
+    reads_history = False
+    _drawn = 1  # how many of its layers start from a draw; the others start at zero
+
     def __init__(self, spec: PolicySpec, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
         self.spec = spec
         self.features = spec.features
         self.refresh = spec.refresh
         self.active_basis = spec.basis
+        self.shield = spec.shield
         self.mean = torch.as_tensor(mean, dtype=torch.float32)
         self.std = torch.as_tensor(std, dtype=torch.float32)
-        inputs, outputs = len(spec.features), len(spec.basis) + len(spec.hyperparameters)
+        inputs = len(spec.features)
         assert self.mean.shape == self.std.shape == (inputs,)
         self._start = DEFAULT_HYPERPARAMETERS | dict(spec.start)
-        self._shapes = ((inputs, spec.hidden), (spec.hidden,), (spec.hidden, outputs), (outputs,))
+        self._shapes = self._layers(inputs, len(spec.basis) + len(spec.hyperparameters))
         self.num_parameters = sum(math.prod(shape) for shape in self._shapes)
 
+    def _layers(self, inputs: int, outputs: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parts of phi."""
+        hidden = 0 if self.spec.kind == "constant" else self.spec.hidden  # what never varies needs the last bias alone
+        return (inputs, hidden), (hidden,), (hidden, outputs), (outputs,)
+
     def initial(self) -> np.ndarray:
-        inputs, hidden = self._shapes[0]
-        first = random_generator("policy", self.spec.seed).normal(size=(inputs, hidden)) / math.sqrt(max(inputs, 1))
+        random = random_generator("policy", self.spec.seed)
+        drawn = [random.normal(size=shape) / math.sqrt(max(shape[0], 1)) for shape in self._shapes[: self._drawn]]
+        values = np.concatenate([part.ravel() for part in drawn])
         phi = np.zeros(self.num_parameters, np.float32)
-        phi[: first.size] = first.ravel()
+        phi[: values.size] = values
         return phi
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
-        raw = OUTPUT_SCALE * self._network(phi, normalise(state, self.mean.to(state), self.std.to(state)))
+        return self._controls_from(self._network(self._parts(phi), self._normalised(state)))
+
+    def _normalised(self, state: Tensor) -> Tensor:
+        return normalise(state, self.mean.to(state), self.std.to(state))
+
+    def _controls_from(self, outputs: Tensor) -> Tensor:
+        """Controls [G, U] from the network's outputs [G, number of controls that are set]."""
+        raw = OUTPUT_SCALE * outputs
         columns: list[Tensor] = [torch.zeros_like(raw[:, 0])] * len(BASIS_LOSSES)
         start = torch.tensor(self.spec.initial_weights, dtype=raw.dtype, device=raw.device).log()
         alpha = torch.softmax(start + raw[:, : len(self.spec.basis)], -1)
         for column, name in zip(alpha.unbind(1), self.spec.basis, strict=True):
             columns[CONTROL_INDEX[name]] = column
-        outputs = dict(zip(self.spec.hyperparameters, raw[:, len(self.spec.basis) :].unbind(1), strict=True))
-        columns += [_bounded(name, self._start[name], outputs.get(name), raw[:, 0]) for name in HYPERPARAMETERS]
+        given = dict(zip(self.spec.hyperparameters, raw[:, len(self.spec.basis) :].unbind(1), strict=True))
+        columns += [_bounded(name, self._start[name], given.get(name), raw[:, 0]) for name in HYPERPARAMETERS]
         assert len(columns) == len(CONTROLS)
         return torch.stack(columns, 1)
 
-    def _network(self, phi: Tensor, state: Tensor) -> Tensor:
+    def _parts(self, phi: Tensor) -> list[Tensor]:
         sizes = [math.prod(shape) for shape in self._shapes]
-        w1, b1, w2, b2 = (
-            part.reshape(*phi.shape[:-1], *shape)
-            for part, shape in zip(phi.split(sizes, -1), self._shapes, strict=True)
-        )
-        if phi.dim() == 1:
-            return torch.tanh(state @ w1 + b1) @ w2 + b2
-        hidden = torch.tanh(torch.einsum("gs,gsh->gh", state, w1) + b1)
-        return torch.einsum("gh,gho->go", hidden, w2) + b2
+        parts = zip(phi.split(sizes, -1), self._shapes, strict=True)
+        return [part.reshape(*phi.shape[:-1], *shape) for part, shape in parts]
+
+    def _network(self, parts: list[Tensor], state: Tensor) -> Tensor:
+        """Outputs [G, number of controls that are set] from the normalised state [G, S]."""
+        w1, b1, w2, b2 = parts
+        return _times(torch.tanh(_times(state, w1) + b1), w2) + b2
+
+
+class RecurrentPolicy(LearnedPolicy):
+    """A GRU cell (Cho et al. 2014, as torch.nn.GRUCell) over the refreshes of a run, and a linear layer on its hidden
+    state. It is given the states of all refreshes so far, [G, n, S], and starts from a hidden state of zero each time:
+    so it stays a function of phi and what was seen, and its meta-gradient goes back through every refresh of the run,
+    whatever the window. (Runs have ten to twenty refreshes: to go through them again costs next to nothing. What a
+    graph keeps, ``controls_along`` makes once.)"""
+
+    reads_history = True
+    _drawn = 2
+
+    def _layers(self, inputs: int, outputs: int) -> tuple[tuple[int, ...], ...]:
+        hidden = self.spec.hidden
+        return (inputs, 3 * hidden), (hidden, 3 * hidden), (3 * hidden,), (hidden, outputs), (outputs,)
+
+    def _network(self, parts: list[Tensor], state: Tensor) -> Tensor:
+        *_, w_out, b_out = parts
+        return _times(self._memories(parts, state)[-1], w_out) + b_out
+
+    def controls_along(self, phi: Tensor, state: Tensor) -> Tensor:
+        """The controls [n, G, U] of all n refreshes of state [G, n, S], in one pass: those of refresh i are
+        ``controls(phi, state[:, : i + 1])``."""
+        parts = self._parts(phi)
+        *_, w_out, b_out = parts
+        memories = self._memories(parts, self._normalised(state))
+        return torch.stack([self._controls_from(_times(memory, w_out) + b_out) for memory in memories])
+
+    def _memories(self, parts: list[Tensor], state: Tensor) -> list[Tensor]:
+        """The hidden state [G, H] after each refresh."""
+        w_state, w_memory, bias, _, _ = parts
+        memory, found = state.new_zeros(len(state), self.spec.hidden), []
+        for now in state.unbind(1):
+            seen = _times(now, w_state) + bias
+            reset_in, update_in, new_in = seen.chunk(3, -1)
+            reset_on, update_on, new_on = _times(memory, w_memory).chunk(3, -1)
+            update = torch.sigmoid(update_in + update_on)
+            new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_on) * new_on)
+            memory = torch.lerp(new, memory, update)
+            found.append(memory)
+        return found
+
+
+def make_policy(spec: PolicySpec, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> LearnedPolicy:
+    """The policy that ``spec`` describes."""
+    return (RecurrentPolicy if spec.kind == "recurrent" else LearnedPolicy)(spec, mean, std)
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """x [G, a] times weight [a, b], or times each task's own [G, a, b]."""
+    return x @ weight if weight.dim() == 2 else torch.einsum("gs,gsh->gh", x, weight)
 
 
 def _bounded(name: str, start: float, raw: Tensor | None, like: Tensor) -> Tensor:

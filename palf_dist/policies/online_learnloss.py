@@ -11,9 +11,9 @@ from torch import Tensor
 from palf_dist.errors import ConfigError
 from palf_dist.learnloss.on_the_fly import learn_weights
 from palf_dist.learnloss.space import WeightSpace
-from palf_dist.policies.static import control_vector
+from palf_dist.policies.base import WithoutParameters
+from palf_dist.policies.static import mixture_controls
 from palf_dist.training_state import SNAPSHOTS
-from palf_dist.types import CONTROL_INDEX
 
 REFERENCE = "ce"
 PER_EXAMPLE = (REFERENCE, "focal", "label_smoothing", "symmetric_ce")
@@ -21,7 +21,7 @@ PER_EXAMPLE = (REFERENCE, "focal", "label_smoothing", "symmetric_ce")
 info_nce depends on the rest of the batch, robust_ce on the run's averaged predictions."""
 
 
-class OnlineLearnLoss:
+class OnlineLearnLoss(WithoutParameters):
     """Re-learns the mixture weights at every refresh: LearnLoss over all snapshots (phi, e) of the run so far, where
     phi_k is the mean of basis loss k and e the validation error.
 
@@ -31,7 +31,6 @@ class OnlineLearnLoss:
     """
 
     features: tuple[str, ...] = (SNAPSHOTS,)
-    num_parameters = 0
 
     def __init__(
         self, basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0, refresh: int = 10
@@ -48,17 +47,13 @@ class OnlineLearnLoss:
             )
         self.space = WeightSpace.of({name: (low, high) for name in others}, REFERENCE)
         self.active_basis = (REFERENCE, *self.space.names)
+        self.settings = {"basis": list(self.active_basis), "low": low, "high": high}
         self.refresh = refresh
-
-    def initial(self) -> np.ndarray:
-        return np.zeros(0, np.float32)
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
         """Controls [G, U] from the snapshots state [G, n, 1 + K]: e, then phi in the order of ``active_basis``."""
         mixtures = np.stack([self.mixture(task) for task in state.detach().double().cpu().numpy()])
-        controls = control_vector({}).to(state).repeat(len(state), 1)
-        columns = torch.tensor([CONTROL_INDEX[name] for name in self.active_basis], device=state.device)
-        return controls.index_copy(1, columns, torch.from_numpy(mixtures).to(state))
+        return mixture_controls(torch.from_numpy(mixtures).to(state), self.active_basis)
 
     def mixture(self, snapshots: np.ndarray) -> np.ndarray:
         """alpha [K] in the order of ``active_basis`` from snapshots [n, 1 + K] of one run. Those that are not finite

@@ -19,10 +19,11 @@ from pydantic import ValidationError
 from palf_dist.atomic import write_atomic
 from palf_dist.config import PolicyConfig
 from palf_dist.errors import ConfigError, PolicyFileError
-from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, start_values
+from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, make_policy, start_values
 from palf_dist.storage import first_line, is_uri, join, read_file, split
 
-FORMAT_VERSION = 2  # 2 added policy.start
+FORMAT_VERSION = 3  # 2 added policy.start, 3 policy.shield and kinds of policies other than OLD_KINDS
+OLD_KINDS = ("robust", "palf")
 TENSORS = "policy.safetensors"
 CARD = "policy.json"
 
@@ -40,17 +41,21 @@ class PolicyArtefact:
     def policy(self) -> LearnedPolicy:
         import torch
 
-        return LearnedPolicy(self.spec, torch.from_numpy(self.mean.copy()), torch.from_numpy(self.std.copy()))
+        return make_policy(self.spec, torch.from_numpy(self.mean.copy()), torch.from_numpy(self.std.copy()))
 
 
 def policy_bytes(artefact: PolicyArtefact) -> tuple[bytes, bytes]:
     """The contents of policy.safetensors and policy.json; equal policies give equal bytes."""
     arrays = {"phi": artefact.phi, "feature_mean": artefact.mean, "feature_std": artefact.std}
     tensors = safetensors.numpy.save({name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()})
-    policy, version = asdict(artefact.spec), FORMAT_VERSION
-    if not policy["start"]:  # says nothing that version 1 does not: written so that older releases read it too
+    policy = asdict(artefact.spec)
+    new = policy["shield"] is not None or artefact.spec.kind not in OLD_KINDS
+    version = FORMAT_VERSION if new else 2 if policy["start"] else 1
+    # What a policy does not have is left out: it is written as older releases wrote it, so that they read it too.
+    if policy["shield"] is None:
+        policy.pop("shield")
+    if not policy["start"]:
         policy.pop("start")
-        version = 1
     card = {"format": "palf_dist policy", "format_version": version, "policy": policy, "card": artefact.card}
     card["sha256"] = digest(tensors, card)
     return tensors, (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()

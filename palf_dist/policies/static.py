@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS
+from palf_dist.policies.base import WithoutParameters
+from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS
 
 
 def control_vector(alpha: Mapping[str, float], hyperparameters: Mapping[str, float] | None = None) -> Tensor:
@@ -17,11 +17,17 @@ def control_vector(alpha: Mapping[str, float], hyperparameters: Mapping[str, flo
     return torch.tensor([values[name] for name in CONTROLS])
 
 
-class StaticPolicy:
+def mixture_controls(alpha: Tensor, basis: Sequence[str]) -> Tensor:
+    """Controls [G, U] with mixture weights alpha [G, K] of the named losses and hyper-parameters at their defaults."""
+    controls = control_vector({}).to(alpha).repeat(len(alpha), 1)
+    columns = torch.tensor([CONTROL_INDEX[name] for name in basis], device=alpha.device)
+    return controls.index_copy(1, columns, alpha)
+
+
+class StaticPolicy(WithoutParameters):
     """The same controls at every step of every task."""
 
     features: tuple[str, ...] = ()
-    num_parameters = 0
 
     def __init__(self, controls: Tensor, refresh: int = 1_000_000_000) -> None:
         assert controls.shape == (len(CONTROLS),)
@@ -30,9 +36,6 @@ class StaticPolicy:
         self.active_basis = tuple(
             name for name, weight in zip(BASIS_LOSSES, controls[:NUM_BASIS].tolist(), strict=True) if weight > 0
         )
-
-    def initial(self) -> np.ndarray:
-        return np.zeros(0, np.float32)
 
     def controls(self, phi: Tensor, state: Tensor) -> Tensor:
         return self.vector.to(state).expand(state.shape[0], -1)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit, logit, softmax
+
+_SPREAD = 0.5
+"""Standard deviation of the log-odds of a wrong label over classes or examples. That of the rate is then .08 about a
+mean of .2 and .12 about .4; Xia et al. have .1."""
 
 
 def add_label_noise(
     labels: np.ndarray, kind: str, rate: float, num_classes: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Noisy copy of ``labels`` [N]; each row is hit with probability ``rate``.
+    """Noisy copy of ``labels`` [N]; each row is hit with probability ``rate``, whatever it is.
 
     ``uniform`` resamples a hit label over all classes, the true one included: a share 1 - rate (1 - 1/k) stays right.
     ``pair_flip`` moves a hit label y to y + 1 mod k.
@@ -20,6 +26,57 @@ def add_label_noise(
         assert kind == "pair_flip", kind
         wrong = (labels + 1) % num_classes
     return np.where(hit, wrong, labels)
+
+
+def class_transitions(labels: np.ndarray, rate: float, num_classes: int, generator: np.random.Generator) -> np.ndarray:
+    """A random transition matrix [k, k]: P(noisy label | label), each row summing to 1.
+
+    Classes differ in how often they are mislabelled, with ``rate`` as the mean over ``labels`` [N], and in what they
+    are taken for: the shares of the wrong labels are uniform on the simplex.
+    """
+    wrong = _rates(generator.standard_normal(num_classes), labels, rate)
+    shares = np.zeros((num_classes, num_classes))
+    others = ~np.eye(num_classes, dtype=bool)
+    shares[others] = generator.dirichlet(np.ones(num_classes - 1), num_classes).reshape(-1)
+    return wrong[:, None] * shares + np.diag(1 - wrong)
+
+
+def instance_transitions(
+    labels: np.ndarray, features: np.ndarray, rate: float, num_classes: int, generator: np.random.Generator
+) -> np.ndarray:
+    """P(noisy label | example) [N, k] for examples with ``labels`` [N] and standardised ``features`` [N, D].
+
+    The construction of Xia et al. (2020), Part-dependent label noise, algorithm 2: an example of class y is mislabelled
+    at its own rate, and the wrong labels have the shares softmax(x W_y), W_y random. There the rates are drawn apart
+    from x; here they too depend on x, by a random projection, and their mean is ``rate``.
+    """
+    projection = features @ generator.standard_normal(features.shape[1])
+    deviation = projection.std()
+    scores = (projection - projection.mean()) / (deviation if deviation > 0 else 1.0)
+    wrong = _rates(scores, np.arange(len(labels)), rate)
+    scores = np.empty((len(labels), num_classes))
+    for y in range(num_classes):  # one W_y at a time: together they can be large
+        weights = generator.standard_normal((features.shape[1], num_classes))
+        scores[labels == y] = features[labels == y] @ weights
+    own = np.arange(num_classes) == labels[:, None]
+    return np.where(own, 1 - wrong[:, None], wrong[:, None] * softmax(np.where(own, -np.inf, scores), axis=1))
+
+
+def draw_labels(transitions: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """One label [N] from each row of ``transitions`` [N, k]."""
+    edges = transitions.cumsum(1)
+    return (generator.random((len(edges), 1)) * edges[:, -1:] >= edges).sum(1)
+
+
+def _rates(scores: np.ndarray, of_row: np.ndarray, rate: float) -> np.ndarray:
+    """Rates that rise with ``scores`` [M]: their log-odds are ``_SPREAD * scores`` plus what makes the mean over rows
+    ``rate``; ``of_row`` [N] says which of them each row has."""
+    if min(rate, 1 - rate) < 1e-9:  # where log-odds end
+        return np.full(len(scores), float(round(rate)))
+    scores = _SPREAD * scores
+    present = scores[of_row]
+    low, high = logit(rate) - present.max() - 1, logit(rate) - present.min() + 1
+    return expit(scores + brentq(lambda offset: expit(present + offset).mean() - rate, low, high))
 
 
 def imbalance_profile(num_classes: int, ratio: float, generator: np.random.Generator) -> np.ndarray:

@@ -39,15 +39,16 @@ def load_dataset(source: DatasetSource, data: DataConfig) -> EncodedDataset:
     return dataset
 
 
-def load_all(data: DataConfig) -> dict[str, EncodedDataset]:
+def load_all(data: DataConfig, related_held_out: bool = False) -> dict[str, EncodedDataset]:
     """Every dataset of ``data.train`` and ``data.held_out`` by name.
 
     Raises DataError, naming both, when a held-out dataset holds rows of one that is trained on, or of another held-out
-    one: they would count as independent of each other.
+    one: they would count as independent of each other. ``related_held_out`` allows the latter, for those who take
+    ``EncodedDataset.origin``, not the dataset, as the cluster of their standard errors.
     """
     datasets = {source.name: load_dataset(source, data) for source in data.train + data.held_out}
     for index, held_out in enumerate(data.held_out):
-        for other in data.train + data.held_out[:index]:
+        for other in data.train if related_held_out else data.train + data.held_out[:index]:
             if datasets[held_out.name].shares_rows_with(datasets[other.name]):
                 kind = "training" if other in data.train else "held-out"
                 raise DataError(

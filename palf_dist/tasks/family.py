@@ -14,9 +14,9 @@ from palf_dist.config import DatasetSource, RunConfig
 from palf_dist.errors import ConfigError, DataError, PalfError
 from palf_dist.inner_models import build_model
 from palf_dist.randomness import random_generator
-from palf_dist.tasks.corruptions import add_label_noise
+from palf_dist.tasks.corruptions import add_label_noise, class_transitions, draw_labels, instance_transitions
 from palf_dist.tasks.encoded import EncodedDataset
-from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_inputs
+from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_features, read_inputs
 from palf_dist.tasks.splits import SPLITS, TaskRows, draw_rows, num_task_classes, train_capacity
 from palf_dist.types import Rows, TaskGroup, TaskSpec
 
@@ -167,10 +167,11 @@ def build_group(
         for position, values in enumerate(read_inputs(architecture, dataset, rows, first_train=edges[-1])):
             for split, part in zip(SPLITS, np.split(values, edges), strict=True):
                 inputs[split][position][g][tuple(map(slice, part.shape))] = part
+        given = _given_labels(dataset, spec, task)
         for split in SPLITS:
             count = len(task.rows[split])
             masks[split][g, :count] = 1.0
-            labels[split][g, :count] = _split_labels(spec, task, split)
+            labels[split][g, :count] = given[split]
         count = len(task.rows["train"])
         clean_train_labels[g, :count] = task.labels[task.rows["train"]]
         batches[:, g] = epochs(count, *batches.shape[::2], random_generator(*spec.keys, "batches"))
@@ -199,13 +200,28 @@ def build_group(
     )
 
 
-def _split_labels(spec: TaskSpec, task: TaskRows, split: str) -> np.ndarray:
-    """Labels of a split: training and validation rows are noisy, the rest is clean."""
-    labels = task.labels[task.rows[split]]
-    if split in ("test", "meta_validation"):
-        return labels
-    generator = random_generator(*spec.keys, "noise", split)
-    return add_label_noise(labels, spec.noise_kind, spec.noise_rate, task.num_classes, generator)
+def _given_labels(dataset: EncodedDataset, spec: TaskSpec, task: TaskRows) -> dict[str, np.ndarray]:
+    """Labels of each split: training and validation rows have the same noise, the rest is clean."""
+    labels = {split: task.labels[task.rows[split]] for split in SPLITS}
+    noisy = ("validation", "train")
+    transitions: dict[str, np.ndarray] = {}
+    if spec.noise_kind in ("class_dependent", "instance_dependent"):
+        joined = np.concatenate([labels[split] for split in noisy])
+        generator = random_generator(*spec.keys, "noise")
+        if spec.noise_kind == "class_dependent":
+            by_row = class_transitions(joined, spec.noise_rate, task.num_classes, generator)[joined]
+        else:
+            features = read_features(dataset, np.concatenate([task.rows[split] for split in noisy]))
+            by_row = instance_transitions(joined, features, spec.noise_rate, task.num_classes, generator)
+        transitions = dict(zip(noisy, np.split(by_row, [len(labels["validation"])]), strict=True))
+    for split in noisy:
+        generator = random_generator(*spec.keys, "noise", split)
+        if transitions:
+            labels[split] = draw_labels(transitions[split], generator)
+        else:
+            kind, rate = spec.noise_kind, spec.noise_rate
+            labels[split] = add_label_noise(labels[split], kind, rate, task.num_classes, generator)
+    return labels
 
 
 def epochs(count: int, steps: int, batch_size: int, generator: np.random.Generator) -> np.ndarray:

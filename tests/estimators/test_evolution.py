@@ -31,9 +31,13 @@ def problem() -> tuple[InnerLoop, torch.Tensor]:
     return InnerLoop(group, policy, InnerConfig()), phi
 
 
-def windowed(kind: str, loop: InnerLoop, phi: torch.Tensor, key: int) -> np.ndarray:
+OUTER = OuterLossConfig(every=WINDOW)
+ALONG_THE_RUN = OuterLossConfig(every=WINDOW, entropy=0.3, total_variation=0.2, stability=0.5)
+
+
+def windowed(kind: str, loop: InnerLoop, phi: torch.Tensor, key: int, outer: OuterLossConfig = OUTER) -> np.ndarray:
     """Sum of a truncated estimator's gradients over the windows of one inner run, at constant phi."""
-    estimator = make_estimator(EstimatorConfig(kind=kind, pairs=1, sigma=SIGMA), OuterLossConfig(every=WINDOW))
+    estimator = make_estimator(EstimatorConfig(kind=kind, pairs=1, sigma=SIGMA), outer)
     state, carried, total = loop.start(), None, 0.0
     for stop in range(WINDOW, loop.steps + 1, WINDOW):
         estimate = estimator.estimate(loop, phi, state, stop, (key,), carried)
@@ -48,9 +52,8 @@ def rejects(samples: np.ndarray, truth: float) -> bool:
 
 def test_es_is_unbiased_for_the_whole_run(problem: tuple[InnerLoop, torch.Tensor]) -> None:
     loop, phi = problem
-    outer = OuterLossConfig(every=WINDOW)
-    exact = make_estimator(EstimatorConfig(), outer).estimate(loop, phi, loop.start(), loop.steps, (0,)).gradient
-    es = make_estimator(EstimatorConfig(kind="es", pairs=2, sigma=SIGMA), outer)
+    exact = make_estimator(EstimatorConfig(), OUTER).estimate(loop, phi, loop.start(), loop.steps, (0,)).gradient
+    es = make_estimator(EstimatorConfig(kind="es", pairs=2, sigma=SIGMA), OUTER)
     direction = exact / np.linalg.norm(exact)
     samples = np.array(
         [es.estimate(loop, phi, loop.start(), loop.steps, (key,)).gradient @ direction for key in range(120)]
@@ -65,8 +68,7 @@ def test_pes_corrects_the_truncation_bias_that_truncated_unroll_shows(
 ) -> None:
     loop, phi = problem
     windows = loop.steps // WINDOW
-    outer = OuterLossConfig(every=WINDOW)
-    whole = make_estimator(EstimatorConfig(), outer).estimate(loop, phi, loop.start(), loop.steps, (0,)).gradient
+    whole = make_estimator(EstimatorConfig(), OUTER).estimate(loop, phi, loop.start(), loop.steps, (0,)).gradient
     exact = windows * whole  # sum over windows of each window's outer loss
     truncated = windowed("unroll", loop, phi, 0)
     bias = truncated - exact
@@ -77,6 +79,33 @@ def test_pes_corrects_the_truncation_bias_that_truncated_unroll_shows(
     assert rejects(pes, float(truncated @ direction)), "the test tells the truncated gradient from the true one"
     es = np.array([windowed("es", loop, phi, key) @ direction for key in range(200)])
     assert rejects(es, float(exact @ direction)), "plain ES on windows has the bias"
+
+
+@pytest.mark.parametrize("shield", [None, 0.95])
+def test_the_terms_along_the_run_and_the_shield_are_followed_by_es_and_pes(shield: float | None) -> None:
+    """Over the whole run and over its windows, whose mean is the run's. Under the shield against finite differences, as
+    the exact estimators do not follow how far it mixes."""
+    policy, phi = stopped_policy(("ce", "label_smoothing"), ("eps", "wd"))
+    policy.shield = shield
+    loop = InnerLoop(make_group("mlp", "sgd", size=16, steps=6, learning_rate=1.0), policy, InnerConfig())
+    adjoint = make_estimator(EstimatorConfig(), ALONG_THE_RUN)
+    exact = adjoint.estimate(loop, phi, loop.start(), loop.steps, (0,))
+    assert shield is None or 0.1 < exact.metrics["shield_share"] < 1
+    direction = exact.gradient / np.linalg.norm(exact.gradient)
+    step = 1e-5 * torch.from_numpy(direction)
+    up, down = (
+        adjoint.estimate(loop, at, loop.start(), loop.steps, (0,)).outer_loss for at in (phi + step, phi - step)
+    )
+    truth = (up - down) / 2e-5
+    assert shield is not None or truth == pytest.approx(float(exact.gradient @ direction), rel=1e-5)
+    if shield is None:  # what a gradient without the terms would be, or one with the mixing held constant
+        exact = make_estimator(EstimatorConfig(), OUTER).estimate(loop, phi, loop.start(), loop.steps, (0,))
+    es = make_estimator(EstimatorConfig(kind="es", pairs=1, sigma=SIGMA), ALONG_THE_RUN)
+    windows = loop.steps // WINDOW
+    whole = [es.estimate(loop, phi, loop.start(), loop.steps, (key,)).gradient @ direction for key in range(60)]
+    parts = [windowed("pes", loop, phi, key, ALONG_THE_RUN) @ direction / windows for key in range(100, 160)]
+    assert not rejects(np.array(whole), truth) and not rejects(np.array(parts), truth)
+    assert rejects(np.array(whole + parts), float(exact.gradient @ direction)), "the test tells them apart"
 
 
 def test_perturbations_depend_on_the_keys_alone(problem: tuple[InnerLoop, torch.Tensor]) -> None:

@@ -55,11 +55,11 @@ def test_every_basis_loss_has_a_static_row_of_its_own():
     assert {active_basis(method) for method in STATIC} >= {(name,) for name in BASIS_LOSSES}
 
 
-def test_the_policy_has_no_static_controls():
-    policy = METHODS["policy"]
-    assert policy.uses_policy
+@pytest.mark.parametrize("name", ["policy", "policy_schedule", "policy_shuffled"])
+def test_the_policy_and_its_controls_have_no_static_ones(name):
+    assert METHODS[name].uses_policy == (name == "policy")
     with pytest.raises(AssertionError):
-        baseline_policy(policy)
+        baseline_policy(METHODS[name])
 
 
 def test_the_curriculum_follows_the_clock():
@@ -68,7 +68,9 @@ def test_the_curriculum_follows_the_clock():
 
 
 def test_selection_keeps_the_table_order_and_always_holds_the_reference():
-    assert [method.name for method in select_methods()] == list(METHODS)
+    by_name = ["policy_schedule", "policy_shuffled", "hedge"]
+    assert [method.name for method in select_methods()] == [name for name in METHODS if name not in by_name]
+    assert [method.name for method in select_methods(by_name)] == ["policy_schedule", "policy_shuffled", "ce", "hedge"]
     assert [method.name for method in select_methods(["s5", "policy"])] == ["policy", "ce", "s5"]
     assert [method.name for method in select_methods([])] == ["ce"]
 

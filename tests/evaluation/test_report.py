@@ -9,10 +9,12 @@ import re
 import pytest
 from markupsafe import escape
 
+from palf_dist.config_loading import dump_config, load_config
 from palf_dist.errors import RunDirectoryError
+from palf_dist.evaluation.derived import PICKS
 from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.report import RESULTS, make_report
-from palf_dist.run_directory import METRICS
+from palf_dist.run_directory import CONFIG, METRICS
 from palf_dist.usage import usage
 from tests.evaluation.synthetic import few_rows, result_rows, write_run
 
@@ -41,8 +43,8 @@ def test_the_page_is_self_contained_and_holds_all_parts(report):
     assert re.findall(r'(?:src|href)="(?!data:)', page) == [] and "<script" not in page and "@import" not in page
     embedded = {base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)}
     assert embedded == {path.read_bytes() for path in report.pictures}
-    for method in METHODS.values():
-        assert f"<td>{method.label}</td>" in page
+    for method in (*METHODS.values(), *PICKS.values()):
+        assert page.count(f"<td>{method.label}</td>") == (2 if method.name == "policy" else 3)
     policy = next(item for item in report.comparisons if item.method == "policy")
     assert f"{policy.overall.difference.mean:+.2f} points against tuned CE" in page
     assert "100 of 100" in page
@@ -53,6 +55,14 @@ def test_the_page_is_self_contained_and_holds_all_parts(report):
     assert "outer_steps: 100" in page  # the configuration
     assert "sha256" in page  # the policy's card
     assert re.search(r"torch \d", page)
+
+
+def test_a_policy_that_no_loop_takes_is_shown_without_one(tmp_path):
+    """AdaptiveLoss refuses policies with a shield."""
+    run = write_run(tmp_path / "run", outer_steps=1, trajectories=0, results=few_rows())
+    assert "AdaptiveLoss" in make_report(run).page.read_text()
+    (run / CONFIG).write_text(dump_config(load_config(run / CONFIG, ["policy.shield=0.5"])))
+    assert "AdaptiveLoss" not in make_report(run).page.read_text()
 
 
 def test_text_of_the_run_is_escaped(tmp_path):

@@ -1,91 +1,17 @@
-"""Clustered standard errors against independent computations, and the pairing of tasks."""
+"""The pairing of tasks, and what comes out for each method."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
-from palf_dist.evaluation.statistics import clustered_mean, compare
+from palf_dist.evaluation.inference import holm
+from palf_dist.evaluation.measures import MEASURES
+from palf_dist.evaluation.statistics import Tally, compare, compare_each
 from palf_dist.randomness import random_generator
-
-finite = st.floats(-100, 100, allow_nan=False)
-clustered = st.lists(st.tuples(finite, st.sampled_from("abcdefg")), min_size=1, max_size=40)
-
-
-def sandwich(values, names):
-    """Independent: least squares on a constant with the CR1 covariance, written as matrices (for one regressor the
-    factor (N-1)/(N-k) is one, so CR1 is G/(G-1) times bread . meat . bread)."""
-    design = np.ones((len(values), 1))
-    beta, *_ = np.linalg.lstsq(design, values, rcond=None)
-    residual = values - design @ beta
-    bread = np.linalg.inv(design.T @ design)
-    groups = sorted(set(names))
-    member = np.array([[name == group for name in names] for group in groups], dtype=float)
-    scores = member @ (design * residual[:, None])
-    return float(np.sqrt(len(groups) / (len(groups) - 1) * (bread @ scores.T @ scores @ bread)[0, 0]))
-
-
-@given(clustered)
-def test_clustered_error_is_the_sandwich_estimator(pairs):
-    values, names = np.array([value for value, _ in pairs]), [name for _, name in pairs]
-    estimate = clustered_mean(values, names)
-    assert estimate.mean == pytest.approx(values.mean(), abs=1e-9)
-    assert (estimate.tasks, estimate.clusters) == (len(values), len(set(names)))
-    if len(set(names)) == 1:
-        assert math.isnan(estimate.se) and math.isnan(estimate.low) and math.isnan(estimate.high)
-    else:
-        assert estimate.se == pytest.approx(sandwich(values, names), rel=1e-9, abs=1e-9)
-
-
-@given(st.lists(finite, min_size=2, max_size=30))
-def test_one_task_per_dataset_is_the_ordinary_standard_error_and_t_interval(values):
-    estimate = clustered_mean(values, range(len(values)))
-    assert estimate.se == pytest.approx(stats.sem(values), rel=1e-9, abs=1e-9)
-    if estimate.se > 1e-6:
-        interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-        assert (estimate.low, estimate.high) == pytest.approx(tuple(interval), rel=1e-9, abs=1e-9)
-
-
-@given(st.lists(st.lists(finite, min_size=3, max_size=3), min_size=2, max_size=8))
-def test_with_equal_clusters_it_is_the_delete_one_cluster_jackknife(groups):
-    values = np.array(groups)
-    left_out = np.array([np.delete(values, g, axis=0).mean() for g in range(len(values))])
-    jackknife = math.sqrt((len(values) - 1) / len(values) * ((left_out - left_out.mean()) ** 2).sum())
-    names = np.repeat(np.arange(len(values)), 3)
-    assert clustered_mean(values.ravel(), list(names)).se == pytest.approx(jackknife, rel=1e-7, abs=1e-7)
-
-
-@given(clustered, st.floats(-50, 50), st.floats(-3, 3), st.randoms())
-def test_shift_scale_and_order(pairs, shift, scale, random):
-    before = clustered_mean([value for value, _ in pairs], [name for _, name in pairs])
-    random.shuffle(pairs)
-    after = clustered_mean([scale * value + shift for value, _ in pairs], [name for _, name in pairs])
-    assert after.mean == pytest.approx(scale * before.mean + shift, abs=1e-7)
-    assert after.se == pytest.approx(abs(scale) * before.se, abs=1e-7, nan_ok=True)
-
-
-def test_the_interval_covers_and_the_unclustered_one_does_not():
-    """10 datasets of 12 tasks with a shared effect. Of 2,000 intervals 95 % should hold the truth: the count is
-    binomial (standard deviation 9.7), so leaving 95 +- 2.2 % by chance has a probability below 1e-5; 1,000 normal
-    data sets lie well outside where the error is not clustered."""
-    random = random_generator("coverage")
-    datasets, tasks, runs = 10, 12, 2000
-    values = random.normal(size=(runs, datasets, 1)) + random.normal(size=(runs, datasets, tasks))
-    names = list(np.repeat(np.arange(datasets), tasks))
-    clustered_hits = plain_hits = 0
-    for sample in values:
-        estimate = clustered_mean(sample.ravel(), names)
-        clustered_hits += estimate.low <= 0 <= estimate.high
-        plain = clustered_mean(sample.ravel(), range(sample.size))
-        plain_hits += plain.low <= 0 <= plain.high
-    assert abs(clustered_hits / runs - 0.95) < 0.022
-    assert plain_hits / runs < 0.7
 
 
 def row(method, accuracy, dataset="iris", noise_rate=0.0, condition="balanced", seed=0, architecture=0):
@@ -107,7 +33,7 @@ def by_method(rows):
 def test_differences_are_paired_and_in_points():
     rows = [row("ce", 0.5), row("ce", 0.9, "wine"), row("s5", 0.95, "wine"), row("s5", 0.6)]
     s5 = by_method(rows)["s5"]
-    assert s5.overall.accuracy == pytest.approx(77.5)
+    assert s5.overall.value == pytest.approx(77.5)
     assert s5.overall.difference.mean == pytest.approx(7.5)
     assert s5.overall.difference.se == pytest.approx(2.5)
     assert (s5.overall.difference.low, s5.overall.difference.high) == pytest.approx(
@@ -124,7 +50,7 @@ def test_tasks_that_differ_in_any_key_are_never_paired(column, value):
     s5 = by_method([row("ce", 0.5), row("s5", 0.6, **{column: value})])["s5"]
     assert s5.overall.difference.tasks == 0
     assert s5.missing == 2  # each of the two tasks lacks one side
-    assert math.isnan(s5.overall.difference.mean) and math.isnan(s5.overall.accuracy)
+    assert math.isnan(s5.overall.difference.mean) and math.isnan(s5.overall.value)
 
 
 def test_slices_hold_their_own_tasks():
@@ -179,3 +105,79 @@ def test_order_reference_first_then_by_difference():
     rows = [row(name, value) for name, value in {"s5": 0.6, "focal": 0.4, "ce": 0.5, "policy": 0.7}.items()]
     rows.append(row("uniform", math.nan))
     assert [item.method for item in compare(rows)] == ["ce", "policy", "s5", "focal", "uniform"]
+
+
+def test_another_reference_turns_the_signs():
+    rows = [row("ce", 0.5), row("ce", 0.9, "wine"), row("s5", 0.95, "wine"), row("s5", 0.6)]
+    (first, ce) = compare(rows, reference="s5")
+    assert (first.method, first.overall.difference.mean) == ("s5", 0)
+    mirrored = by_method(rows)["s5"]
+    assert ce.overall.difference.mean == pytest.approx(-mirrored.overall.difference.mean)
+    assert ce.overall.difference.p == pytest.approx(mirrored.overall.difference.p)
+    assert ce.bootstrap == pytest.approx((-mirrored.bootstrap[1], -mirrored.bootstrap[0]))
+
+
+def test_one_method_against_each_the_hardest_first():
+    levels = {"ce": 0.5, "s5": 0.62, "focal": 0.4, "policy": 0.6}
+    rows = [
+        row(name, level + 0.01 * index * (name == "ce"), dataset)
+        for name, level in levels.items()
+        for index, dataset in enumerate(("iris", "wine", "digits"))
+    ]
+    pairs = compare_each(rows, "policy")
+    assert [(item.method, item.reference) for item in pairs] == [("policy", name) for name in ("s5", "ce", "focal")]
+    assert [item.overall.difference.mean for item in pairs] == pytest.approx([-2, 9, 20])
+    raw = {item.reference: item.overall.difference.p for item in pairs}
+    assert {item.reference: item.adjusted_p for item in pairs} == pytest.approx(holm(raw))
+
+
+def test_the_p_values_of_a_table_are_corrected_together():
+    random = random_generator("holm")
+    rows = [
+        row(name, 0.5 + gain + 0.03 * random.normal(), dataset)
+        for name, gain in {"ce": 0.0, "s5": 0.05, "focal": 0.01, "uniform": -0.02}.items()
+        for dataset in "abcdef"
+    ]
+    compared = by_method(rows)
+    raw = {name: item.overall.difference.p for name, item in compared.items() if name != "ce"}
+    assert {name: compared[name].adjusted_p for name in raw} == pytest.approx(holm(raw))
+    assert math.isnan(compared["ce"].adjusted_p)
+    differences = [s["accuracy"] - c["accuracy"] for s, c in zip(rows[6:12], rows[:6], strict=True)]
+    assert raw["s5"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def test_a_dataset_is_won_where_its_own_interval_leaves_zero():
+    gains = {
+        "won": (0.1, 0.11, 0.12),
+        "lost": (-0.1, -0.1, -0.1),
+        "tied": (0.1, -0.05, 0.02),
+        "equal": (0.0, 0.0, 0.0),
+        "won_once": (0.01,),
+        "tied_once": (0.0,),
+    }
+    rows = [
+        row(name, 0.5 + (gain if name == "s5" else 0), dataset, seed=seed)
+        for name in ("ce", "s5")
+        for dataset, values in gains.items()
+        for seed, gain in enumerate(values)
+    ]
+    assert by_method(rows)["s5"].tally == Tally(wins=2, ties=3, losses=1)
+    assert by_method(rows)["ce"].tally == Tally(0, 6, 0)
+    errors = [{**each, "nll": 1 - each["accuracy"]} for each in rows]
+    nll = {item.method: item for item in compare(errors, measure=MEASURES["nll"])}["s5"]
+    assert nll.tally == Tally(wins=2, ties=3, losses=1), "lower is better"
+
+
+def test_other_measures_come_with_accuracy_where_there_are_any():
+    rows = [
+        row("ce", 0.5) | {"nll": 2.0, "auc": None},
+        row("ce", 0.5, "wine") | {"nll": 1.0, "auc": None},
+        row("s5", 0.4) | {"nll": 1.5, "auc": None},
+        row("s5", 0.4, "wine") | {"nll": None, "auc": None},
+    ]
+    (ce, s5) = compare(rows)
+    assert list(ce.others) == list(s5.others) == ["nll"]
+    nll = s5.others["nll"]
+    assert (nll.overall.value, nll.overall.difference.mean) == (1.5, -0.5), "not scaled"
+    assert (nll.non_finite, nll.overall.difference.tasks) == (1, 1)
+    assert compare(rows, measure=MEASURES["nll"])[1] == nll

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 
 import pytest
 from rich.console import Console
 
+from palf_dist.evaluation.derived import PICKS, held_out
 from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.statistics import compare
-from palf_dist.evaluation.table import to_markdown, to_records, to_rich
+from palf_dist.evaluation.table import to_markdown, to_pair_records, to_records, to_rich
 from tests.evaluation.synthetic import result_rows
 
 
@@ -26,9 +28,10 @@ def rendered(comparisons, width=80):
     return console.file.getvalue()
 
 
-def markdown_cells(text):
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+def markdown_cells(text, number=0):
+    """Header and rows by label of one of the tables."""
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[number].splitlines()]
     return table[0], {row[0].strip("*"): row for row in table[2:]}
 
 
@@ -73,11 +76,12 @@ def test_only_the_policy_is_bold(rows):
 
 
 def test_the_console_table_fits_80_columns_without_cutting(rows):
-    text = rendered(compare(rows))
+    compared, _ = held_out(rows)
+    text = rendered(compared)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    for method in METHODS.values():
-        assert text.count(f"\n {method.label} ") == 2  # on one line, in both tables
+    for method in (*METHODS.values(), *PICKS.values()):
+        assert text.count(f"\n {method.label} ") == 5  # on one line, in every table
 
 
 def test_missing_and_failed_tasks_are_named_under_every_table(rows):
@@ -106,3 +110,33 @@ def test_one_dataset_gives_no_standard_error_and_says_so():
     _, cells = markdown_cells(text)
     assert "(" not in "".join(cells[METHODS["focal"].label])
     assert to_records(comparisons)[1]["se"] is None
+
+
+def test_the_other_measures_and_the_pairs_are_in_tables_of_their_own(rows):
+    compared, pairs = held_out(rows)
+    text = to_markdown(compared, pairs)
+    records = json.loads(json.dumps(to_records(compared), allow_nan=False))
+    header, cells = markdown_cells(text, 1)
+    names = {"balanced %": "balanced_accuracy", "NLL": "nll", "to best": "steps_to_best"}
+    for record in records:
+        assert "seconds" not in record["measures"], "the same run would give other records"
+        for title, name in names.items():
+            measured, shown = record["measures"][name], cells[record["label"]][header.index(title)].strip("*")
+            wanted = measured["value"] if record["method"] == "ce" else measured["difference"]
+            assert float(shown.split()[0]) == pytest.approx(wanted, abs=0.006)
+            assert measured["ratio"] == pytest.approx(
+                measured["value"] / records[0]["measures"][name]["value"], abs=2e-4
+            )
+    policy = next(record for record in records if record["method"] == "policy")
+    tally = "-".join(map(str, policy["won_tied_lost"]))
+    assert cells[policy["label"]][-1].strip("*") == tally and sum(policy["won_tied_lost"]) == 4
+    assert policy["p"] <= policy["p_holm"] <= 1
+    shifted = policy["measures"]["balanced_accuracy"]["by_condition"]["shifted"]["difference"]
+    column = header.index("balanced % shifted")
+    assert float(cells[policy["label"]][column].strip("*").split()[0]) == pytest.approx(shifted, abs=0.006)
+    _, against = markdown_cells(text, 2)
+    for record in to_pair_records(pairs):
+        assert record["method"] == "policy"
+        other = next(each for each in records if each["method"] == record["against"])
+        assert record["difference"] == pytest.approx(policy["diff_vs_ce"] - other["diff_vs_ce"], abs=2e-4)
+        assert float(against[other["label"]][1].split()[0]) == pytest.approx(record["difference"], abs=0.006)

@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.errors import PolicyFileError
-from palf_dist.policies import policy_spec
+from palf_dist.policies import make_policy, policy_spec
 from palf_dist.policies.policy_file import CARD, TENSORS, PolicyArtefact, digest, load_policy, policy_bytes, save_policy
 
 
@@ -33,6 +34,18 @@ def test_round_trip_is_exact(artefact: PolicyArtefact, tmp_path: Path) -> None:
     assert policy_bytes(loaded) == policy_bytes(artefact) == (path.read_bytes(), path.with_name(CARD).read_bytes())
 
 
+@pytest.mark.parametrize("kind", get_args(PolicyConfig.model_fields["kind"].annotation))
+def test_every_kind_makes_a_round_trip(kind: str, tmp_path: Path) -> None:
+    spec = policy_spec(PolicyConfig(kind=kind, hidden=3))
+    zero = np.zeros(len(spec.features), np.float32)
+    phi = make_policy(spec, zero, zero + 2).initial() + np.float32(0.1)
+    save_policy(tmp_path, PolicyArtefact(spec, phi, zero, zero + 2))
+    loaded = load_policy(tmp_path)
+    assert loaded.spec == spec and np.array_equal(loaded.phi, phi)
+    assert type(loaded.policy()) is type(make_policy(spec, zero, zero + 2))
+    assert json.loads((tmp_path / CARD).read_text())["format_version"] == (1 if kind in ("robust", "palf") else 3)
+
+
 def test_start_is_kept_and_asks_for_the_newer_format(artefact: PolicyArtefact, tmp_path: Path) -> None:
     spec = policy_spec(PolicyConfig(start=PolicyStart(gamma=3, e=0.4)))
     save_policy(tmp_path, replace(artefact, spec=spec))
@@ -41,10 +54,23 @@ def test_start_is_kept_and_asks_for_the_newer_format(artefact: PolicyArtefact, t
     assert load_policy(tmp_path).spec == spec
 
 
+@pytest.mark.parametrize("start", [PolicyStart(), PolicyStart(gamma=3)])
+def test_a_shield_is_kept_and_asks_for_the_newest_format(
+    start: PolicyStart, artefact: PolicyArtefact, tmp_path: Path
+) -> None:
+    """A release that knows no shield must refuse the file: without it the policy is another one."""
+    spec = policy_spec(PolicyConfig(shield=0.25, start=start))
+    save_policy(tmp_path, replace(artefact, spec=spec))
+    card = json.loads((tmp_path / CARD).read_text())
+    assert card["format_version"] == 3 and card["policy"]["shield"] == 0.25
+    loaded = load_policy(tmp_path)
+    assert loaded.spec == spec and loaded.policy().shield == 0.25
+
+
 def test_without_a_start_the_file_is_as_it_was_in_format_1(artefact: PolicyArtefact, tmp_path: Path) -> None:
     save_policy(tmp_path, artefact)
     card = json.loads((tmp_path / CARD).read_text())
-    assert card["format_version"] == 1 and "start" not in card["policy"]
+    assert card["format_version"] == 1 and not {"start", "shield"} & card["policy"].keys()
     assert load_policy(tmp_path).spec.start == {}
 
 
@@ -65,7 +91,7 @@ def test_tampered_tensors_are_refused(artefact: PolicyArtefact, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "newer than 2.*upgrade palf_dist"),
+        ({"format_version": 99}, "newer than 3.*upgrade palf_dist"),
         ({"format": "other"}, "not a palf_dist policy card"),
         ({"policy": {"refresh": 1}}, "not as they were saved together"),
         ({"card": {"ema": 0.1}}, "not as they were saved together"),

@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from torch import nn
 
 from palf_dist.config import RunConfig
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.inner_models import InputShape
 from palf_dist.randomness import random_generator
+from palf_dist.tasks.corruptions import class_transitions
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, check_tasks, evaluation_specs, sample_specs
 from palf_dist.tasks.splits import SPLITS, draw_rows
@@ -117,6 +119,40 @@ def test_validation_is_as_noisy_as_training_and_the_rest_is_clean() -> None:
         assert abs(wrong.mean() - 0.4) < 4.5 * np.sqrt(0.24 / len(wrong))
     for split in ("test", "meta_validation"):
         np.testing.assert_array_equal(getattr(group, split).labels[0], task.labels[task.rows[split]])
+
+
+@pytest.mark.parametrize("kind", ["class_dependent", "instance_dependent"])
+@pytest.mark.parametrize("name", ["large", "colours", "texts"])
+def test_noise_with_a_model_of_its_own(kind: str, name: str) -> None:
+    """Training and validation share one transition matrix or one projection; test rows are clean, keys decide alone."""
+    index = {"large": 0, "colours": 1, "texts": 2}[name]
+    spec = task_spec(dataset=name, train_size=100, noise_kind=kind, noise_rate=0.4, architecture=index)
+    run = config(*ALL.values())
+    groups = [build(run, [spec]), build(run, [spec]), build(run, [dataclasses.replace(spec, keys=("other",))])]
+    task = draw_rows(ALL[name], spec, run.tasks)
+    for split in SPLITS:
+        labels = [getattr(group, split).labels[0].numpy() for group in groups]
+        np.testing.assert_array_equal(labels[0], labels[1])
+        changed = (labels[0] != task.labels[task.rows[split]]).mean()
+        assert (0.1 < changed < 0.75) if split in ("train", "validation") else changed == 0, (split, changed)
+    assert not np.array_equal(groups[0].train.labels, groups[2].train.labels)
+    if name == "colours":  # an mlp reads the pictures otherwise: the task is the same
+        other = build(run, [dataclasses.replace(spec, architecture=0)])
+        np.testing.assert_array_equal(other.train.labels, groups[0].train.labels)
+
+
+def test_training_and_validation_have_the_same_class_dependent_noise() -> None:
+    spec = task_spec(dataset="large", train_size=1300, noise_kind="class_dependent", noise_rate=0.4)
+    run = config(LARGE)
+    group, task = build(run, [spec]), draw_rows(LARGE, spec, run.tasks)
+    clean = {split: task.labels[task.rows[split]] for split in ("train", "validation")}
+    joined = np.concatenate([clean["validation"], clean["train"]])
+    matrix = class_transitions(joined, 0.4, 5, random_generator(*spec.keys, "noise"))
+    for split, labels in clean.items():
+        noisy = getattr(group, split).labels[0].numpy()
+        for label in range(5):
+            counts = np.bincount(noisy[labels == label], minlength=5)
+            assert chisquare(counts, counts.sum() * matrix[label]).pvalue > 1e-5
 
 
 def test_log_prior_ratio_reads_the_noisy_training_labels() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from palf_dist.config import Architecture, ConvConfig, MLPConfig, ModuleConfig, TransformerConfig
-from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_inputs
+from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_features, read_inputs
 from tests.tasks.cases import image_dataset, text_dataset, toy_dataset
 
 ROWS = np.random.default_rng(0).permutation(400)[:200]
@@ -136,3 +136,21 @@ def test_who_reads_what() -> None:
             arrays = read_inputs(architecture, dataset, ROWS % dataset.rows, TRAIN)
             widths = input_widths(group_shape(architecture, [dataset]))
             assert [(array.shape[1:], array.dtype) for array in arrays] == widths
+
+
+def test_features_are_all_that_rows_hold_standardised() -> None:
+    table, pictures, texts = toy_dataset(), image_dataset(channels=3), text_dataset()
+    rows = ROWS[ROWS < 300]
+    values = read_features(table, rows)
+    assert values.shape == (len(rows), 4 + 3 + 5)
+    raw = table.numeric[rows].astype(np.float64)
+    np.testing.assert_allclose(values[:, :4], np.nan_to_num((raw - np.nanmean(raw, 0)) / np.nanstd(raw, 0)), atol=1e-5)
+    second = table.categorical[rows, 1]
+    for code in range(1, 6):
+        has = second == code
+        np.testing.assert_allclose(values[:, 6 + code], (has - has.mean()) / has.std(), atol=1e-5)
+    assert read_features(pictures, rows).shape == (len(rows), 6 * 6 * 3)
+    assert texts.words is not None
+    counts = np.stack([np.bincount(words[words > 0] % 256, minlength=256) for words in texts.words[rows]])
+    scaled = (counts - counts.mean(0)) / counts.std(0)
+    np.testing.assert_allclose(read_features(texts, rows)[:, 4 + 8 :], np.clip(scaled, -6, 6), atol=1e-5)

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from palf_dist.config import TasksConfig
 from palf_dist.errors import DataError
-from palf_dist.tasks.splits import MIN_CLASS_ROWS, SPLITS, draw_rows, num_task_classes, train_capacity
+from palf_dist.tasks.splits import (
+    MIN_CLASS_ROWS,
+    SPLITS,
+    draw_rows,
+    imbalanced_capacity,
+    num_task_classes,
+    train_capacity,
+)
 from tests.tasks.cases import task_spec, toy_dataset
 
 TASKS = TasksConfig()
@@ -135,3 +142,22 @@ def test_a_dataset_without_two_classes_that_have_enough_rows(rows: tuple[int, ..
 def test_a_dataset_too_small_for_two_classes_in_each_split() -> None:
     with pytest.raises(DataError, match=r"^toy: its 400 rows give a task 1 test rows, not enough for two classes"):
         draw_rows(toy_dataset(rows=400), task_spec(), TasksConfig(test_size=1))
+
+
+@pytest.mark.parametrize("rare", [0.5, 0.05])
+def test_imbalanced_tasks_as_large_as_their_ratio_allows(rare: float) -> None:
+    """Also where a class that is rare in the data is to be the frequent one: 98 % of the rows asked for are there."""
+    labels = (np.arange(4000) < 4000 * rare).astype(np.int64)
+    dataset = toy_dataset(rows=4000, classes=2, labels=labels)
+    size = imbalanced_capacity(dataset, TASKS, 10.0)
+    specs = [task_spec(keys=(key,), train_size=size, imbalance=10.0) for key in range(40)]
+    counts = np.array(
+        [np.bincount((task := draw_rows(dataset, spec, TASKS)).labels[task.rows["train"]]) for spec in specs]
+    )
+    largest = counts.argmax(1)
+    assert set(largest) == {0, 1}
+    by_order = np.array([counts[largest == order].sum(1).mean() for order in (0, 1)]) / size
+    assert abs(by_order.mean() - 0.98) < 0.005
+    ratios = counts.max(1) / counts.min(1)
+    assert ratios.min() > 8.5 and ratios.max() < 11.5
+    assert size < 0.6 * train_capacity(dataset, TASKS)

@@ -19,7 +19,7 @@ from palf_dist.distributed.cluster import worker_share
 from palf_dist.distributed.driver import evaluate_policy, train_policy
 from palf_dist.distributed.meta_training import fingerprints
 from palf_dist.errors import ClusterError, ConfigError
-from palf_dist.evaluation.statistics import compare
+from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.table import to_records
 from palf_dist.progress import Progress
 from palf_dist.run_directory import BEST, CONFIG
@@ -116,7 +116,7 @@ class MetaTrainingTarget:
         """The held-out comparison of the best policy. Raises PolicyFileError where ``best`` cannot be read."""
         config = load_config(best / CONFIG)
         rows = evaluate_policy(config, best, progress=Progress(Console(quiet=True)))
-        return {"held_out": to_records(compare(rows))}
+        return {"held_out": to_records(held_out(rows)[0])}
 
     def _take_over(self, run_dir: Path, config: RunConfig, checkpoint: Path) -> None:
         """Make ``run_dir`` a run that has come as far as the checkpoint of another one, under ``config``."""

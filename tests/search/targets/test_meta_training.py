@@ -13,7 +13,7 @@ from palf_dist.config_loading import load_config
 from palf_dist.distributed.cluster import changed_environment, connect, connected
 from palf_dist.distributed.driver import meta_train
 from palf_dist.errors import ClusterError, DataError
-from palf_dist.evaluation.statistics import compare
+from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.table import to_records
 from palf_dist.search.driver import TUNE_SETTINGS
 from palf_dist.search.targets import MetaTrainingConfig, make_target
@@ -122,7 +122,7 @@ def test_a_trial_is_a_meta_training_and_goes_on_where_it_was_ended(tmp_path: Pat
     best = whole[-1].artefact
     assert best is not None and alone.policy is not None
     assert (best / alone.policy.name).read_bytes() == alone.policy.read_bytes()
-    assert target.finish(best) == {"held_out": to_records(compare(alone.rows))}
+    assert target.finish(best) == {"held_out": to_records(held_out(alone.rows)[0])}
 
 
 def in_tune(parameters: dict[str, Any], target: MetaTrainingTarget, folder: Path) -> None:
