@@ -115,10 +115,17 @@ def test_an_index_without_the_source_distribution(tmp_path: Path, monkeypatch: p
         ensure_table(REGISTRY["snippets"], tmp_path / "cache")
 
 
+@pytest.mark.parametrize("filters", [True, False], ids=["filters", "Python 3.11.2"])
 def test_a_source_package_of_debian_is_brought_with_lists_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for apt-get notes its calls, and brings a tar archive that the test has made."""
+    if not filters:
+        everything = tarfile.TarFile.extractall
+        monkeypatch.delattr(tarfile, "data_filter")
+        monkeypatch.setattr(
+            tarfile.TarFile, "extractall", lambda archive, path: everything(archive, path, filter="fully_trusted")
+        )
     tiles = tmp_path / "crawl-ref/source/rltiles/mon"
     tiles.mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(tiles / "red.png")
