@@ -73,7 +73,8 @@ def test_picks_are_the_best_by_their_score(drawn):
         for seed, values in enumerate(drawn)
         for index, name in enumerate(STATICS)
     ]
-    rows += [row(other, 1.0, seed, validation_accuracy=1.0) for other in ("policy", "curriculum") for seed in range(2)]
+    others = ("policy", "curriculum", "ce_early_stopping")  # the last one's is the largest of its looks
+    rows += [row(other, 1.0, seed, validation_accuracy=1.0, seconds=1.0) for other in others for seed in range(2)]
     table = np.array(drawn)
     scores = {
         "static_oracle": table[:, :3],
