@@ -330,6 +330,7 @@ class Runner:
         return {
             "method": method.name,
             "dataset": spec.dataset,
+            "origin": self.datasets[spec.dataset].origin,
             "family": self.datasets[spec.dataset].family,
             "architecture": self.config.tasks.architectures[spec.architecture].kind,
             "noise_rate": spec.noise_rate,

@@ -1,8 +1,8 @@
 """Paired differences between methods on the same tasks, with standard errors clustered by dataset.
 
 Tasks of one dataset are not independent, and what we claim is about datasets never seen: so the dataset is the unit
-of replication. Results come in as the columns of a row; what goes out is scaled as its measure says (``Measure.scale``:
-fractions in percentage points).
+of replication; datasets that hold the same rows (their origin says so) are one. Results come in as the columns of a
+row; what goes out is scaled as its measure says (``Measure.scale``: fractions in percentage points).
 """
 
 from __future__ import annotations
@@ -68,12 +68,18 @@ class Comparison:
     adjusted_p: float = math.nan  # of the overall difference, by Holm over all that were compared together
     others: Mapping[str, Comparison] = field(default_factory=dict)  # the same two by the other measures there are
 
+    @property
+    def datasets(self) -> int:
+        """Of how many datasets the overall mean is; ``overall.difference.clusters`` of them are independent."""
+        return sum(part.difference.tasks > 0 for part in self.by_dataset.values())
+
 
 def compare(rows: Rows, reference: str = REFERENCE, measure: Measure = MEASURES["accuracy"]) -> list[Comparison]:
     """Every method against ``reference``, which comes first; the others by falling gain.
 
-    ``rows`` holds one result per method and task: "method", the ``TASK_KEYS`` and the column of the measure (a fraction
-    where its scale is 100). By accuracy, the comparisons by the other measures come with it where rows have them.
+    ``rows`` holds one result per method and task: "method", the ``TASK_KEYS``, "origin" (see ``clusters_of``) and the
+    column of the measure (a fraction where its scale is 100). By accuracy, the comparisons by the other measures come
+    with it where rows have them.
     """
     rows = to_rows(rows)
     compared = _compare_all(rows, reference, measure)
@@ -89,9 +95,11 @@ def compare(rows: Rows, reference: str = REFERENCE, measure: Measure = MEASURES[
 
 def compare_each(rows: Rows, method: str, measure: Measure = MEASURES["accuracy"]) -> list[Comparison]:
     """``method`` against each other method as the reference, by rising gain over it."""
-    results, tasks = _index(to_rows(rows), measure)
+    rows = to_rows(rows)
+    results, tasks = _index(rows, measure)
+    clusters = clusters_of(rows)
     assert method in results, f"no results of the method {method!r}"
-    compared = [_compare(method, other, measure, results, tasks) for other in results if other != method]
+    compared = [_compare(method, other, measure, results, tasks, clusters) for other in results if other != method]
     return _adjusted(sorted(compared, key=lambda item: (_gain(item, math.inf), item.reference)))
 
 
@@ -106,6 +114,18 @@ def task_of(row: Mapping[str, Any]) -> Task:
     return (row["dataset"], row["architecture"], round(row["noise_rate"], 6), row["condition"], row["seed"])
 
 
+def clusters_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The cluster of each dataset, for standard errors. Datasets that have a source in common are one; the sources are
+    the words of a row's "origin" (``EncodedDataset.origin``), or the dataset itself where a row has none."""
+    sources = {row["dataset"]: (row.get("origin") or "").split() or [row["dataset"]] for row in rows}
+    cluster: dict[str, str] = {}  # of each source
+    for dataset, own in sources.items():
+        met = {cluster[source] for source in own if source in cluster}
+        cluster = {source: dataset if name in met else name for source, name in cluster.items()}
+        cluster |= dict.fromkeys(own, dataset)
+    return {dataset: cluster[own[0]] for dataset, own in sources.items()}
+
+
 Results = dict[str, dict[Task, float]]
 """The scaled value of every method and task; NaN where it is null."""
 
@@ -113,7 +133,8 @@ Results = dict[str, dict[Task, float]]
 def _compare_all(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure) -> list[Comparison]:
     results, tasks = _index(rows, measure)
     assert reference in results, f"no results of the reference method {reference!r}"
-    compared = [_compare(method, reference, measure, results, tasks) for method in results]
+    clusters = clusters_of(rows)
+    compared = [_compare(method, reference, measure, results, tasks, clusters) for method in results]
     return _adjusted(
         sorted(compared, key=lambda item: (item.method != reference, -_gain(item, -math.inf), item.method))
     )
@@ -144,12 +165,17 @@ def _index(rows: Sequence[Mapping[str, Any]], measure: Measure) -> tuple[Results
     return results, list(dict.fromkeys(task for values in results.values() for task in values))
 
 
-def _compare(method: str, reference: str, measure: Measure, results: Results, tasks: list[Task]) -> Comparison:
+def _compare(
+    method: str, reference: str, measure: Measure, results: Results, tasks: list[Task], clusters: Mapping[str, str]
+) -> Comparison:
     own, other = results[method], results[reference]
     both = [task for task in tasks if task in own and task in other]
     paired = [task for task in both if math.isfinite(own[task]) and math.isfinite(other[task])]
 
-    def summary(chosen: list[Task], cluster: Callable[[Task], Hashable] = lambda task: task[0]) -> Slice:
+    def cluster_of(task: Task) -> str:
+        return clusters[task[0]]
+
+    def summary(chosen: list[Task], cluster: Callable[[Task], Hashable] = cluster_of) -> Slice:
         value = float(np.mean([own[task] for task in chosen])) if chosen else math.nan
         differences = [own[task] - other[task] for task in chosen]
         return Slice(value, clustered_mean(differences, [cluster(task) for task in chosen]))
@@ -171,7 +197,7 @@ def _compare(method: str, reference: str, measure: Measure, results: Results, ta
         reference=reference,
         measure=measure,
         overall=summary(paired),
-        bootstrap=bootstrap_interval([own[task] - other[task] for task in paired], [task[0] for task in paired]),
+        bootstrap=bootstrap_interval([own[task] - other[task] for task in paired], [*map(cluster_of, paired)]),
         by_noise={rate: summary(chosen) for rate, chosen in split(lambda task: task[2]).items()},
         by_condition={name: summary(by_condition[name]) for name in sorted(by_condition, key=in_order)},
         by_cell={cell: summary(chosen) for cell, chosen in split(lambda task: (task[3], task[2])).items()},

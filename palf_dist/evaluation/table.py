@@ -57,7 +57,8 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             **_test(item),
             "measures": {name: _measured(other) for name, other in item.others.items() if name != SECONDS.name},
             "tasks": item.overall.difference.tasks,
-            "datasets": item.overall.difference.clusters,
+            "datasets": item.datasets,
+            "clusters": item.overall.difference.clusters,
             "missing": item.missing,
             "non_finite": item.non_finite,
         }
@@ -162,12 +163,12 @@ def measure_columns(comparisons: Sequence[Comparison]) -> list[Column]:
 
 def measure_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """What the columns of the table by other measures are."""
-    datasets = comparisons[0].overall.difference.clusters
+    clusters = comparisons[0].overall.difference.clusters
     measures = [other.measure for other in comparisons[0].others.values()]
     return [
         *(f"{each.label}: {each.meaning}." for each in measures),
         "bootstrap: 95 % interval of the difference in accuracy when datasets are drawn anew. p (Holm): of its t test "
-        f"with {datasets} datasets as the units, corrected for all rows. won-tied-lost: datasets; a tie is "
+        f"with {clusters} independent datasets as the units, corrected for all rows. won-tied-lost: datasets; a tie is "
         "one where the 95 % interval over its own tasks holds zero.",
     ]
 
@@ -176,16 +177,14 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """What a reader must know to read the table, and every result that is not in it."""
     reference = comparisons[0]
     assert reference.method == REFERENCE
-    tasks, datasets = reference.overall.difference.tasks, reference.overall.difference.clusters
     notes = [
         f"{label_of(REFERENCE)} shows its accuracy in %; every other row its paired difference to that in points "
-        f"(standard error clustered by dataset), over {tasks} tasks of {datasets} held-out dataset"
-        f"{'' if datasets == 1 else 's'}.",
+        f"(standard error clustered by dataset), over {extent(reference)}.",
         "balanced: class frequencies as the data has them. matched: imbalanced training and test rows. "
         "shifted: imbalanced training rows, balanced test rows.",
     ]
-    if datasets == 1:
-        notes.append("With one dataset there is no standard error: hold out two or more.")
+    if reference.overall.difference.clusters == 1:
+        notes.append("With one dataset there is no standard error: hold out two or more that share no rows.")
     known = [method for item in comparisons if (method := METHODS.get(item.method) or PICKS.get(item.method))]
     notes += [f"{method.label}: {method.note}." for method in known if method.note]
     for item in comparisons:
@@ -195,6 +194,16 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
                 "non-finite accuracy are not in its means."
             )
     return notes
+
+
+def extent(item: Comparison) -> str:
+    """How many tasks, of how many held-out datasets, and how many of these count as independent."""
+    estimate = item.overall.difference
+    shared = f", {estimate.clusters} of them independent (the others share their rows)"
+    return (
+        f"{estimate.tasks} tasks of {item.datasets} held-out dataset{'' if item.datasets == 1 else 's'}"
+        f"{shared if estimate.clusters < item.datasets else ''}"
+    )
 
 
 def _cell(item: Comparison, part: Slice) -> str:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +40,19 @@ def load_dataset(source: DatasetSource, data: DataConfig) -> EncodedDataset:
     return dataset
 
 
-def load_all(data: DataConfig, related_held_out: bool = False) -> dict[str, EncodedDataset]:
+def load_all(data: DataConfig) -> dict[str, EncodedDataset]:
     """Every dataset of ``data.train`` and ``data.held_out`` by name.
 
-    Raises DataError, naming both, when a held-out dataset holds rows of one that is trained on, or of another held-out
-    one: they would count as independent of each other. ``related_held_out`` allows the latter, for those who take
-    ``EncodedDataset.origin``, not the dataset, as the cluster of their standard errors.
+    Raises DataError, naming both, when a held-out dataset holds rows of one that is trained on. Two held-out datasets
+    may hold the same rows: ``EncodedDataset.origin`` makes them one cluster of standard errors.
     """
     datasets = {source.name: load_dataset(source, data) for source in data.train + data.held_out}
-    for index, held_out in enumerate(data.held_out):
-        for other in data.train if related_held_out else data.train + data.held_out[:index]:
-            if datasets[held_out.name].shares_rows_with(datasets[other.name]):
-                kind = "training" if other in data.train else "held-out"
-                raise DataError(
-                    f"held-out dataset {held_out.name} and {kind} dataset {other.name} hold the same rows "
-                    f"(origin {datasets[other.name].origin}); leave one of them out"
-                )
+    for held_out, other in product(data.held_out, data.train):
+        if datasets[held_out.name].shares_rows_with(datasets[other.name]):
+            raise DataError(
+                f"held-out dataset {held_out.name} and training dataset {other.name} hold the same rows "
+                f"(origin {datasets[other.name].origin}); leave one of them out"
+            )
     return datasets
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from palf_dist.evaluation.inference import holm
 from palf_dist.evaluation.measures import MEASURES
-from palf_dist.evaluation.statistics import Tally, compare, compare_each
+from palf_dist.evaluation.statistics import Tally, clusters_of, compare, compare_each
 from palf_dist.randomness import random_generator
 
 
@@ -51,6 +51,31 @@ def test_tasks_that_differ_in_any_key_are_never_paired(column, value):
     assert s5.overall.difference.tasks == 0
     assert s5.missing == 2  # each of the two tasks lacks one side
     assert math.isnan(s5.overall.difference.mean) and math.isnan(s5.overall.value)
+
+
+def test_datasets_of_one_origin_are_one_cluster():
+    """Against the same tasks with a single name for both, in the errors, the test and the bootstrap."""
+    gains = {"tiles": 0.01, "tiles_fine": 0.02, "digits": 0.04, "wine": -0.01}
+    rows = [
+        row(name, 0.5 + (gain if name == "s5" else 0), dataset) | {"origin": "tiles" if "t" in dataset[0] else dataset}
+        for name in ("ce", "s5")
+        for dataset, gain in gains.items()
+    ]
+    renamed = [each | {"dataset": each["origin"], "architecture": each["dataset"]} for each in rows]
+    got, want = by_method(rows)["s5"], by_method(renamed)["s5"]
+    assert got.overall == want.overall and got.bootstrap == want.bootstrap
+    assert (got.datasets, got.overall.difference.clusters) == (4, 3) and set(got.by_dataset) == set(gains)
+    apart = by_method([{**each, "origin": None} for each in rows])["s5"].overall.difference
+    assert apart.clusters == 4 and apart.p != got.overall.difference.p
+    (pair,) = compare_each(rows, "s5")
+    assert pair.overall.difference.clusters == 3
+
+
+def test_a_source_in_common_joins_clusters():
+    origins = {"one": "a b", "two": "c", "three": "d", "both": "e b c", "bare": ""}
+    found = clusters_of({"dataset": name, "origin": origin} for name, origin in origins.items())
+    assert found["one"] == found["two"] == found["both"]
+    assert len({found[name] for name in ("one", "three", "bare")}) == 3
 
 
 def test_slices_hold_their_own_tasks():

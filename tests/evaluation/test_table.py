@@ -44,7 +44,7 @@ def test_records_are_json_in_points_with_the_reference_first(rows):
     assert 50 < ce["accuracy"] < 100
     assert policy["accuracy"] - ce["accuracy"] == pytest.approx(policy["diff_vs_ce"], abs=1e-3)
     assert policy["ci95"][0] < policy["diff_vs_ce"] < policy["ci95"][1]
-    assert (policy["tasks"], policy["datasets"]) == (96, 4)
+    assert (policy["tasks"], policy["datasets"], policy["clusters"]) == (96, 4, 4)
     assert list(policy["by_noise"]) == ["0", "0.15", "0.3", "0.5"]
     assert list(policy["by_condition"]) == ["balanced", "matched", "shifted"]
     assert policy["by_condition_and_noise"]["shifted 0.5"]["tasks"] == 8
@@ -68,6 +68,14 @@ def test_markdown_holds_the_numbers_of_the_records(rows):
             value, error = row[header.index("shifted")].strip("*").split()
             assert float(value) == pytest.approx(record["by_condition"]["shifted"]["diff_vs_ce"], abs=0.006)
             assert float(error.strip("()")) == pytest.approx(record["by_condition"]["shifted"]["se"], abs=0.006)
+
+
+def test_datasets_that_share_rows_are_told_from_independent_ones(rows):
+    related = [row | {"origin": "wine" if row["dataset"] == "iris" else row["dataset"]} for row in rows]
+    text = to_markdown(compare(related))
+    assert "over 96 tasks of 4 held-out datasets, 3 of them independent (the others share their rows)." in text
+    assert "with 3 independent datasets as the units" in text
+    assert "over 96 tasks of 4 held-out datasets." in to_markdown(compare(rows))
 
 
 def test_only_the_policy_is_bold(rows):

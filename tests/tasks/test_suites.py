@@ -271,7 +271,7 @@ def test_palf12_as_the_page_fetches_it(cli: Command, monkeypatch: pytest.MonkeyP
     suite, tasks = load_suite("palf12"), TasksConfig()
     for fold in range(2):
         data = fold_data(suite, fold)
-        datasets = load_all(data, related_held_out=True)
+        datasets = load_all(data)
         for source, condition in product(data.held_out, suite.conditions):
             spec = condition_task(condition, datasets[source.name], tasks, ("palf12", 0), 0, "adam")
             rows = draw_rows(datasets[source.name], spec, tasks).rows
