@@ -84,6 +84,7 @@ class TaskSpec:
     target_prior: str  # "train": test rows have the training frequencies; "uniform": balanced test rows
     architecture: int  # index into config.tasks.architectures
     optimiser: str  # sgd | momentum | adam
+    condition: str = ""  # its name in the held-out comparison; tasks of meta-training have none
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +19,24 @@ from palf_dist.evaluation.inference import Estimate, bootstrap_interval, cluster
 from palf_dist.evaluation.measures import MEASURES, SECONDS, Measure
 from palf_dist.evaluation.methods import REFERENCE
 
-TASK_KEYS = ("dataset", "architecture", "noise_rate", "condition", "seed")
+TASK_KEYS = ("dataset", "architecture", "noise_kind", "noise_rate", "condition", "seed")
 """Columns that say which task a result belongs to: two methods are compared on equal keys only."""
 
 CONDITIONS = ("balanced", "matched", "shifted")
-"""Class frequencies of a task, in the order of the tables; see ``EvaluationConfig.conditions``."""
+"""Class frequencies of a task, in the order of the tables (see ``EvaluationConfig.conditions``); the conditions of
+a suite come after them, in the order in which the rows have them."""
 
-Task = tuple[str, int | str, float, str, int]  # the TASK_KEYS of a result
+
+class Task(NamedTuple):
+    """The ``TASK_KEYS`` of a result."""
+
+    dataset: str
+    architecture: int | str
+    noise_kind: str
+    noise_rate: float
+    condition: str
+    seed: int
+
 
 Rows: TypeAlias = pa.Table | Iterable[Mapping[str, Any]]
 
@@ -111,7 +122,9 @@ def to_rows(rows: Rows) -> list[Mapping[str, Any]]:
 def task_of(row: Mapping[str, Any]) -> Task:
     """The ``TASK_KEYS`` of a row."""
     # Rounded, so that a rate that went through float32 still meets its partner and prints as it was written.
-    return (row["dataset"], row["architecture"], round(row["noise_rate"], 6), row["condition"], row["seed"])
+    # Results of earlier versions have no kind of noise.
+    kind, rate = row.get("noise_kind") or "uniform", round(row["noise_rate"], 6)
+    return Task(row["dataset"], row["architecture"], kind, rate, row["condition"], row["seed"])
 
 
 def clusters_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -173,7 +186,7 @@ def _compare(
     paired = [task for task in both if math.isfinite(own[task]) and math.isfinite(other[task])]
 
     def cluster_of(task: Task) -> str:
-        return clusters[task[0]]
+        return clusters[task.dataset]
 
     def summary(chosen: list[Task], cluster: Callable[[Task], Hashable] = cluster_of) -> Slice:
         value = float(np.mean([own[task] for task in chosen])) if chosen else math.nan
@@ -185,12 +198,10 @@ def _compare(
         values = sorted({key(task) for task in tasks})
         return {value: [task for task in paired if key(task) == value] for value in values}
 
-    def in_order(condition: str) -> int:
-        return CONDITIONS.index(condition)
-
-    by_condition = split(lambda task: task[3])
+    order = [*CONDITIONS, *(task.condition for task in tasks)]
+    by_condition = split(lambda task: task.condition)
     by_dataset = {
-        name: summary(chosen, cluster=lambda task: task) for name, chosen in split(lambda task: task[0]).items()
+        name: summary(chosen, cluster=lambda task: task) for name, chosen in split(lambda task: task.dataset).items()
     }
     return Comparison(
         method=method,
@@ -198,9 +209,11 @@ def _compare(
         measure=measure,
         overall=summary(paired),
         bootstrap=bootstrap_interval([own[task] - other[task] for task in paired], [*map(cluster_of, paired)]),
-        by_noise={rate: summary(chosen) for rate, chosen in split(lambda task: task[2]).items()},
-        by_condition={name: summary(by_condition[name]) for name in sorted(by_condition, key=in_order)},
-        by_cell={cell: summary(chosen) for cell, chosen in split(lambda task: (task[3], task[2])).items()},
+        by_noise={rate: summary(chosen) for rate, chosen in split(lambda task: task.noise_rate).items()},
+        by_condition={name: summary(by_condition[name]) for name in sorted(by_condition, key=order.index)},
+        by_cell={
+            cell: summary(chosen) for cell, chosen in split(lambda task: (task.condition, task.noise_rate)).items()
+        },
         by_dataset=by_dataset,
         tally=_tally([part.difference for part in by_dataset.values() if part.difference.tasks], measure),
         missing=len(tasks) - len(both),

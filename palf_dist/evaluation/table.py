@@ -14,12 +14,15 @@ from rich.text import Text
 from palf_dist.evaluation.derived import PICKS
 from palf_dist.evaluation.measures import SECONDS
 from palf_dist.evaluation.methods import METHODS, REFERENCE
-from palf_dist.evaluation.statistics import Comparison, Estimate, Slice
+from palf_dist.evaluation.statistics import CONDITIONS, Comparison, Estimate, Slice
 
 NOTHING = "-"
 
 Column = tuple[str, list[Slice]]
 Cells = tuple[list[str], list[list[str]]]
+
+CONSOLE_COLUMNS = 4
+"""Columns of a table that a console has room for."""
 
 CONSOLE_TABLES = {
     "Balanced accuracy": ("balanced %", "balanced % matched", "balanced % shifted"),
@@ -124,10 +127,10 @@ def to_rich(comparisons: Sequence[Comparison]) -> RenderableType:
     notes."""
     overall: Column = ("all", [item.overall for item in comparisons])
     return Group(
-        _rich_table(
+        *_rich_tables(
             f"Held-out datasets against {label_of(REFERENCE)}", comparisons, [overall, *condition_columns(comparisons)]
         ),
-        _rich_table("By label noise, all conditions", comparisons, noise_columns(comparisons)),
+        *_rich_tables("By label noise, all conditions", comparisons, noise_columns(comparisons)),
         *(
             _rich_table(title, comparisons, parts)
             for title, names in CONSOLE_TABLES.items()
@@ -180,9 +183,12 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
     notes = [
         f"{label_of(REFERENCE)} shows its accuracy in %; every other row its paired difference to that in points "
         f"(standard error clustered by dataset), over {extent(reference)}.",
-        "balanced: class frequencies as the data has them. matched: imbalanced training and test rows. "
-        "shifted: imbalanced training rows, balanced test rows.",
     ]
+    if any(name in CONDITIONS for name in reference.by_condition):
+        notes.append(
+            "balanced: class frequencies as the data has them. matched: imbalanced training and test rows. "
+            "shifted: imbalanced training rows, balanced test rows."
+        )
     if reference.overall.difference.clusters == 1:
         notes.append("With one dataset there is no standard error: hold out two or more that share no rows.")
     known = [method for item in comparisons if (method := METHODS.get(item.method) or PICKS.get(item.method))]
@@ -232,6 +238,13 @@ def _interval(item: Comparison) -> str:
     if item.method == item.reference or math.isnan(estimate.se):
         return NOTHING
     return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
+
+
+def _rich_tables(title: str, comparisons: Sequence[Comparison], parts: Sequence[Column]) -> list[Table]:
+    """As many tables as it takes for the columns to fit a console."""
+    widest = CONSOLE_COLUMNS if max(len(header) for header, _ in parts) <= 12 else CONSOLE_COLUMNS // 2
+    cuts = range(0, len(parts), widest)
+    return [_rich_table(title, comparisons, parts[start : start + widest]) for start in cuts]
 
 
 def _rich_table(title: str, comparisons: Sequence[Comparison], parts: Sequence[Column]) -> Table:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 
-from palf_dist.config import Count, DataConfig, DatasetSource, NoiseKind, Section, Share, TasksConfig
+from palf_dist.config import Condition, Count, DataConfig, DatasetSource, Section
 from palf_dist.config_loading import Path_, parse_section, read_config
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.tasks.datasets import fetch, list_datasets
-from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.files import parquet_files
 from palf_dist.tasks.registry import REGISTRY, find_entry
-from palf_dist.tasks.splits import imbalanced_capacity, train_capacity
-from palf_dist.types import TaskSpec
 
 Family = Literal["image", "text", "tabular"]
 FOLDER = Path(__file__).parent.parent / "suites"
@@ -52,23 +50,6 @@ class SuiteDataset(DatasetSource):
     @property
     def source(self) -> DatasetSource:
         return DatasetSource(name=self.name, path=self.path, columns=self.columns)
-
-
-class Condition(Section):
-    """What a dataset is put through. Each field left out leaves the data as it is."""
-
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    noise_kind: NoiseKind = "uniform"
-    noise_rate: Share = 0.0
-    imbalance: Annotated[FiniteFloat, Field(strict=True, ge=1)] = Field(
-        default=1.0, description="largest : smallest class frequency in training; 1: as the data is"
-    )
-    target_prior: Literal["train", "uniform"] = Field(
-        default="train", description="class frequencies of the test rows: those of training, or balanced"
-    )
-    train_size: Count | None = Field(
-        default=None, description="most training rows; none: all that the dataset and the imbalance allow"
-    )
 
 
 class Suite(Section):
@@ -151,28 +132,21 @@ def fetch_suite(suite: Suite, cache: str | None = None) -> dict[str, str]:
     return paths
 
 
-def condition_task(
-    condition: Condition,
-    dataset: EncodedDataset,
-    tasks: TasksConfig,
-    keys: tuple[int | str, ...],
-    architecture: int,
-    optimiser: str,
-) -> TaskSpec:
-    """The task that puts ``dataset`` in a condition. Raises DataError for a dataset without two classes to learn."""
-    ratio = condition.imbalance
-    capacity = imbalanced_capacity(dataset, tasks, ratio) if ratio > 1 else train_capacity(dataset, tasks)
-    return TaskSpec(
-        keys=keys,
-        dataset=dataset.name,
-        train_size=min(condition.train_size or capacity, capacity),
-        noise_kind=condition.noise_kind,
-        noise_rate=condition.noise_rate,
-        imbalance=condition.imbalance,
-        target_prior=condition.target_prior,
-        architecture=architecture,
-        optimiser=optimiser,
-    )
+def suite_overrides(suite: Suite, held_out: str) -> list[str]:
+    """What makes a configuration one of the suite, as ``--set`` writes it: its data and its conditions. ``held_out`` is
+    the number of a fold, or a family. Raises ConfigError."""
+    if held_out.isdecimal() and int(held_out) < len(suite.folds):
+        data = fold_data(suite, int(held_out))
+    elif held_out in get_args(Family):
+        data = family_data(suite, cast(Family, held_out))
+    else:
+        raise ConfigError(
+            f"--fold {held_out}: suite {suite.name} has the folds 0 to {len(suite.folds) - 1} and the families "
+            f"{', '.join(suite.families)}; name one of them"
+        )
+    fields = {f"data.{name}": value for name, value in data.model_dump(mode="json", exclude={"cache"}).items()}
+    fields["evaluation.suite_conditions"] = [item.model_dump(mode="json") for item in suite.conditions]
+    return [f"{field}={json.dumps(value)}" for field, value in fields.items()]
 
 
 def _data(suite: Suite, held_out: Sequence[SuiteDataset], extra: Sequence[SuiteDataset], where: str) -> DataConfig:

@@ -14,8 +14,11 @@ from palf_dist.evaluation.statistics import Tally, clusters_of, compare, compare
 from palf_dist.randomness import random_generator
 
 
-def row(method, accuracy, dataset="iris", noise_rate=0.0, condition="balanced", seed=0, architecture=0):
+def row(
+    method, accuracy, dataset="iris", noise_rate=0.0, condition="balanced", seed=0, architecture=0, noise_kind="uniform"
+):
     return {
+        "noise_kind": noise_kind,
         "method": method,
         "dataset": dataset,
         "architecture": architecture,
@@ -44,7 +47,14 @@ def test_differences_are_paired_and_in_points():
 
 @pytest.mark.parametrize(
     "column, value",
-    [("dataset", "wine"), ("noise_rate", 0.3), ("condition", "matched"), ("seed", 1), ("architecture", 1)],
+    [
+        ("dataset", "wine"),
+        ("noise_kind", "pair_flip"),
+        ("noise_rate", 0.3),
+        ("condition", "matched"),
+        ("seed", 1),
+        ("architecture", 1),
+    ],
 )
 def test_tasks_that_differ_in_any_key_are_never_paired(column, value):
     s5 = by_method([row("ce", 0.5), row("s5", 0.6, **{column: value})])["s5"]
