@@ -126,8 +126,9 @@ def condition_task(
     optimiser: str,
 ) -> TaskSpec:
     """The task that puts ``dataset`` in a condition. Raises DataError for a dataset without two classes to learn."""
-    ratio = condition.imbalance
-    capacity = imbalanced_capacity(dataset, tasks, ratio) if ratio > 1 else train_capacity(dataset, tasks)
+    capacity, class_rows = train_capacity(dataset, tasks), 0
+    if condition.imbalance > 1:
+        capacity, class_rows = imbalanced_capacity(dataset, tasks, condition.imbalance)
     return TaskSpec(
         keys=keys,
         dataset=dataset.name,
@@ -139,6 +140,7 @@ def condition_task(
         architecture=architecture,
         optimiser=optimiser,
         condition=condition.name,
+        class_rows=class_rows,
     )
 
 

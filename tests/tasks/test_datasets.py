@@ -60,7 +60,7 @@ def test_a_second_load_maps_the_same_file(cache: Path, monkeypatch: pytest.Monke
     assert len(list((cache / "encoded").iterdir())) == 1
 
 
-@pytest.mark.parametrize("what", ["tables-1", "encoded"])
+@pytest.mark.parametrize("what", ["tables-2", "encoded"])
 def test_torn_cache_files_are_made_anew(what: str, cache: Path) -> None:
     whole = load("iris").numeric.copy()
     (path,) = (cache / what).glob("iris*")

@@ -251,7 +251,7 @@ def test_conditions_are_tasks() -> None:
     assert all((spec.dataset, spec.architecture, spec.optimiser) == ("toy", 2, "sgd") for spec in specs)
     rows = [draw_rows(dataset, spec, tasks) for spec in specs]
     assert len(rows[0].rows["train"]) == specs[0].train_size and len(rows[1].rows["train"]) == 90
-    assert specs[2].train_size == imbalanced_capacity(dataset, tasks, 10.0)
+    assert (specs[2].train_size, specs[2].class_rows) == imbalanced_capacity(dataset, tasks, 10.0)
 
 
 TABLES: dict[str, Any] = {
@@ -368,8 +368,12 @@ def test_palf12_as_the_page_fetches_it(cli: Command, monkeypatch: pytest.MonkeyP
         datasets = load_all(data)
         for source, condition in product(data.held_out, suite.conditions):
             spec = condition_task(condition, datasets[source.name], tasks, ("palf12", 0), 0, "adam")
-            rows = draw_rows(datasets[source.name], spec, tasks).rows
-            assert len(rows["train"]) > 0.85 * spec.train_size >= 80 and len(rows["test"]) >= 50
+            task = draw_rows(datasets[source.name], spec, tasks)
+            counts = np.bincount(task.labels[task.rows["train"]], minlength=task.num_classes)
+            assert abs(counts.sum() - spec.train_size) <= 1 and counts.sum() >= 200
+            assert len(task.rows["test"]) >= 50
+            if condition.imbalance > 1:
+                assert counts.min() >= 7 and abs(counts.max() / counts.min() / condition.imbalance - 1) < 0.2
 
 
 def test_the_pages_own_suite_is_one() -> None:
