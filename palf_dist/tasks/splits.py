@@ -21,6 +21,9 @@ the proportion of ``tasks.validation_share``. A split that wants fewer rows take
 MIN_CLASS_ROWS = 8
 """Classes with fewer rows are left out of a dataset's tasks: they could not be in every split."""
 
+RAREST = 5
+"""Training rows that the rarest class of an imbalanced task of a suite has, where the dataset allows it."""
+
 SPLITS = ("test", "meta_validation", "validation", "train")
 
 
@@ -43,12 +46,12 @@ def imbalanced_capacity(dataset: EncodedDataset, tasks: TasksConfig, ratio: floa
     """The most training rows of a task with an imbalance of ``ratio``, and the rows that a class of it has at least
     (``TaskSpec.class_rows``): so many that the ratio is kept whichever class is drawn to be the most frequent one.
 
-    A class stays in the task if, as the most frequent one, it leaves the rarest ``MIN_CLASS_ROWS`` training rows; with
+    A class stays in the task if, as the most frequent one, it leaves the rarest ``RAREST`` training rows; with
     fewer than two such classes the two largest stay. DataError as above, and where the rarest would have no row.
     """
     available = np.sort(_train_rows(dataset, tasks))[::-1]
     counts = np.sort(np.bincount(dataset.labels))[::-1]
-    least = int(counts[max(2, (available >= MIN_CLASS_ROWS * ratio).sum()) - 1])
+    least = int(counts[max(2, (available >= RAREST * ratio).sum()) - 1])
     classes = int((counts >= least).sum())
     profile = imbalance_profile(classes, ratio, random_generator("any order"))
     size = int(available[classes - 1] / profile.max())

@@ -149,7 +149,7 @@ def test_a_dataset_too_small_for_two_classes_in_each_split() -> None:
     [
         ((2000, 2000), 2),
         ((3800, 200), 2),
-        ((3900, 2300, 374, 326, 293, 190, 144, 60, 20, 9), 6),  # as Reuters is
+        ((3900, 2300, 374, 326, 293, 190, 144, 60, 20, 9), 7),  # as Reuters is
         ((50, 50, 50), 3),  # none is large enough: those that are as large as the second
         ((400, 60, 30), 2),
     ],
