@@ -372,8 +372,8 @@ def test_palf12_as_the_page_fetches_it(cli: Command, monkeypatch: pytest.MonkeyP
             counts = np.bincount(task.labels[task.rows["train"]], minlength=task.num_classes)
             assert abs(counts.sum() - spec.train_size) <= 1 and counts.sum() >= 190
             assert len(task.rows["test"]) >= 50
-            if condition.imbalance > 1:
-                assert counts.min() >= 4 and abs(counts.max() - condition.imbalance * counts.min()) <= condition.imbalance
+            if (ratio := condition.imbalance) > 1:
+                assert counts.min() >= 4 and abs(counts.max() - ratio * counts.min()) <= ratio
 
 
 def test_the_pages_own_suite_is_one() -> None:
