@@ -17,6 +17,7 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 BasisName = Literal["ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce"]
 HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau"]
 NoiseKind = Literal["uniform", "pair_flip", "class_dependent", "instance_dependent"]
+MOST_WRONG = 0.5  # no class or example is mislabelled as often by the last two: its true label stays the likeliest
 assert get_args(BasisName) == BASIS_LOSSES and get_args(HyperparameterName) == HYPERPARAMETERS
 
 

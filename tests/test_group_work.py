@@ -149,6 +149,10 @@ def test_a_measured_run_is_the_run_itself(early_stopping: bool) -> None:
         )
         assert np.array_equal(got["validation_accuracy"], noisy.double().numpy())
     assert np.ptp(got["curve_accuracy"]) > 0
+    for task in range(group.size):
+        real = group.train.mask[task] > 0
+        wrong = (group.train.labels[task] != group.clean_train_labels[task])[real].double().mean()
+        assert got["wrong_share"][task] == pytest.approx(float(wrong))
 
 
 def test_moments_are_the_steps_themselves_in_a_short_run() -> None:

@@ -168,8 +168,18 @@ def measure_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """What the columns of the table by other measures are."""
     clusters = comparisons[0].overall.difference.clusters
     measures = [other.measure for other in comparisons[0].others.values()]
+    left_out = []
+    for item in comparisons:
+        undefined = {other.measure.label: other.non_finite - item.non_finite for other in item.others.values()}
+        found = [f"{count} by {label}" for label, count in undefined.items() if count > 0]
+        if found:
+            left_out.append(
+                f"{label_of(item.method)}: beside those without a finite accuracy, tasks on which a value of it or of "
+                f"{label_of(REFERENCE)} is not defined are not in its means: {', '.join(found)}."
+            )
     return [
         *(f"{each.label}: {each.meaning}." for each in measures),
+        *left_out,
         "bootstrap: 95 % interval of the difference in accuracy when datasets are drawn anew. p (Holm): of its t test "
         f"with {clusters} independent datasets as the units, corrected for all rows. won-tied-lost: datasets; a tie is "
         "one where the 95 % interval over its own tasks holds zero.",
@@ -329,7 +339,14 @@ def _measured(item: Comparison) -> dict[str, Any]:
         }
 
     by_condition = {name: part(each) for name, each in item.by_condition.items()}
-    return {**part(item.overall), **_test(item), "by_condition": by_condition, "tasks": item.overall.difference.tasks}
+    return {
+        **part(item.overall),
+        **_test(item),
+        "by_condition": by_condition,
+        "tasks": item.overall.difference.tasks,
+        "missing": item.missing,
+        "non_finite": item.non_finite,
+    }
 
 
 def _number(value: float, digits: int = 4) -> float | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import Field, model_validator
 
 from palf_dist.config import Condition, Count, DataConfig, DatasetSource, Section
-from palf_dist.config_loading import Path_, parse_section, read_config
+from palf_dist.config_loading import Path_, parse_section, read_config, too_noisy
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.tasks.datasets import fetch, list_datasets
 from palf_dist.tasks.files import parquet_files
@@ -181,6 +181,8 @@ def _cross_checks(suite: Suite) -> dict[Path_, str]:
     for index, name in enumerate(conditions):
         if name in conditions[:index]:
             problems["conditions", index] = f"{name} is named more than once; name it once"
+        if problem := too_noisy(suite.conditions[index].noise_kind, suite.conditions[index].noise_rate):
+            problems["conditions", index, "noise_rate"] = problem
     judged = {item.name: item for item in suite.datasets}
     fold_of: dict[str, int] = {}
     for fold, names in enumerate(suite.folds):

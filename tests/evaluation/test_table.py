@@ -101,6 +101,21 @@ def test_missing_and_failed_tasks_are_named_under_every_table(rows):
     assert "not in its means" not in to_markdown(compare(rows))
 
 
+def test_tasks_that_a_measure_lacks_are_counted_for_it(rows):
+    """Diverged runs have an accuracy, but no likelihood."""
+    diverged = [dict(row) for row in rows]
+    for row in [row for row in diverged if row["method"] == "focal"][:7]:
+        row["nll"], row["auc"] = None, math.nan
+    next(row for row in diverged if row["method"] == "focal")["accuracy"] = math.nan
+    comparisons = compare(diverged)
+    measures = {record["method"]: record["measures"] for record in to_records(comparisons)}
+    got = [(measures["focal"][name]["non_finite"], measures["focal"][name]["tasks"]) for name in ("nll", "auc")]
+    assert got == [(7, 89), (7, 89)] and measures["s5"]["nll"]["non_finite"] == measures["focal"]["nll"]["missing"] == 0
+    text = to_markdown(comparisons)
+    (note,) = re.findall(r"- focal: beside .*", text)
+    assert "6 by AUC %, 6 by NLL." in note
+
+
 def test_a_method_without_any_result_has_empty_cells_and_null_records(rows):
     failed = [{**row, "accuracy": math.inf} if row["method"] == "s5" else row for row in rows]
     comparisons = compare(failed)

@@ -199,6 +199,10 @@ def test_a_suite_of_ones_own(tmp_path: Path, cache: Path) -> None:
         ),
         ({"conditions": [{"name": "a", "noise_kind": "salt"}]}, "conditions.0.noise_kind: must be 'uniform',"),
         ({"conditions": [{"name": "a", "nois_rate": 0.5}]}, "unknown key; did you mean conditions.0.noise_rate?"),
+        (
+            {"conditions": [{"name": "a", "noise_kind": "class_dependent", "noise_rate": 0.5}]},
+            "conditions.0.noise_rate: must be less than 0.5 with class_dependent noise",
+        ),
         ({"max_rows": 0}, "max_rows: must be greater than or equal to 1"),
     ],
 )
@@ -312,6 +316,18 @@ def test_what_cannot_be_held_out(fold: str, cli: Command) -> None:
     complaint = "suite palf12 has the folds 0 to 1 and the families image, text, tabular"
     assert complaint in cli.refused("meta-train", "--config", SMOKE, "--suite", "palf12", "--fold", fold)
     assert "--suite and --fold go together" in cli.refused("evaluate", "policy", "--suite", "palf12")
+
+
+def test_rates_at_which_labels_mean_something_else_are_refused() -> None:
+    kind, rates = "tasks.noise.kind=instance_dependent", "evaluation.noise_rates=[0.0, 0.4]"
+    with pytest.raises(ConfigError, match=r"tasks\.noise\.high: must be less than 0\.5 with instance_dependent noise"):
+        load_config(SMOKE, [kind, rates])
+    load_config(SMOKE, [kind, rates, "tasks.noise.high=0.45"])
+    with pytest.raises(ConfigError, match=r"evaluation\.noise_rates: must be less than 0\.5"):
+        load_config(SMOKE, [kind, "tasks.noise.high=0.45", "evaluation.noise_rates=[0.0, 0.5]"])
+    worst = 'evaluation.suite_conditions=[{"name": "a", "noise_kind": "class_dependent", "noise_rate": 0.6}]'
+    with pytest.raises(ConfigError, match=r"suite_conditions\.0\.noise_rate: must be less than 0\.5"):
+        load_config(SMOKE, [worst])
 
 
 def test_two_conditions_of_one_name_are_refused() -> None:
