@@ -251,10 +251,13 @@ def fetch(
     with output(as_json) as emit:
         from palf_dist.errors import ConfigError
         from palf_dist.tasks.datasets import fetch as fetch_datasets
+        from palf_dist.tasks.registry import find_entry
         from palf_dist.tasks.suites import fetch_suite, load_suite
 
         if not names and not suite:
             raise ConfigError("nothing to fetch: name datasets, or a suite with --suite")
+        for name in names or ():
+            find_entry(name)  # a slip is the first thing to say
         paths = fetch_suite(load_suite(suite)) if suite else {}
         paths |= {name: str(path) for name, path in fetch_datasets(names or []).items()}
         table = Table("dataset", "file")

