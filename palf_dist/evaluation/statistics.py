@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from palf_dist.evaluation.inference import Estimate, bootstrap_interval, clustered_mean, holm
 from palf_dist.evaluation.measures import MEASURES, SECONDS, Measure
-from palf_dist.evaluation.methods import REFERENCE
+from palf_dist.evaluation.methods import REFERENCE, is_claimed
 
 TASK_KEYS = ("dataset", "architecture", "noise_kind", "noise_rate", "condition", "seed")
 """Columns that say which task a result belongs to: two methods are compared on equal keys only."""
@@ -73,10 +73,11 @@ class Comparison:
     by_condition: dict[str, Slice]
     by_cell: dict[tuple[str, float], Slice]  # (condition, noise rate)
     by_dataset: dict[str, Slice]  # here the standard error is over tasks: it speaks of this dataset only
+    by_dataset_cell: dict[tuple[str, float], dict[str, Slice]]  # the same within each (condition, noise rate)
     tally: Tally
     missing: int
     non_finite: int
-    adjusted_p: float = math.nan  # of the overall difference, by Holm over all that were compared together
+    adjusted_p: float = math.nan  # of the overall difference, by Holm over all methods compared together
     others: Mapping[str, Comparison] = field(default_factory=dict)  # the same two by the other measures there are
 
     @property
@@ -160,8 +161,13 @@ def _gain(item: Comparison, unknown: float) -> float:
 
 
 def _adjusted(compared: list[Comparison]) -> list[Comparison]:
-    """With the p-values of all differences to another method corrected together."""
-    others = {str(index): item for index, item in enumerate(compared) if item.method != item.reference}
+    """With the p-values of all differences to another method corrected together; oracles and controls, which nobody
+    would choose, make no claim and stay out of it."""
+    others = {
+        str(index): item
+        for index, item in enumerate(compared)
+        if item.method != item.reference and is_claimed(item.method) and is_claimed(item.reference)
+    }
     adjusted = holm({index: item.overall.difference.p for index, item in others.items()})
     return [replace(item, adjusted_p=adjusted.get(str(index), math.nan)) for index, item in enumerate(compared)]
 
@@ -200,9 +206,14 @@ def _compare(
 
     order = [*CONDITIONS, *(task.condition for task in tasks)]
     by_condition = split(lambda task: task.condition)
-    by_dataset = {
-        name: summary(chosen, cluster=lambda task: task) for name, chosen in split(lambda task: task.dataset).items()
-    }
+
+    def own_summary(chosen: list[Task]) -> Slice:
+        return summary(chosen, cluster=lambda task: task)
+
+    by_dataset = {name: own_summary(chosen) for name, chosen in split(lambda task: task.dataset).items()}
+    by_dataset_cell: dict[tuple[str, float], dict[str, Slice]] = {}
+    for (cell, dataset), chosen in split(lambda task: ((task.condition, task.noise_rate), task.dataset)).items():
+        by_dataset_cell.setdefault(cell, {})[dataset] = own_summary(chosen)
     return Comparison(
         method=method,
         reference=reference,
@@ -215,6 +226,7 @@ def _compare(
             cell: summary(chosen) for cell, chosen in split(lambda task: (task.condition, task.noise_rate)).items()
         },
         by_dataset=by_dataset,
+        by_dataset_cell=by_dataset_cell,
         tally=_tally([part.difference for part in by_dataset.values() if part.difference.tasks], measure),
         missing=len(tasks) - len(both),
         non_finite=len(both) - len(paired),

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palf_dist.evaluation.derived import PICKS
+from palf_dist.evaluation.inference import holm
 from palf_dist.evaluation.measures import SECONDS
 from palf_dist.evaluation.methods import METHODS, REFERENCE
 from palf_dist.evaluation.statistics import CONDITIONS, Comparison, Estimate, Slice
@@ -57,6 +58,7 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                 {f"{name} {rate:g}": part for (name, rate), part in item.by_cell.items()}
             ),
             "by_dataset": _slices(item.by_dataset),
+            "by_dataset_within": _within(item),
             **_test(item),
             "measures": {name: _measured(other) for name, other in item.others.items() if name != SECONDS.name},
             "tasks": item.overall.difference.tasks,
@@ -181,8 +183,9 @@ def measure_notes(comparisons: Sequence[Comparison]) -> list[str]:
         *(f"{each.label}: {each.meaning}." for each in measures),
         *left_out,
         "bootstrap: 95 % interval of the difference in accuracy when datasets are drawn anew. p (Holm): of its t test "
-        f"with {clusters} independent datasets as the units, corrected for all rows. won-tied-lost: datasets; a tie is "
-        "one where the 95 % interval over its own tasks holds zero.",
+        f"with {clusters} independent datasets as the units, corrected for all methods; oracles and controls are none. "
+        "won-tied-lost: datasets; a tie is one where the 95 % interval over its own tasks holds zero, which speaks of "
+        "this dataset's rows only: its tasks draw on one pool.",
     ]
 
 
@@ -275,7 +278,13 @@ def _certainty(item: Comparison) -> list[str]:
     if item.method == item.reference or math.isnan(low):
         return [NOTHING] * 3
     tally = item.tally
-    p = "<.001" if item.adjusted_p < 0.001 else f"{item.adjusted_p:.3f}".lstrip("0")
+    p = (
+        NOTHING
+        if math.isnan(item.adjusted_p)
+        else "<.001"
+        if item.adjusted_p < 0.001
+        else f"{item.adjusted_p:.3f}".lstrip("0")
+    )
     return [f"{low:+.2f} to {high:+.2f}", p, f"{tally.wins}-{tally.ties}-{tally.losses}"]
 
 
@@ -303,6 +312,18 @@ def _slices(parts: Mapping[str, Slice]) -> dict[str, dict[str, Any]]:
         }
         for name, part in parts.items()
     }
+
+
+def _within(item: Comparison) -> dict[str, dict[str, Any]]:
+    """By condition and noise the difference on each dataset, over its tasks there; p_holm: over the datasets."""
+    found = {}
+    for (condition, rate), parts in item.by_dataset_cell.items():
+        adjusted = holm({name: part.difference.p for name, part in parts.items()})
+        found[f"{condition} {rate:g}"] = {
+            name: {**record, "p": _number(parts[name].difference.p, 9), "p_holm": _number(adjusted[name], 9)}
+            for name, record in _slices(parts).items()
+        }
+    return found
 
 
 def _difference(estimate: Estimate) -> dict[str, Any]:
@@ -339,9 +360,12 @@ def _measured(item: Comparison) -> dict[str, Any]:
         }
 
     by_condition = {name: part(each) for name, each in item.by_condition.items()}
+    test = _test(item)
+    if item.measure.name != "accuracy":
+        del test["p_holm"]  # the other measures describe; what is claimed is claimed of accuracy
     return {
         **part(item.overall),
-        **_test(item),
+        **test,
         "by_condition": by_condition,
         "tasks": item.overall.difference.tasks,
         "missing": item.missing,
