@@ -16,6 +16,7 @@ Decay = Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 BasisName = Literal["ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce"]
 HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau"]
+Family = Literal["image", "text", "tabular"]
 NoiseKind = Literal["uniform", "pair_flip", "class_dependent", "instance_dependent"]
 MOST_WRONG = 0.5  # no class or example is mislabelled as often by the last two: its true label stays the likeliest
 assert get_args(BasisName) == BASIS_LOSSES and get_args(HyperparameterName) == HYPERPARAMETERS
@@ -60,6 +61,7 @@ class DatasetSource(Section):
     name: str
     path: str | None = Field(default=None, description="Parquet path; leave out for a dataset of the registry")
     columns: Columns = Columns()
+    family: Family | None = Field(default=None, description="refused if it is another one")
 
 
 class DataConfig(Section):

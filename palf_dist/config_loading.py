@@ -241,7 +241,7 @@ def _cross_checks(config: RunConfig) -> dict[Path_, str]:
         rates.append((("evaluation", "noise_rates"), noise.kind, max(evaluation.noise_rates)))
     for index, item in enumerate(evaluation.suite_conditions):
         rates.append((("evaluation", "suite_conditions", index, "noise_rate"), item.noise_kind, item.noise_rate))
-    return problems | {where: problem for where, *noisy in rates if (problem := too_noisy(*noisy))}
+    return problems | {where: problem for where, kind, rate in rates if (problem := too_noisy(kind, rate))}
 
 
 def _problems(errors: Iterable[ErrorDetails], data: Any, top: type[Section]) -> dict[Path_, str]:

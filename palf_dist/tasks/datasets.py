@@ -32,6 +32,11 @@ _ENCODING = 1  # count up when the encoding changes
 def load_dataset(source: DatasetSource, data: DataConfig) -> EncodedDataset:
     """The dataset on a memory map, fetched and encoded first when the cache does not hold it. Raises DataError."""
     dataset = _load(source, cache_folder(data.cache), data.max_rows)
+    if source.family not in (None, dataset.family):
+        raise DataError(
+            f"{source.name}: declared to be of the family {source.family}, but its columns make it {dataset.family}; "
+            "mend family, or name its image or text column in columns"
+        )
     if len(dataset.class_names) > data.max_classes:
         raise DataError(
             f"{source.name}: {len(dataset.class_names)} classes, more than data.max_classes ({data.max_classes}); "

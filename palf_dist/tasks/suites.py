@@ -6,18 +6,17 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 from pydantic import Field, model_validator
 
-from palf_dist.config import Condition, Count, DataConfig, DatasetSource, Section
+from palf_dist.config import Condition, Count, DataConfig, DatasetSource, Family, Section
 from palf_dist.config_loading import Path_, parse_section, read_config, too_noisy
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.tasks.datasets import fetch, list_datasets
 from palf_dist.tasks.files import parquet_files
 from palf_dist.tasks.registry import REGISTRY, find_entry
 
-Family = Literal["image", "text", "tabular"]
 FOLDER = Path(__file__).parent.parent / "suites"
 """Where the suites that come with palf_dist lie."""
 
@@ -49,7 +48,7 @@ class SuiteDataset(DatasetSource):
 
     @property
     def source(self) -> DatasetSource:
-        return DatasetSource(name=self.name, path=self.path, columns=self.columns)
+        return DatasetSource(name=self.name, path=self.path, columns=self.columns, family=self.family)
 
 
 class Suite(Section):

@@ -167,6 +167,15 @@ def test_a_suite_of_ones_own(tmp_path: Path, cache: Path) -> None:
         fetch_suite(suite)
 
 
+def test_a_family_that_the_data_is_not_of_is_refused(tmp_path: Path) -> None:
+    """Or leave-one-family-out would leave another one out."""
+    write_parquet(tmp_path / "mine.parquet", table())
+    declared = {"name": "mine", "family": "tabular", "path": "mine.parquet"}
+    suite = own(datasets=[*OWN["datasets"][:3], declared], folds=[["digits", "wine"], ["iris", "mine"]])
+    with pytest.raises(DataError, match=r"^mine: declared to be of the family tabular, but its columns make it text;"):
+        load_all(fold_data(suite, 1))
+
+
 def test_what_cannot_be_had_is_told_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:
     """Paths before any download, and a package that fails neither stops the others nor is asked twice."""
     asked = []
