@@ -47,7 +47,7 @@ PICKS: dict[str, Pick] = {
         ),
         Pick(
             "static_oracle_left_out",
-            "oracle, left out",
+            "oracle, other seeds",
             "the static loss that is best on the test rows of the same dataset and condition under the other seeds: "
             "the oracle without the luck of the draw",
             _left_out,

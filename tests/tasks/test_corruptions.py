@@ -99,7 +99,7 @@ def test_instance_dependent_noise_has_the_mean_rate_asked_for(num_classes: int, 
 def residual(values: np.ndarray, features: np.ndarray) -> float:
     """What is left of ``values`` after the best affine fit, as a share of their spread."""
     design = np.column_stack([features, np.ones(len(features))])
-    left = values - design @ np.linalg.lstsq(design, values)[0]
+    left = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
     return float(np.abs(left).max() / values.std())
 
 
@@ -116,7 +116,7 @@ def test_instance_dependent_noise_follows_random_projections_of_the_inputs() -> 
         one, other = np.flatnonzero(np.arange(3) != label)
         between = np.log(rows[labels == label, one] / rows[labels == label, other])
         assert residual(between, features[labels == label]) < 1e-8
-        slopes.append(np.linalg.lstsq(features[labels == label], between)[0])
+        slopes.append(np.linalg.lstsq(features[labels == label], between, rcond=None)[0])
     assert np.linalg.matrix_rank(np.stack(slopes), tol=0.1) == 3, "each class has its own W"
     drawn = draw_labels(rows, generator)
     assert abs((drawn != labels).mean() - 0.3) < 4.5 * np.sqrt(0.3 * 0.7 / N)

@@ -25,6 +25,7 @@ from palf_dist.tasks import fetch
 from palf_dist.tasks.datasets import describe, load_all
 from palf_dist.tasks.family import check_tasks, condition_task, evaluation_specs
 from palf_dist.tasks.fetch import table_path
+from palf_dist.tasks.files import parquet_files
 from palf_dist.tasks.registry import REGISTRY, Entry
 from palf_dist.tasks.splits import draw_rows, imbalanced_capacity, train_capacity
 from palf_dist.tasks.suites import (
@@ -145,6 +146,29 @@ def test_the_columns_of_the_hub(name: str, tmp_path: Path) -> None:
     assert dataset.family == item.family and dataset.numeric.shape[1] == 0 and dataset.categorical.shape[1] == 0
     label = item.columns.label
     assert label is not None and len(dataset.class_names) == HUB[name][label] > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "other"),
+    [
+        ("cifar10", ["test-00000-of-00001", "train-00000-of-00001"], []),
+        ("svhn", ["test-00000-of-00001", "train-00000-of-00001"], ["extra-00000-of-00002"]),
+        ("imdb", ["test-00000-of-00001", "train-00000-of-00001"], ["unsupervised-00000-of-00001"]),
+    ],
+)
+def test_the_paths_of_the_hub_take_the_rows_that_are_meant(
+    name: str, wanted: list[str], other: list[str], tmp_path: Path
+) -> None:
+    """On a folder laid out as the hub's is."""
+    (path,) = [item.path for item in load_suite("palf12-hub").datasets if item.name == name]
+    assert path is not None and path.startswith("hf://datasets/")
+    local = tmp_path / path.removeprefix("hf://")
+    local.parent.mkdir(parents=True)
+    for file in (*wanted, *other):
+        (local.parent / f"{file}.parquet").touch()
+    (local.parent / "README.md").touch()
+    _, found = parquet_files(str(local))
+    assert [Path(info.path).stem for info in found] == wanted
 
 
 def test_a_suite_of_ones_own(tmp_path: Path, cache: Path) -> None:
