@@ -48,6 +48,10 @@ app = typer.Typer(
 SuiteOption = Annotated[
     str | None, typer.Option("--suite", metavar="SUITE", help="Suite: palf12, palf12-hub, or a YAML file of your own.")
 ]
+FoldOption = Annotated[
+    str | None,
+    typer.Option("--fold", metavar="FOLD|FAMILY", help="What of the suite is held out: a fold by number, or a family."),
+]
 datasets_app = typer.Typer(help="List, describe and fetch the datasets that a config can name.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
 app.command()(tune)
@@ -97,6 +101,8 @@ def meta_train(
     ] = None,
     workers: Workers = None,
     address: Address = None,
+    suite: SuiteOption = None,
+    fold: FoldOption = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN_DIR", help="Go on with an earlier run from its newest checkpoint.")
     ] = None,
@@ -111,6 +117,7 @@ def meta_train(
         from palf_dist.run_directory import CONFIG
         from palf_dist.storage import is_uri
 
+        overrides = [*_suite_overrides(suite, fold), *(overrides or ())]
         if resume is None:
             settings = load_run_config(config, overrides, workers, address)
             folder = run_dir or new_folder(settings.name)
@@ -159,6 +166,8 @@ def evaluate(
     overrides: Overrides = None,
     workers: Workers = None,
     address: Address = None,
+    suite: SuiteOption = None,
+    fold: FoldOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a policy file with other methods on the held-out datasets of a config.
@@ -171,6 +180,7 @@ def evaluate(
         from palf_dist.evaluation.table import to_records, to_rich
         from palf_dist.policies.policy_file import load_policy
 
+        overrides = [*_suite_overrides(suite, fold), *(overrides or ())]
         load_policy(policy)  # a damaged file is the first thing to say
         settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
         comparisons, _ = held_out(evaluate_policy(settings, policy))
@@ -241,16 +251,29 @@ def fetch(
     with output(as_json) as emit:
         from palf_dist.errors import ConfigError
         from palf_dist.tasks.datasets import fetch as fetch_datasets
+        from palf_dist.tasks.registry import find_entry
         from palf_dist.tasks.suites import fetch_suite, load_suite
 
         if not names and not suite:
             raise ConfigError("nothing to fetch: name datasets, or a suite with --suite")
+        for name in names or ():
+            find_entry(name)  # a slip is the first thing to say
         paths = fetch_suite(load_suite(suite)) if suite else {}
         paths |= {name: str(path) for name, path in fetch_datasets(names or []).items()}
         table = Table("dataset", "file")
         for name, path in paths.items():
             table.add_row(escape(name), escape(path))
         emit({"paths": paths}, table)
+
+
+def _suite_overrides(suite: str | None, fold: str | None) -> list[str]:
+    """The data and conditions of a suite, as ``--set`` writes them."""
+    from palf_dist.errors import ConfigError
+    from palf_dist.tasks.suites import load_suite, suite_overrides
+
+    if (suite is None) != (fold is None):
+        raise ConfigError("--suite and --fold go together: name the suite, and what of it is held out")
+    return [] if suite is None or fold is None else suite_overrides(load_suite(suite), fold)
 
 
 def _report_record(made: ReportPaths | SearchReport) -> dict[str, Any]:

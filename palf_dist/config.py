@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
@@ -16,13 +16,16 @@ Decay = Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 BasisName = Literal["ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce"]
 HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau"]
+Family = Literal["image", "text", "tabular"]
 NoiseKind = Literal["uniform", "pair_flip", "class_dependent", "instance_dependent"]
+MOST_WRONG = 0.5  # no class or example is mislabelled as often by the last two: its true label stays the likeliest
 assert get_args(BasisName) == BASIS_LOSSES and get_args(HyperparameterName) == HYPERPARAMETERS
 
 
-def _distinct(values: tuple[str | float, ...] | None) -> tuple[str | float, ...] | None:
-    """Refuses a list that names something twice; numbers are told apart by 6 digits, as in tables of results."""
-    seen = [round(value, 6) if isinstance(value, float) else value for value in values or ()]
+def _distinct(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """Refuses a list that names something twice; numbers are told apart by 6 digits, as in tables of results, sections
+    by their names."""
+    seen = [round(value, 6) if isinstance(value, float) else getattr(value, "name", value) for value in values or ()]
     twice = sorted({str(value) for value in seen if seen.count(value) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} is named more than once; name it once")
@@ -58,6 +61,7 @@ class DatasetSource(Section):
     name: str
     path: str | None = Field(default=None, description="Parquet path; leave out for a dataset of the registry")
     columns: Columns = Columns()
+    family: Family | None = Field(default=None, description="refused if it is another one")
 
 
 class DataConfig(Section):
@@ -325,6 +329,23 @@ class DistributedConfig(Section):
     max_attempts: Count = Field(default=5, description="times a unit is issued before the run gives up")
 
 
+class Condition(Section):
+    """What a dataset is put through. Each field left out leaves the data as it is."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    noise_kind: NoiseKind = "uniform"
+    noise_rate: Share = 0.0
+    imbalance: Annotated[FiniteFloat, Field(strict=True, ge=1)] = Field(
+        default=1.0, description="largest : smallest class frequency in training; 1: as the data is"
+    )
+    target_prior: Literal["train", "uniform"] = Field(
+        default="train", description="class frequencies of the test rows: those of training, or balanced"
+    )
+    train_size: Count | None = Field(
+        default=None, description="most training rows; none: all that the dataset and the imbalance allow"
+    )
+
+
 class EvaluationConfig(Section):
     """Held-out comparison at the end, and the selection score along the way."""
 
@@ -337,6 +358,9 @@ class EvaluationConfig(Section):
         min_length=1,
         description="balanced: as the data is; matched: training and test imbalanced; shifted: training alone",
     )
+    suite_conditions: tuple[Condition, ...] = Field(
+        default=(), description="those of a suite, in the place of noise_rates and conditions; see docs/suites.md"
+    )
     imbalance: Annotated[FiniteFloat, Field(strict=True, gt=1)] = Field(
         default=10.0, description="largest : smallest class frequency of matched and shifted tasks"
     )
@@ -344,7 +368,7 @@ class EvaluationConfig(Section):
     select_every: Count = Field(default=20, description="outer steps between two selection scores")
     select_tasks: Count = Field(default=48, description="fresh tasks of the training datasets for the selection score")
 
-    _no_twins = field_validator("noise_rates", "conditions")(_distinct)
+    _no_twins = field_validator("noise_rates", "conditions", "suite_conditions")(_distinct)
 
 
 class CheckpointConfig(Section):

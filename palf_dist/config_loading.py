@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from palf_dist.config import RunConfig, Section
+from palf_dist.config import MOST_WRONG, NoiseKind, RunConfig, Section
 from palf_dist.errors import ConfigError
 from palf_dist.policies.meta_learned import misread
 from palf_dist.redaction import redact
@@ -216,6 +216,13 @@ def _defaults(section: type[Section]) -> dict[str, Any]:
     return section.model_construct(**values).model_dump(mode="json", warnings=False)
 
 
+def too_noisy(kind: NoiseKind, rate: float) -> str | None:
+    """What is wrong with a rate of this kind of noise: from ``MOST_WRONG`` on, labels would mean something else."""
+    if kind in ("uniform", "pair_flip") or rate < MOST_WRONG:
+        return None
+    return f"must be less than {MOST_WRONG} with {kind} noise, where it is the share of wrong labels, not {rate:g}"
+
+
 def _cross_checks(config: RunConfig) -> dict[Path_, str]:
     """What is wrong although every field is right by itself."""
     problems: dict[Path_, str] = {}
@@ -231,7 +238,13 @@ def _cross_checks(config: RunConfig) -> dict[Path_, str]:
             problems["policy", "features", index] = f"unknown feature {name!r}; {hint}"
     if config.policy.features is not None and (problem := misread(config.policy.kind, config.policy.features)):
         problems["policy", "features"] = problem
-    return problems
+    noise, evaluation = config.tasks.noise, config.evaluation
+    rates: list[tuple[Path_, NoiseKind, float]] = [(("tasks", "noise", "high"), noise.kind, noise.high)]
+    if not evaluation.suite_conditions:
+        rates.append((("evaluation", "noise_rates"), noise.kind, max(evaluation.noise_rates)))
+    for index, item in enumerate(evaluation.suite_conditions):
+        rates.append((("evaluation", "suite_conditions", index, "noise_rate"), item.noise_kind, item.noise_rate))
+    return problems | {where: problem for where, kind, rate in rates if (problem := too_noisy(kind, rate))}
 
 
 def _problems(errors: Iterable[ErrorDetails], data: Any, top: type[Section]) -> dict[Path_, str]:

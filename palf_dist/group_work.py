@@ -78,6 +78,7 @@ def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> di
     - those of ``prediction_metrics`` [G], on the test rows.
     - curve_accuracy [G, M]: on the test rows after each of ``moments(loop.steps)``, of the parameters that the method
       would hand over by then; and those of ``curve_metrics`` [G].
+    - wrong_share [G]: share of the training labels that are wrong.
     - shield_share [G]: share of the refreshes at which the shield acted; only where the policy has one.
     """
     group, curve, wanted = loop.group, [], set(moments(loop.steps))
@@ -93,12 +94,14 @@ def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> di
     frequencies = torch.zeros_like(group.log_prior_ratio).scatter_add(1, clean, group.train.mask)
     metrics = prediction_metrics(loop.evaluate(theta, test), test.labels, test.mask, group.class_mask, frequencies)
     share = loop.shield_share(state)
+    wrong = ((group.train.labels != clean) * group.train.mask).sum(1) / group.train_sizes
     return {
         "accuracy": curve[-1],
         "validation_accuracy": _accuracy(loop, theta, group.validation),
         **{name: value.cpu().numpy() for name, value in metrics.items()},
         **curve_metrics(moments(loop.steps), np.stack(curve, 1)),
         "curve_accuracy": np.stack(curve, 1),
+        "wrong_share": wrong.double().cpu().numpy(),
         **({} if share is None else {"shield_share": share.double().cpu().numpy()}),
     }
 

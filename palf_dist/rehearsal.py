@@ -226,6 +226,13 @@ def _widest_group(config: RunConfig, used: list[EncodedDataset], work: Work) -> 
     model = build_model(architecture, shape, classes)
     low, high = tasks.train_size
     train = max(low, min(high, max(train_capacity(dataset, tasks) for dataset in used)))
+    if work.kind == "evaluate" and config.evaluation.suite_conditions:
+        names = {dataset.name: dataset for dataset in used}
+        held_out = config.data.model_copy(
+            update={"held_out": tuple(source for source in config.data.held_out if source.name in names)}
+        )
+        groups = evaluation_specs(config.model_copy(update={"data": held_out}), names)
+        train = max(spec.train_size for specs in groups for spec in specs)
     most = max(dataset.rows for dataset in used)
 
     products = model.num_parameters * inner.batch_size * prod(shape.image or (max(shape.tokens, 1),))

@@ -84,6 +84,8 @@ class TaskSpec:
     target_prior: str  # "train": test rows have the training frequencies; "uniform": balanced test rows
     architecture: int  # index into config.tasks.architectures
     optimiser: str  # sgd | momentum | adam
+    condition: str = ""  # its name in the held-out comparison; tasks of meta-training have none
+    class_rows: int = 0  # classes with fewer rows in the dataset are left out (and those below splits.MIN_CLASS_ROWS)
 
 
 @dataclass(frozen=True)

@@ -328,14 +328,15 @@ class Runner:
 
     def _row(self, method: Method, spec: TaskSpec, measured: dict[str, Any]) -> dict[str, Any]:
         """The result of one task; what is not defined is None."""
-        condition = "balanced" if spec.imbalance == 1 else "matched" if spec.target_prior == "train" else "shifted"
         return {
             "method": method.name,
             "dataset": spec.dataset,
+            "origin": self.datasets[spec.dataset].origin,
             "family": self.datasets[spec.dataset].family,
             "architecture": self.config.tasks.architectures[spec.architecture].kind,
+            "noise_kind": spec.noise_kind,
             "noise_rate": spec.noise_rate,
-            "condition": condition,
+            "condition": spec.condition,
             "target_prior": spec.target_prior,
             "seed": int(spec.keys[-1]),
             "train_size": spec.train_size,

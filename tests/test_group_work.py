@@ -18,6 +18,7 @@ from palf_dist.config import EstimatorConfig, OuterLossConfig, RunConfig
 from palf_dist.faults import VARIABLE
 from palf_dist.group_work import (
     CURVE_INTERVALS,
+    EARLY_STOPPING_EVERY,
     Stretch,
     at_refreshes,
     final_accuracy,
@@ -32,7 +33,7 @@ from palf_dist.inner_loop import InnerLoop
 from palf_dist.memory import GB, OutOfMemory
 from palf_dist.outer_loss import accuracy
 from palf_dist.rehearsal import Work, need
-from palf_dist.types import Contribution
+from palf_dist.types import Contribution, Rows
 from tests import memory_cases
 from tests.estimators.test_exact import ALONG_THE_RUN
 from tests.groups import make_group
@@ -130,9 +131,23 @@ def test_a_measured_run_is_the_run_itself(early_stopping: bool) -> None:
     got = measure(loop, phi.float(), early_stopping=early_stopping)
     assert np.array_equal(got["accuracy"], final_accuracy(loop, phi.float(), early_stopping=early_stopping))
     asked = moments(40)
+
+    def read(theta: torch.Tensor, rows: Rows) -> np.ndarray:
+        return accuracy(loop.evaluate(theta, rows), rows.labels, rows.mask, group.class_mask).double().numpy()
+
     assert (asked[0], asked[-1], len(asked)) == (0, 40, CURVE_INTERVALS + 1) and got["curve_accuracy"].shape == (5, 16)
     if early_stopping:
-        assert (got["curve_accuracy"][:, -1] == got["accuracy"]).all()
+        # By a plain loop: at each moment the latest look so far with the best validation accuracy, at first the start.
+        state = loop.start()
+        looks = [(0, np.full(5, -1.0), read(state.theta, group.test))]
+        for step in range(EARLY_STOPPING_EVERY, 41, EARLY_STOPPING_EVERY):
+            loop.run(state, phi.float(), step)
+            looks.append((step, read(state.theta, group.validation), read(state.theta, group.test)))
+        for task in range(5):
+            for index, moment in enumerate(asked):
+                _, _, kept = max((v[task], step, t[task]) for step, v, t in looks if step <= moment)
+                assert got["curve_accuracy"][task, index] == kept
+            assert got["validation_accuracy"][task] == max(validation[task] for _, validation, _ in looks)
     else:
         state = loop.start()
         for index, step in enumerate(asked):
@@ -149,6 +164,10 @@ def test_a_measured_run_is_the_run_itself(early_stopping: bool) -> None:
         )
         assert np.array_equal(got["validation_accuracy"], noisy.double().numpy())
     assert np.ptp(got["curve_accuracy"]) > 0
+    for task in range(group.size):
+        real = group.train.mask[task] > 0
+        wrong = (group.train.labels[task] != group.clean_train_labels[task])[real].double().mean()
+        assert got["wrong_share"][task] == pytest.approx(float(wrong))
 
 
 def test_moments_are_the_steps_themselves_in_a_short_run() -> None:

@@ -117,12 +117,12 @@ def test_every_kind_is_a_pure_function_of_its_key(
     assert all(same(a, b) for a, b in zip(forwards, backwards, strict=True))
     rows = units.rows_of(forwards)
     assert {row["method"] for row in rows} == {"policy", "ce", "s5"}
-    assert {row["dataset"] for row in rows} == {"iris", "digits"}
+    assert {(row["dataset"], row["origin"]) for row in rows} == {("iris", "iris"), ("digits", "digits")}
     assert {row["condition"] for row in rows} == set(config.evaluation.conditions)
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
     paired = {"steps_to_best", "reached_best", "steps_to_95", "reached_95"}
     assert all(rows[0].keys() >= MEASURES.keys() - paired for row in rows)
-    assert all(row["seconds"] > 0 and row["curve_accuracy"][-1] == row["accuracy"] for row in rows)
+    assert all(row["seconds"] > 0 for row in rows)
     assert all(value == value for row in rows for value in row.values()), "what is not defined is None, not NaN"
 
 

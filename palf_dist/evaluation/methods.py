@@ -26,6 +26,10 @@ REFERENCE = "ce"
 """The method that all differences are taken against; it is part of every comparison."""
 
 
+ORACLES = ("static_oracle", "static_oracle_left_out")
+"""Rows of ``derived.PICKS`` that read test labels: bounds, not methods."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the comparison. Controls that are not named keep ``types.DEFAULT_HYPERPARAMETERS``."""
@@ -113,6 +117,11 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
+
+
+def is_claimed(method: str) -> bool:
+    """Whether a row of the comparison is a method to be chosen, rather than an oracle or a control."""
+    return method not in ORACLES and not (method in METHODS and METHODS[method].control)
 
 
 def baseline_policy(method: Method) -> Policy:

@@ -204,7 +204,7 @@ def plot_held_out(comparisons: Sequence[Comparison]) -> Figure:
     reference, *shown = comparisons
     assert reference.method == REFERENCE
     panels: list[Column] = [("all conditions", [item.overall for item in comparisons])]
-    panels += [(CONDITION_TITLES[name], slices) for name, slices in condition_columns(comparisons)]
+    panels += [(CONDITION_TITLES.get(name, name), slices) for name, slices in condition_columns(comparisons)]
     limits = _limits([part for _, slices in panels for part in slices])
     figure = Figure(figsize=(2.6 + 2.5 * len(panels), 1.6 + 0.32 * len(shown)))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -260,8 +260,9 @@ def plot_noise(comparisons: Sequence[Comparison]) -> Figure:
     rates = list(comparisons[0].by_noise)
     panels = [("all conditions", [[item.by_noise[rate] for rate in rates] for item in shown])]
     panels += [
-        (CONDITION_TITLES[name], [[item.by_cell[name, rate] for rate in rates] for item in shown])
+        (CONDITION_TITLES.get(name, name), [[item.by_cell[name, rate] for rate in rates] for item in shown])
         for name in comparisons[0].by_condition
+        if all((name, rate) in comparisons[0].by_cell for rate in rates)  # a suite's condition has a rate of its own
     ]
     figure = Figure(figsize=(9, 3.1 * math.ceil(len(panels) / 2) + 0.5))
     axes = figure.subplots(math.ceil(len(panels) / 2), 2, sharex=True, sharey=True, squeeze=False).ravel()

@@ -27,6 +27,7 @@ from palf_dist.evaluation.page import render_page
 from palf_dist.evaluation.statistics import Comparison
 from palf_dist.evaluation.table import (
     Cells,
+    extent,
     is_policy,
     label_of,
     measure_notes,
@@ -225,7 +226,7 @@ def _headline(comparisons: Sequence[Comparison]) -> str:
     return (
         f"The {label_of(policy.method)} reaches {policy.overall.value:.1f} % on held-out datasets: "
         f"{estimate.mean:+.2f} points against {label_of(REFERENCE)} ({interval}), "
-        f"over {estimate.tasks} paired tasks of {estimate.clusters} datasets."
+        f"over {extent(policy)}."
     )
 
 

@@ -1,8 +1,8 @@
 """Paired differences between methods on the same tasks, with standard errors clustered by dataset.
 
 Tasks of one dataset are not independent, and what we claim is about datasets never seen: so the dataset is the unit
-of replication. Results come in as the columns of a row; what goes out is scaled as its measure says (``Measure.scale``:
-fractions in percentage points).
+of replication; datasets that hold the same rows (their origin says so) are one. Results come in as the columns of a
+row; what goes out is scaled as its measure says (``Measure.scale``: fractions in percentage points).
 """
 
 from __future__ import annotations
@@ -10,22 +10,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from palf_dist.evaluation.inference import Estimate, bootstrap_interval, clustered_mean, holm
 from palf_dist.evaluation.measures import MEASURES, SECONDS, Measure
-from palf_dist.evaluation.methods import REFERENCE
+from palf_dist.evaluation.methods import REFERENCE, is_claimed
 
-TASK_KEYS = ("dataset", "architecture", "noise_rate", "condition", "seed")
+TASK_KEYS = ("dataset", "architecture", "noise_kind", "noise_rate", "condition", "seed")
 """Columns that say which task a result belongs to: two methods are compared on equal keys only."""
 
 CONDITIONS = ("balanced", "matched", "shifted")
-"""Class frequencies of a task, in the order of the tables; see ``EvaluationConfig.conditions``."""
+"""Class frequencies of a task, in the order of the tables (see ``EvaluationConfig.conditions``); the conditions of
+a suite come after them, in the order in which the rows have them."""
 
-Task = tuple[str, int | str, float, str, int]  # the TASK_KEYS of a result
+
+class Task(NamedTuple):
+    """The ``TASK_KEYS`` of a result."""
+
+    dataset: str
+    architecture: int | str
+    noise_kind: str
+    noise_rate: float
+    condition: str
+    seed: int
+
 
 Rows: TypeAlias = pa.Table | Iterable[Mapping[str, Any]]
 
@@ -62,18 +73,25 @@ class Comparison:
     by_condition: dict[str, Slice]
     by_cell: dict[tuple[str, float], Slice]  # (condition, noise rate)
     by_dataset: dict[str, Slice]  # here the standard error is over tasks: it speaks of this dataset only
+    by_dataset_cell: dict[tuple[str, float], dict[str, Slice]]  # the same within each (condition, noise rate)
     tally: Tally
     missing: int
     non_finite: int
-    adjusted_p: float = math.nan  # of the overall difference, by Holm over all that were compared together
+    adjusted_p: float = math.nan  # of the overall difference, by Holm over all methods compared together
     others: Mapping[str, Comparison] = field(default_factory=dict)  # the same two by the other measures there are
+
+    @property
+    def datasets(self) -> int:
+        """Of how many datasets the overall mean is; ``overall.difference.clusters`` of them are independent."""
+        return sum(part.difference.tasks > 0 for part in self.by_dataset.values())
 
 
 def compare(rows: Rows, reference: str = REFERENCE, measure: Measure = MEASURES["accuracy"]) -> list[Comparison]:
     """Every method against ``reference``, which comes first; the others by falling gain.
 
-    ``rows`` holds one result per method and task: "method", the ``TASK_KEYS`` and the column of the measure (a fraction
-    where its scale is 100). By accuracy, the comparisons by the other measures come with it where rows have them.
+    ``rows`` holds one result per method and task: "method", the ``TASK_KEYS``, "origin" (see ``clusters_of``) and the
+    column of the measure (a fraction where its scale is 100). By accuracy, the comparisons by the other measures come
+    with it where rows have them.
     """
     rows = to_rows(rows)
     compared = _compare_all(rows, reference, measure)
@@ -89,9 +107,11 @@ def compare(rows: Rows, reference: str = REFERENCE, measure: Measure = MEASURES[
 
 def compare_each(rows: Rows, method: str, measure: Measure = MEASURES["accuracy"]) -> list[Comparison]:
     """``method`` against each other method as the reference, by rising gain over it."""
-    results, tasks = _index(to_rows(rows), measure)
+    rows = to_rows(rows)
+    results, tasks = _index(rows, measure)
+    clusters = clusters_of(rows)
     assert method in results, f"no results of the method {method!r}"
-    compared = [_compare(method, other, measure, results, tasks) for other in results if other != method]
+    compared = [_compare(method, other, measure, results, tasks, clusters) for other in results if other != method]
     return _adjusted(sorted(compared, key=lambda item: (_gain(item, math.inf), item.reference)))
 
 
@@ -103,7 +123,21 @@ def to_rows(rows: Rows) -> list[Mapping[str, Any]]:
 def task_of(row: Mapping[str, Any]) -> Task:
     """The ``TASK_KEYS`` of a row."""
     # Rounded, so that a rate that went through float32 still meets its partner and prints as it was written.
-    return (row["dataset"], row["architecture"], round(row["noise_rate"], 6), row["condition"], row["seed"])
+    # Results of earlier versions have no kind of noise.
+    kind, rate = row.get("noise_kind") or "uniform", round(row["noise_rate"], 6)
+    return Task(row["dataset"], row["architecture"], kind, rate, row["condition"], row["seed"])
+
+
+def clusters_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The cluster of each dataset, for standard errors. Datasets that have a source in common are one; the sources are
+    the words of a row's "origin" (``EncodedDataset.origin``), or the dataset itself where a row has none."""
+    sources = {row["dataset"]: (row.get("origin") or "").split() or [row["dataset"]] for row in rows}
+    cluster: dict[str, str] = {}  # of each source
+    for dataset, own in sources.items():
+        met = {cluster[source] for source in own if source in cluster}
+        cluster = {source: dataset if name in met else name for source, name in cluster.items()}
+        cluster |= dict.fromkeys(own, dataset)
+    return {dataset: cluster[own[0]] for dataset, own in sources.items()}
 
 
 Results = dict[str, dict[Task, float]]
@@ -113,7 +147,8 @@ Results = dict[str, dict[Task, float]]
 def _compare_all(rows: Sequence[Mapping[str, Any]], reference: str, measure: Measure) -> list[Comparison]:
     results, tasks = _index(rows, measure)
     assert reference in results, f"no results of the reference method {reference!r}"
-    compared = [_compare(method, reference, measure, results, tasks) for method in results]
+    clusters = clusters_of(rows)
+    compared = [_compare(method, reference, measure, results, tasks, clusters) for method in results]
     return _adjusted(
         sorted(compared, key=lambda item: (item.method != reference, -_gain(item, -math.inf), item.method))
     )
@@ -126,8 +161,13 @@ def _gain(item: Comparison, unknown: float) -> float:
 
 
 def _adjusted(compared: list[Comparison]) -> list[Comparison]:
-    """With the p-values of all differences to another method corrected together."""
-    others = {str(index): item for index, item in enumerate(compared) if item.method != item.reference}
+    """With the p-values of all differences to another method corrected together; oracles and controls, which nobody
+    would choose, make no claim and stay out of it."""
+    others = {
+        str(index): item
+        for index, item in enumerate(compared)
+        if item.method != item.reference and is_claimed(item.method) and is_claimed(item.reference)
+    }
     adjusted = holm({index: item.overall.difference.p for index, item in others.items()})
     return [replace(item, adjusted_p=adjusted.get(str(index), math.nan)) for index, item in enumerate(compared)]
 
@@ -144,12 +184,17 @@ def _index(rows: Sequence[Mapping[str, Any]], measure: Measure) -> tuple[Results
     return results, list(dict.fromkeys(task for values in results.values() for task in values))
 
 
-def _compare(method: str, reference: str, measure: Measure, results: Results, tasks: list[Task]) -> Comparison:
+def _compare(
+    method: str, reference: str, measure: Measure, results: Results, tasks: list[Task], clusters: Mapping[str, str]
+) -> Comparison:
     own, other = results[method], results[reference]
     both = [task for task in tasks if task in own and task in other]
     paired = [task for task in both if math.isfinite(own[task]) and math.isfinite(other[task])]
 
-    def summary(chosen: list[Task], cluster: Callable[[Task], Hashable] = lambda task: task[0]) -> Slice:
+    def cluster_of(task: Task) -> str:
+        return clusters[task.dataset]
+
+    def summary(chosen: list[Task], cluster: Callable[[Task], Hashable] = cluster_of) -> Slice:
         value = float(np.mean([own[task] for task in chosen])) if chosen else math.nan
         differences = [own[task] - other[task] for task in chosen]
         return Slice(value, clustered_mean(differences, [cluster(task) for task in chosen]))
@@ -159,23 +204,29 @@ def _compare(method: str, reference: str, measure: Measure, results: Results, ta
         values = sorted({key(task) for task in tasks})
         return {value: [task for task in paired if key(task) == value] for value in values}
 
-    def in_order(condition: str) -> int:
-        return CONDITIONS.index(condition)
+    order = [*CONDITIONS, *(task.condition for task in tasks)]
+    by_condition = split(lambda task: task.condition)
 
-    by_condition = split(lambda task: task[3])
-    by_dataset = {
-        name: summary(chosen, cluster=lambda task: task) for name, chosen in split(lambda task: task[0]).items()
-    }
+    def own_summary(chosen: list[Task]) -> Slice:
+        return summary(chosen, cluster=lambda task: task)
+
+    by_dataset = {name: own_summary(chosen) for name, chosen in split(lambda task: task.dataset).items()}
+    by_dataset_cell: dict[tuple[str, float], dict[str, Slice]] = {}
+    for (cell, dataset), chosen in split(lambda task: ((task.condition, task.noise_rate), task.dataset)).items():
+        by_dataset_cell.setdefault(cell, {})[dataset] = own_summary(chosen)
     return Comparison(
         method=method,
         reference=reference,
         measure=measure,
         overall=summary(paired),
-        bootstrap=bootstrap_interval([own[task] - other[task] for task in paired], [task[0] for task in paired]),
-        by_noise={rate: summary(chosen) for rate, chosen in split(lambda task: task[2]).items()},
-        by_condition={name: summary(by_condition[name]) for name in sorted(by_condition, key=in_order)},
-        by_cell={cell: summary(chosen) for cell, chosen in split(lambda task: (task[3], task[2])).items()},
+        bootstrap=bootstrap_interval([own[task] - other[task] for task in paired], [*map(cluster_of, paired)]),
+        by_noise={rate: summary(chosen) for rate, chosen in split(lambda task: task.noise_rate).items()},
+        by_condition={name: summary(by_condition[name]) for name in sorted(by_condition, key=order.index)},
+        by_cell={
+            cell: summary(chosen) for cell, chosen in split(lambda task: (task.condition, task.noise_rate)).items()
+        },
         by_dataset=by_dataset,
+        by_dataset_cell=by_dataset_cell,
         tally=_tally([part.difference for part in by_dataset.values() if part.difference.tasks], measure),
         missing=len(tasks) - len(both),
         non_finite=len(both) - len(paired),

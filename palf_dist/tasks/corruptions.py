@@ -6,9 +6,11 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, logit, softmax
 
-_SPREAD = 0.5
-"""Standard deviation of the log-odds of a wrong label over classes or examples. That of the rate is then .08 about a
-mean of .2 and .12 about .4; Xia et al. have .1."""
+from palf_dist.config import MOST_WRONG
+
+_SPREAD = 1.0
+"""Standard deviation, over classes or examples, of the log-odds of a rate's share of ``MOST_WRONG``. That of the rate
+is then about .1 where the mean is .2 or .3, and .07 where it is .4; Xia et al. have .1."""
 
 
 def add_label_noise(
@@ -69,14 +71,16 @@ def draw_labels(transitions: np.ndarray, generator: np.random.Generator) -> np.n
 
 
 def _rates(scores: np.ndarray, of_row: np.ndarray, rate: float) -> np.ndarray:
-    """Rates that rise with ``scores`` [M]: their log-odds are ``_SPREAD * scores`` plus what makes the mean over rows
-    ``rate``; ``of_row`` [N] says which of them each row has."""
-    if min(rate, 1 - rate) < 1e-9:  # where log-odds end
-        return np.full(len(scores), float(round(rate)))
+    """Rates below ``MOST_WRONG`` that rise with ``scores`` [M]: the log-odds of their shares of it are ``_SPREAD *
+    scores`` plus what makes the mean over rows ``rate``; ``of_row`` [N] says which of them each row has."""
+    assert rate < MOST_WRONG, rate
+    if rate < 1e-9:  # where log-odds end
+        return np.zeros(len(scores))
+    share = rate / MOST_WRONG
     scores = _SPREAD * scores
     present = scores[of_row]
-    low, high = logit(rate) - present.max() - 1, logit(rate) - present.min() + 1
-    return expit(scores + brentq(lambda offset: expit(present + offset).mean() - rate, low, high))
+    low, high = logit(share) - present.max() - 1, logit(share) - present.min() + 1
+    return MOST_WRONG * expit(scores + brentq(lambda offset: expit(present + offset).mean() - share, low, high))
 
 
 def imbalance_profile(num_classes: int, ratio: float, generator: np.random.Generator) -> np.ndarray:

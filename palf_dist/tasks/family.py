@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from palf_dist.config import DatasetSource, RunConfig
+from palf_dist.config import Condition, DatasetSource, RunConfig, TasksConfig
 from palf_dist.errors import ConfigError, DataError, PalfError
 from palf_dist.inner_models import build_model
 from palf_dist.randomness import random_generator
 from palf_dist.tasks.corruptions import add_label_noise, class_transitions, draw_labels, instance_transitions
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_features, read_inputs
-from palf_dist.tasks.splits import SPLITS, TaskRows, draw_rows, num_task_classes, train_capacity
+from palf_dist.tasks.splits import SPLITS, TaskRows, draw_rows, imbalanced_capacity, num_task_classes, train_capacity
 from palf_dist.types import Rows, TaskGroup, TaskSpec
 
 Datasets = Mapping[str, EncodedDataset]
@@ -67,19 +67,32 @@ def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, .
 
 
 def evaluation_specs(config: RunConfig, datasets: Datasets) -> list[tuple[TaskSpec, ...]]:
-    """The held-out grid (dataset x noise rate x condition x seed), each dataset in the first architecture that fits it,
-    cut into groups of one architecture. The run's seed plays no part: every run is judged on the same tasks."""
+    """The held-out grid (dataset x noise rate x condition x seed, or dataset x condition of a suite x seed), each
+    dataset in the first architecture that fits it, cut into groups of one architecture. The run's seed plays no part:
+    every run is judged on the same tasks."""
     evaluation = config.evaluation
     by_architecture: dict[int, list[TaskSpec]] = {}
-    conditions = {"balanced": (1.0, "train"), "matched": (evaluation.imbalance, "train")}
-    conditions["shifted"] = (evaluation.imbalance, "uniform")
-    grid = product(config.data.held_out, evaluation.noise_rates, evaluation.conditions, range(evaluation.seeds))
-    for source, noise_rate, condition, seed in grid:
-        dataset = datasets[source.name]
-        fitting = (index for index, item in enumerate(config.tasks.architectures) if fits(item, dataset))
+
+    def architecture_of(source: DatasetSource) -> int:
+        fitting = (index for index, item in enumerate(config.tasks.architectures) if fits(item, datasets[source.name]))
         architecture = next(fitting, None)
         if architecture is None:
             raise _unreadable(config, (source,), datasets)
+        return architecture
+
+    optimiser = config.tasks.optimisers[0]
+    for source, item, seed in product(config.data.held_out, evaluation.suite_conditions, range(evaluation.seeds)):
+        architecture = architecture_of(source)
+        suite_keys = ("evaluate", source.name, item.name, seed)
+        spec = condition_task(item, datasets[source.name], config.tasks, suite_keys, architecture, optimiser)
+        by_architecture.setdefault(architecture, []).append(spec)
+    conditions = {"balanced": (1.0, "train"), "matched": (evaluation.imbalance, "train")}
+    conditions["shifted"] = (evaluation.imbalance, "uniform")
+    noise_rates = () if evaluation.suite_conditions else evaluation.noise_rates
+    grid = product(config.data.held_out, noise_rates, evaluation.conditions, range(evaluation.seeds))
+    for source, noise_rate, condition, seed in grid:
+        dataset = datasets[source.name]
+        architecture = architecture_of(source)
         keys = ("evaluate", source.name, f"{noise_rate:g}", condition, seed)
         imbalance, target_prior = conditions[condition]
         by_architecture.setdefault(architecture, []).append(
@@ -92,7 +105,8 @@ def evaluation_specs(config: RunConfig, datasets: Datasets) -> list[tuple[TaskSp
                 imbalance=imbalance,
                 target_prior=target_prior,
                 architecture=architecture,
-                optimiser=config.tasks.optimisers[0],
+                optimiser=optimiser,
+                condition=condition,
             )
         )
     size = config.tasks.group_size
@@ -103,11 +117,40 @@ def evaluation_specs(config: RunConfig, datasets: Datasets) -> list[tuple[TaskSp
     ]
 
 
+def condition_task(
+    condition: Condition,
+    dataset: EncodedDataset,
+    tasks: TasksConfig,
+    keys: tuple[int | str, ...],
+    architecture: int,
+    optimiser: str,
+) -> TaskSpec:
+    """The task that puts ``dataset`` in a condition. Raises DataError for a dataset without two classes to learn."""
+    capacity, class_rows = train_capacity(dataset, tasks), 0
+    if condition.imbalance > 1:
+        capacity, class_rows = imbalanced_capacity(dataset, tasks, condition.imbalance)
+    return TaskSpec(
+        keys=keys,
+        dataset=dataset.name,
+        train_size=min(condition.train_size or capacity, capacity),
+        noise_kind=condition.noise_kind,
+        noise_rate=condition.noise_rate,
+        imbalance=condition.imbalance,
+        target_prior=condition.target_prior,
+        architecture=architecture,
+        optimiser=optimiser,
+        condition=condition.name,
+        class_rows=class_rows,
+    )
+
+
 def check_tasks(config: RunConfig, datasets: Datasets) -> None:
     """Refuse, before any work starts, what a unit would refuse later: raises DataError for an architecture that no
     training dataset fits, a held-out dataset that no architecture fits, or a dataset too small for the tasks, and
     ConfigError for an architecture that cannot be built."""
-    evaluation_specs(config, datasets)
+    judged = {(spec.dataset, spec.condition): spec for specs in evaluation_specs(config, datasets) for spec in specs}
+    for spec in judged.values() if config.evaluation.suite_conditions else ():
+        draw_rows(datasets[spec.dataset], spec, config.tasks)
     imbalance = max(config.tasks.imbalance.high, config.evaluation.imbalance)
     for dataset in datasets.values():
         size = _train_size(config, dataset, random_generator("check", dataset.name))

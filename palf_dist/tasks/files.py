@@ -28,7 +28,10 @@ def parquet_files(path: str) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]:
             files = [info for info in filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
         else:
             files = [found] if found.type == pafs.FileType.File else []
-    except (OSError, pa.ArrowException) as error:
+    except Exception as error:
+        # The hub's client raises those of its HTTP library, which are no OSError.
+        if not (isinstance(error, (OSError, pa.ArrowException)) or path.startswith("hf://")):
+            raise
         raise DataError(f"{path}: cannot be reached ({error})") from error
     if wildcard:
         files = [info for info in files if _matches(info.path, pattern)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,9 @@ the proportion of ``tasks.validation_share``. A split that wants fewer rows take
 MIN_CLASS_ROWS = 8
 """Classes with fewer rows are left out of a dataset's tasks: they could not be in every split."""
 
+RAREST = 5
+"""Training rows that the rarest class of an imbalanced task of a suite has, where the dataset allows it."""
+
 SPLITS = ("test", "meta_validation", "validation", "train")
 
 
@@ -40,19 +42,25 @@ def train_capacity(dataset: EncodedDataset, tasks: TasksConfig) -> int:
     return int(_train_rows(dataset, tasks).sum())
 
 
-def imbalanced_capacity(dataset: EncodedDataset, tasks: TasksConfig, ratio: float) -> int:
-    """The most training rows that a task of this dataset can have at an imbalance of ``ratio``. DataError as above.
+def imbalanced_capacity(dataset: EncodedDataset, tasks: TasksConfig, ratio: float) -> tuple[int, int]:
+    """The most training rows of a task with an imbalance of ``ratio``, and the rows that a class of it has at least
+    (``TaskSpec.class_rows``): so many that the ratio is kept whichever class is drawn to be the most frequent one.
 
-    A class that is to be frequent may have few rows. As which one is to be is random, the size is such that over all
-    classes and frequencies 98 % of the rows asked for are there.
+    A class stays in the task if, as the most frequent one, it leaves the rarest ``RAREST`` training rows; with
+    fewer than two such classes the two largest stay. DataError as above, and where the rarest would have no row.
     """
-    available = _train_rows(dataset, tasks)
-    profile = imbalance_profile(len(available), ratio, random_generator("any order"))
-
-    def missing(size: int) -> float:
-        return 1 - float(np.minimum(size * profile[:, None], available).sum() / (len(available) * size))
-
-    return bisect_right(range(1, int(available.sum()) + 1), 0.02, key=missing)
+    available = np.sort(_train_rows(dataset, tasks))[::-1]
+    counts = np.sort(np.bincount(dataset.labels))[::-1]
+    least = int(counts[max(2, (available >= RAREST * ratio).sum()) - 1])
+    classes = int((counts >= least).sum())
+    profile = imbalance_profile(classes, ratio, random_generator("any order"))
+    size = int(available[classes - 1] / profile.max())
+    if size * profile.min() < 1:
+        raise DataError(
+            f"{dataset.name}: an imbalance of {ratio:g} leaves the rarest class of a task no training row; lower the "
+            "imbalance of the condition, or use a larger dataset"
+        )
+    return size, least
 
 
 def _train_rows(dataset: EncodedDataset, tasks: TasksConfig) -> np.ndarray:
@@ -91,7 +99,7 @@ def draw_rows(dataset: EncodedDataset, spec: TaskSpec, tasks: TasksConfig) -> Ta
         )
     generator = random_generator(*spec.keys, "rows")
     counts = np.bincount(dataset.labels)
-    kept = np.flatnonzero(counts >= MIN_CLASS_ROWS)
+    kept = np.flatnonzero(counts >= max(MIN_CLASS_ROWS, spec.class_rows))
     k = len(kept)
     lookup = np.full(len(counts), -1)
     lookup[kept] = np.arange(k)

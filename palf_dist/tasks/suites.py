@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, cast, get_args
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 
-from palf_dist.config import Count, DataConfig, DatasetSource, NoiseKind, Section, Share, TasksConfig
-from palf_dist.config_loading import Path_, parse_section, read_config
+from palf_dist.config import Condition, Count, DataConfig, DatasetSource, Family, Section
+from palf_dist.config_loading import Path_, parse_section, read_config, too_noisy
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.tasks.datasets import fetch, list_datasets
-from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.files import parquet_files
 from palf_dist.tasks.registry import REGISTRY, find_entry
-from palf_dist.tasks.splits import imbalanced_capacity, train_capacity
-from palf_dist.types import TaskSpec
 
-Family = Literal["image", "text", "tabular"]
 FOLDER = Path(__file__).parent.parent / "suites"
 """Where the suites that come with palf_dist lie."""
 
@@ -51,24 +48,7 @@ class SuiteDataset(DatasetSource):
 
     @property
     def source(self) -> DatasetSource:
-        return DatasetSource(name=self.name, path=self.path, columns=self.columns)
-
-
-class Condition(Section):
-    """What a dataset is put through. Each field left out leaves the data as it is."""
-
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    noise_kind: NoiseKind = "uniform"
-    noise_rate: Share = 0.0
-    imbalance: Annotated[FiniteFloat, Field(strict=True, ge=1)] = Field(
-        default=1.0, description="largest : smallest class frequency in training; 1: as the data is"
-    )
-    target_prior: Literal["train", "uniform"] = Field(
-        default="train", description="class frequencies of the test rows: those of training, or balanced"
-    )
-    train_size: Count | None = Field(
-        default=None, description="most training rows; none: all that the dataset and the imbalance allow"
-    )
+        return DatasetSource(name=self.name, path=self.path, columns=self.columns, family=self.family)
 
 
 class Suite(Section):
@@ -139,40 +119,37 @@ def list_suite(suite: Suite, cache: str | None = None) -> list[dict[str, Any]]:
 
 
 def fetch_suite(suite: Suite, cache: str | None = None) -> dict[str, str]:
-    """Bring a suite's registry datasets into the cache, and see that its Parquet paths can be reached: where each
-    dataset lies, by name. Raises DataError."""
-    paths: dict[str, str] = {}
-    for item in suite.datasets + suite.train_only:
-        if item.path is None:
-            paths |= {name: str(path) for name, path in fetch([item.name], cache).items()}
-        else:
-            parquet_files(item.path)
-            paths[item.name] = item.path
-    return paths
+    """See that a suite's Parquet paths can be reached, then bring its registry datasets into the cache: where each
+    dataset lies, by name. Raises one DataError for all paths that cannot be reached, or as ``fetch`` does."""
+    items = suite.datasets + suite.train_only
+    paths = {item.name: item.path for item in items if item.path is not None}
+    problems = []
+    for path in paths.values():
+        try:
+            parquet_files(path)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    fetched = fetch([item.name for item in items if item.path is None], cache)
+    return {item.name: paths.get(item.name) or str(fetched[item.name]) for item in items}
 
 
-def condition_task(
-    condition: Condition,
-    dataset: EncodedDataset,
-    tasks: TasksConfig,
-    keys: tuple[int | str, ...],
-    architecture: int,
-    optimiser: str,
-) -> TaskSpec:
-    """The task that puts ``dataset`` in a condition. Raises DataError for a dataset without two classes to learn."""
-    ratio = condition.imbalance
-    capacity = imbalanced_capacity(dataset, tasks, ratio) if ratio > 1 else train_capacity(dataset, tasks)
-    return TaskSpec(
-        keys=keys,
-        dataset=dataset.name,
-        train_size=min(condition.train_size or capacity, capacity),
-        noise_kind=condition.noise_kind,
-        noise_rate=condition.noise_rate,
-        imbalance=condition.imbalance,
-        target_prior=condition.target_prior,
-        architecture=architecture,
-        optimiser=optimiser,
-    )
+def suite_overrides(suite: Suite, held_out: str) -> list[str]:
+    """What makes a configuration one of the suite, as ``--set`` writes it: its data and its conditions. ``held_out`` is
+    the number of a fold, or a family. Raises ConfigError."""
+    if held_out.isdecimal() and int(held_out) < len(suite.folds):
+        data = fold_data(suite, int(held_out))
+    elif held_out in get_args(Family):
+        data = family_data(suite, cast(Family, held_out))
+    else:
+        raise ConfigError(
+            f"--fold {held_out}: suite {suite.name} has the folds 0 to {len(suite.folds) - 1} and the families "
+            f"{', '.join(suite.families)}; name one of them"
+        )
+    fields = {f"data.{name}": value for name, value in data.model_dump(mode="json", exclude={"cache"}).items()}
+    fields["evaluation.suite_conditions"] = [item.model_dump(mode="json") for item in suite.conditions]
+    return [f"{field}={json.dumps(value)}" for field, value in fields.items()]
 
 
 def _data(suite: Suite, held_out: Sequence[SuiteDataset], extra: Sequence[SuiteDataset], where: str) -> DataConfig:
@@ -207,6 +184,8 @@ def _cross_checks(suite: Suite) -> dict[Path_, str]:
     for index, name in enumerate(conditions):
         if name in conditions[:index]:
             problems["conditions", index] = f"{name} is named more than once; name it once"
+        if problem := too_noisy(suite.conditions[index].noise_kind, suite.conditions[index].noise_rate):
+            problems["conditions", index, "noise_rate"] = problem
     judged = {item.name: item for item in suite.datasets}
     fold_of: dict[str, int] = {}
     for fold, names in enumerate(suite.folds):

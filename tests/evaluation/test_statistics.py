@@ -10,12 +10,16 @@ from scipy import stats
 
 from palf_dist.evaluation.inference import holm
 from palf_dist.evaluation.measures import MEASURES
-from palf_dist.evaluation.statistics import Tally, compare, compare_each
+from palf_dist.evaluation.statistics import Tally, clusters_of, compare, compare_each
+from palf_dist.evaluation.table import to_records
 from palf_dist.randomness import random_generator
 
 
-def row(method, accuracy, dataset="iris", noise_rate=0.0, condition="balanced", seed=0, architecture=0):
+def row(
+    method, accuracy, dataset="iris", noise_rate=0.0, condition="balanced", seed=0, architecture=0, noise_kind="uniform"
+):
     return {
+        "noise_kind": noise_kind,
         "method": method,
         "dataset": dataset,
         "architecture": architecture,
@@ -44,13 +48,45 @@ def test_differences_are_paired_and_in_points():
 
 @pytest.mark.parametrize(
     "column, value",
-    [("dataset", "wine"), ("noise_rate", 0.3), ("condition", "matched"), ("seed", 1), ("architecture", 1)],
+    [
+        ("dataset", "wine"),
+        ("noise_kind", "pair_flip"),
+        ("noise_rate", 0.3),
+        ("condition", "matched"),
+        ("seed", 1),
+        ("architecture", 1),
+    ],
 )
 def test_tasks_that_differ_in_any_key_are_never_paired(column, value):
     s5 = by_method([row("ce", 0.5), row("s5", 0.6, **{column: value})])["s5"]
     assert s5.overall.difference.tasks == 0
     assert s5.missing == 2  # each of the two tasks lacks one side
     assert math.isnan(s5.overall.difference.mean) and math.isnan(s5.overall.value)
+
+
+def test_datasets_of_one_origin_are_one_cluster():
+    """Against the same tasks with a single name for both, in the errors, the test and the bootstrap."""
+    gains = {"tiles": 0.01, "tiles_fine": 0.02, "digits": 0.04, "wine": -0.01}
+    rows = [
+        row(name, 0.5 + (gain if name == "s5" else 0), dataset) | {"origin": "tiles" if "t" in dataset[0] else dataset}
+        for name in ("ce", "s5")
+        for dataset, gain in gains.items()
+    ]
+    renamed = [each | {"dataset": each["origin"], "architecture": each["dataset"]} for each in rows]
+    got, want = by_method(rows)["s5"], by_method(renamed)["s5"]
+    assert got.overall == want.overall and got.bootstrap == want.bootstrap
+    assert (got.datasets, got.overall.difference.clusters) == (4, 3) and set(got.by_dataset) == set(gains)
+    apart = by_method([{**each, "origin": None} for each in rows])["s5"].overall.difference
+    assert apart.clusters == 4 and apart.p != got.overall.difference.p
+    (pair,) = compare_each(rows, "s5")
+    assert pair.overall.difference.clusters == 3
+
+
+def test_a_source_in_common_joins_clusters():
+    origins = {"one": "a b", "two": "c", "three": "d", "both": "e b c", "bare": ""}
+    found = clusters_of({"dataset": name, "origin": origin} for name, origin in origins.items())
+    assert found["one"] == found["two"] == found["both"]
+    assert len({found[name] for name in ("one", "three", "bare")}) == 3
 
 
 def test_slices_hold_their_own_tasks():
@@ -144,6 +180,48 @@ def test_the_p_values_of_a_table_are_corrected_together():
     assert math.isnan(compared["ce"].adjusted_p)
     differences = [s["accuracy"] - c["accuracy"] for s, c in zip(rows[6:12], rows[:6], strict=True)]
     assert raw["s5"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def test_oracles_and_controls_are_not_corrected_for():
+    random = random_generator("family")
+    names = ("ce", "policy", "s5", "focal", "static_oracle", "static_oracle_left_out", "policy_shuffled")
+    rows = [row(name, 0.5 + 0.03 * random.normal(), dataset) for name in names for dataset in "abcdef"]
+    for compared in (compare(rows), compare_each(rows, "policy")):
+        others = {item.method if item.method != "policy" else item.reference: item for item in compared}
+        left = {name: item for name, item in others.items() if not math.isnan(item.adjusted_p)}
+        assert left.keys() <= {"ce", "s5", "focal"} and len(left) >= 2
+    compared = by_method(rows)
+    raw = {name: compared[name].overall.difference.p for name in ("policy", "s5", "focal")}
+    assert {name: compared[name].adjusted_p for name in raw} == pytest.approx(holm(raw))
+
+
+def test_datasets_within_a_condition_and_noise_rate_have_their_own_tasks():
+    random = random_generator("within")
+    rows = [
+        row(name, 0.5 + 0.05 * random.normal(), dataset, rate, condition, seed)
+        for name in ("ce", "s5")
+        for dataset in ("iris", "wine")
+        for rate in (0.0, 0.3)
+        for condition in ("balanced", "shifted")
+        for seed in range(4)
+    ]
+    s5 = by_method(rows)["s5"]
+    assert list(s5.by_dataset_cell) == [(c, r) for c in ("balanced", "shifted") for r in (0.0, 0.3)]
+    chosen = [
+        [
+            each["accuracy"]
+            for each in rows
+            if (each["method"], each["dataset"]) == (name, "wine")
+            and (each["condition"], each["noise_rate"]) == ("shifted", 0.3)
+        ]
+        for name in ("s5", "ce")
+    ]
+    got = s5.by_dataset_cell["shifted", 0.3]["wine"].difference
+    assert (got.tasks, got.p) == (4, pytest.approx(stats.ttest_rel(*chosen).pvalue))
+    (record,) = [each for each in to_records(compare(rows)) if each["method"] == "s5"]
+    within = record["by_dataset_within"]["shifted 0.3"]
+    raw = {name: part["p"] for name, part in within.items()}
+    assert {name: part["p_holm"] for name, part in within.items()} == pytest.approx(holm(raw), abs=1e-8)
 
 
 def test_a_dataset_is_won_where_its_own_interval_leaves_zero():

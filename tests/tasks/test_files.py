@@ -60,6 +60,20 @@ def test_hub_paths_name_the_package_they_need(monkeypatch: pytest.MonkeyPatch) -
         parquet_files("hf://datasets/x/y")
 
 
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client raises errors of its HTTP library, which are no OSError; elsewhere such an error is a defect."""
+
+    class Away:
+        def get_file_info(self, _: object) -> None:
+            raise RuntimeError("connection refused")
+
+    monkeypatch.setattr("palf_dist.tasks.files._open", lambda base, path: (Away(), base))
+    with pytest.raises(DataError, match=r"^hf://datasets/a/b/\*\.parquet: cannot be reached \(connection refused\)$"):
+        parquet_files("hf://datasets/a/b/*.parquet")
+    with pytest.raises(RuntimeError):
+        parquet_files("s3://a/*.parquet")
+
+
 def test_copies_have_one_fingerprint_and_other_contents_another(folder: Path) -> None:
     shutil.copy(folder / "train-0.parquet", folder / "copy.parquet")
     local = pafs.LocalFileSystem()

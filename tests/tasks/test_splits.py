@@ -144,20 +144,34 @@ def test_a_dataset_too_small_for_two_classes_in_each_split() -> None:
         draw_rows(toy_dataset(rows=400), task_spec(), TasksConfig(test_size=1))
 
 
-@pytest.mark.parametrize("rare", [0.5, 0.05])
-def test_imbalanced_tasks_as_large_as_their_ratio_allows(rare: float) -> None:
-    """Also where a class that is rare in the data is to be the frequent one: 98 % of the rows asked for are there."""
-    labels = (np.arange(4000) < 4000 * rare).astype(np.int64)
-    dataset = toy_dataset(rows=4000, classes=2, labels=labels)
-    size = imbalanced_capacity(dataset, TASKS, 10.0)
-    specs = [task_spec(keys=(key,), train_size=size, imbalance=10.0) for key in range(40)]
-    counts = np.array(
-        [np.bincount((task := draw_rows(dataset, spec, TASKS)).labels[task.rows["train"]]) for spec in specs]
-    )
-    largest = counts.argmax(1)
-    assert set(largest) == {0, 1}
-    by_order = np.array([counts[largest == order].sum(1).mean() for order in (0, 1)]) / size
-    assert abs(by_order.mean() - 0.98) < 0.005
-    ratios = counts.max(1) / counts.min(1)
-    assert ratios.min() > 8.5 and ratios.max() < 11.5
-    assert size < 0.6 * train_capacity(dataset, TASKS)
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ((2000, 2000), 2),
+        ((3800, 200), 2),
+        ((3900, 2300, 374, 326, 293, 190, 144, 60, 20, 9), 7),  # as Reuters is
+        ((50, 50, 50), 3),  # none is large enough: those that are as large as the second
+        ((400, 60, 30), 2),
+    ],
+)
+def test_imbalanced_tasks_keep_their_ratio_and_their_classes(rows: tuple[int, ...], kept: int) -> None:
+    """Whichever class is to be the frequent one, also one that is rare in the data."""
+    labels = np.repeat(np.arange(len(rows)), rows)
+    dataset = toy_dataset(rows=len(labels), classes=len(rows), labels=labels)
+    size, least = imbalanced_capacity(dataset, TASKS, 10.0)
+    largest = set()
+    for key in range(40):
+        spec = task_spec(keys=(key,), train_size=size, imbalance=10.0, class_rows=least)
+        task = draw_rows(dataset, spec, TASKS)
+        counts = np.bincount(task.labels[task.rows["train"]], minlength=task.num_classes)
+        assert len(counts) == task.num_classes == kept and abs(counts.sum() - size) <= 1
+        assert counts.min() >= 1 and (counts.max() + 1) / (counts.min() - 1 or 0.5) > 10 > (counts.max() - 1) / (
+            counts.min() + 1
+        ), "10 but for whole rows"
+        largest.add(int(counts.argmax()))
+    assert largest == set(range(kept)), "every class is the most frequent one in some task"
+
+
+def test_an_imbalance_that_leaves_no_row_of_the_rarest_class() -> None:
+    with pytest.raises(DataError, match=r"^toy: an imbalance of 10 leaves the rarest class of a task no training row"):
+        imbalanced_capacity(toy_dataset(rows=30, classes=3, labels=np.arange(30) % 3), TASKS, 10.0)

