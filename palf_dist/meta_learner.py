@@ -60,6 +60,7 @@ class MetaLearner:
         self._second_moment = np.zeros(self.policy.shape)
         self._recent_norms: deque[float] = deque(maxlen=NORM_HISTORY)
         self._ledger: set[bytes] = set()
+        self._keys = bytearray()  # the same in the order of application: ``state`` is asked for after every step
 
     def apply(self, contributions: Sequence[Contribution]) -> StepReport:
         """Take one outer step with its contributions, in any order, and return what was done.
@@ -75,7 +76,8 @@ class MetaLearner:
             cause = self._verdict(contribution, median)
             if cause is None:
                 accepted.append(contribution)
-                self._ledger.add(_key(contribution.unit))
+                self._ledger.add(key := _key(contribution.unit))
+                self._keys += key
             else:
                 refused[cause] += 1
         return self._take_step(accepted, refused)
@@ -94,14 +96,13 @@ class MetaLearner:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything a resumed run needs to go on bit for bit, as arrays for ``save_checkpoint``."""
-        ledger = b"".join(sorted(self._ledger))
         counters = [self.version, self._updates, self.applied, *self.refused.values()]
         return {
             "policy": self.policy.copy(),
             "first_moment": self._first_moment.copy(),
             "second_moment": self._second_moment.copy(),
             "recent_norms": np.array(self._recent_norms, dtype=np.float64),
-            "ledger": np.frombuffer(ledger, np.uint8).reshape(-1, DIGEST_SIZE).copy(),
+            "ledger": np.array(self._keys).reshape(-1, DIGEST_SIZE),
             "counters": np.array(counters, dtype=np.int64),
         }
 
@@ -117,6 +118,7 @@ class MetaLearner:
         self._second_moment = arrays["second_moment"].astype(np.float64)
         self._recent_norms = deque(arrays["recent_norms"].tolist(), maxlen=NORM_HISTORY)
         self._ledger = {row.tobytes() for row in arrays["ledger"]}
+        self._keys = bytearray(arrays["ledger"].tobytes())
         self.version, self._updates, self.applied, *refused = arrays["counters"].tolist()
         self.refused = dict(zip(REFUSAL_CAUSES, refused, strict=True))
 

@@ -21,7 +21,7 @@ from palf_dist.tasks.datasets import load_all
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "results_scaling.md"
-WORKERS = (10, 100, 1000)
+WORKERS = (10, 100, 1000, 4000, 10000)
 UNITS = 8
 """Of each simulated worker."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,7 +86,7 @@ class SimulatedFleet:
 
         return self._promise(handle, seconds / 2 if dies else seconds, result, dies)
 
-    def wait(self, answers: Sequence[Answer], timeout: float) -> list[Answer]:
+    def wait(self, answers: Collection[Answer], timeout: float) -> list[Answer]:
         end = self.clock() + timeout
         soonest = min(end, self._due[0][0] if self._due else end)
         self.skipped += max(0.0, soonest - self.clock())

@@ -137,6 +137,8 @@ def simulate(
             return metrics
 
         with patch.object(training, "_finish_step", finished):
+            for unit in (*units.select_units(config, 0)[:1], *units.meta_gradient_units(config, 0)[:1]):
+                templates(unit, training._broadcast())  # a real one, which is no work of the driver's
             worked, began, skipped = fleet.worked, time.perf_counter(), fleet.skipped
             for _ in training.run():
                 pass

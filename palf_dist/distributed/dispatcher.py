@@ -8,16 +8,15 @@ given, the other one dropped. Units are pure functions, so that it does not matt
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from palf_dist.config import DistributedConfig
-from palf_dist.distributed.fleet import Answer, Fleet, Handle, Ready, WorkerDied, WorkerRaised
+from palf_dist.distributed.fleet import Fleet, Ready, WorkerDied, WorkerRaised
 from palf_dist.distributed.pool import Broadcast, OnEvent, UnitBug, UnitError, describe
+from palf_dist.distributed.seats import Issue, Seat, SeatQueue, Seats
 from palf_dist.errors import ClusterError, PalfError
 from palf_dist.faults import fault_point
 from palf_dist.types import Contribution, Unit
@@ -45,42 +44,6 @@ IDLE_SECONDS = 60.0
 """``workers: auto`` gives back a worker that has had nothing to do for so long."""
 
 
-@dataclass(eq=False)
-class _Issue:
-    """A unit on its way through the pool."""
-
-    unit: Unit
-    broadcast: Broadcast
-    carried: dict[str, np.ndarray] | None
-    attempts: int = 0
-    raised: int = 0
-    halvings: int = 0  # times that it had its worker killed for memory
-    seats: list[_Seat] = field(default_factory=list)  # those at work on it now: two where it was late
-    given: bool = False
-
-
-@dataclass(eq=False)
-class _Seat:
-    """One worker, from its start to its end."""
-
-    number: int
-    handle: Handle
-    answer: Answer | None  # to its start, to the unit it works on, or to nothing
-    since: float  # when it began what it does now, be it nothing
-    deadline: float
-    lost: float | None = None  # when its forerunner was found lost
-    ready: Ready | None = None  # None while it starts
-    issue: _Issue | None = None
-    leaving: bool = False  # its node is gone or soon will be: it gets no more work
-
-    @property
-    def idle(self) -> bool:
-        return self.ready is not None and self.issue is None and not self.leaving
-
-    def __str__(self) -> str:
-        return f"worker {self.number}" + (f" (pid {self.ready.pid})" if self.ready else "")
-
-
 class Dispatcher:
     """``settings.workers`` workers of a fleet, or as many as it has room for and units need. Implements WorkerPool."""
 
@@ -91,12 +54,14 @@ class Dispatcher:
         self.duplicated = 0  # units that were issued a second time while the first was still at work
         self.recoveries: list[float] = []  # seconds from each loss of a worker to the moment its successor was ready
         self._fleet, self._settings, self._on_event, self._steady = fleet, settings, on_event, steady
-        self._queue: deque[_Issue] = deque()
+        self._queue: deque[Issue] = deque()
         self._arrived: deque[Contribution] = deque()
-        self._there: deque[_Seat] = deque()  # their answers are there, and not taken yet: one at a time is in memory
+        self._there: deque[Seat] = deque()  # their answers are there, and not taken yet: one at a time is in memory
         self._unfinished = 0  # units submitted that have not arrived
         self._durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._seats: list[_Seat] = []
+        self._limits: dict[str, float] = {}  # how long a unit of a kind may take before it is late
+        self._alone: dict[str, SeatQueue] = defaultdict(SeatQueue)  # at work on what may be issued twice, by beginning
+        self._seats = Seats()
         self._room: int | None = None
         self._failed_starts: dict[int, int] = {}  # in a row, by the worker's number
         self._given_up = 0  # workers that never started
@@ -105,19 +70,14 @@ class Dispatcher:
 
     @property
     def alive(self) -> int:
-        return sum(seat.ready is not None for seat in self._seats)
+        return self._seats.alive
 
     @property
     def capacity(self) -> int:
         """Units worth having in flight, where the caller chooses how many."""
         if self._settings.workers != "auto":
             return self._settings.workers
-        return max(1, self._staying)
-
-    @property
-    def _staying(self) -> int:
-        """Workers that are ready and may get more work."""
-        return sum(seat.ready is not None and not seat.leaving for seat in self._seats)
+        return max(1, self._seats.staying)
 
     @property
     def pids(self) -> list[int]:
@@ -129,7 +89,7 @@ class Dispatcher:
         return self._unfinished + len(self._arrived)
 
     def submit(self, unit: Unit, broadcast: Broadcast, carried: dict[str, np.ndarray] | None = None) -> None:
-        self._queue.append(_Issue(unit, broadcast, carried))
+        self._queue.append(Issue(unit, broadcast, carried))
         self._unfinished += 1
 
     def next_completed(self, timeout: float) -> Contribution | None:
@@ -140,13 +100,10 @@ class Dispatcher:
             self._hand_out()
             if self._arrived:
                 return self._arrived.popleft()
-            waiting = {seat.answer: seat for seat in self._seats if seat.answer is not None}
-            if not waiting and not self._unfinished:
-                return None
-            soonest = min(end, self._next_look, self._next_straggler(), *(seat.deadline for seat in waiting.values()))
             if not self._there:
-                answers = self._fleet.wait(list(waiting), max(0.0, soonest - self._fleet.clock()))
-                self._there.extend(waiting[answer] for answer in answers)
+                if not self._seats.awaited and not self._unfinished:
+                    return None
+                self._wait(end)
             while self._there and not self._arrived:
                 self._take(self._there.popleft())
             self._expire()
@@ -159,59 +116,73 @@ class Dispatcher:
         self._unfinished = 0
         for seat in self._seats:
             self._fleet.kill(seat.handle)
-        self._seats = []
+        self._seats = Seats()
         self._there.clear()
+        self._alone.clear()
+
+    def _wait(self, end: float) -> None:
+        """Until an answer is there or something is to be done, at the latest until ``end``. All answers that are there
+        by then are to be taken before the next wait: for a fleet it is a look at every worker."""
+        seats = self._seats
+        soonest = min(end, self._next_look, self._next_straggler(), seats.deadlines.least)
+        answers = self._fleet.wait(seats.awaited.keys(), max(0.0, soonest - self._fleet.clock()))
+        for seat in sorted(map(seats.arrived, answers)):
+            self._unwatch(seat)
+            self._there.append(seat)
 
     def _hand_out(self) -> None:
         """Queued units go to idle workers; what then is idle does once more what is late elsewhere."""
         if self._queue and self._settings.workers == "auto":
             self._fill()
-        idle = deque(seat for seat in self._seats if seat.idle)
-        while self._queue and idle:
-            self._give(self._queue.popleft(), idle.popleft())
-        if not idle:
-            return
+        idle = self._seats.idle
+        while self._queue and (free := idle.first):
+            self._give(self._queue.popleft(), free)
         now = self._fleet.clock()
-        for late_from, seat in sorted(self._stragglers(), key=lambda pair: pair[1].since):
-            if late_from <= now and idle and seat.issue is not None:
-                text = f"{describe(seat.issue.unit)} has been with {seat} for {now - seat.since:.0f} s"
-                self._on_event(f"{text}, far longer than its kind takes; it is issued a second time")
-                self.duplicated += 1
-                self._give(seat.issue, idle.popleft())
+        while (free := idle.first) and (late := self._latest(now)):
+            assert late.issue is not None
+            text = f"{describe(late.issue.unit)} has been with {late} for {now - late.since:.0f} s"
+            self._on_event(f"{text}, far longer than its kind takes; it is issued a second time")
+            self.duplicated += 1
+            self._unwatch(late)
+            self._give(late.issue, free)
 
-    def _give(self, issue: _Issue, seat: _Seat) -> None:
+    def _give(self, issue: Issue, seat: Seat) -> None:
         issue.attempts += 1
         issue.seats.append(seat)
-        seat.issue, seat.since = issue, self._fleet.clock()
-        seat.deadline = seat.since + self._settings.unit_timeout
-        seat.answer = self._fleet.run(seat.handle, issue.unit, issue.broadcast, issue.carried, issue.halvings)
+        now = self._fleet.clock()
+        answer = self._fleet.run(seat.handle, issue.unit, issue.broadcast, issue.carried, issue.halvings)
+        self._seats.busy(seat, issue, answer, now, now + self._settings.unit_timeout)
+        self._watch(issue)
 
-    def _stragglers(self) -> list[tuple[float, _Seat]]:
-        """Workers whose unit could be issued a second time, each with the moment from which it is late."""
-        limits = {
-            kind: max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(durations))
-            for kind, durations in self._durations.items()
-            if len(durations) >= STRAGGLER_AFTER
-        }
-        return [
-            (seat.since + limits[issue.unit.kind], seat)
-            for seat in self._seats
-            if (issue := seat.issue) is not None
-            and issue.unit.kind in limits
-            and not issue.given
-            and len(issue.seats) == 1
-            and seat not in self._there
-            and issue.attempts < self._settings.max_attempts
-        ]
+    def _watch(self, issue: Issue) -> None:
+        """Issue a unit a second time once it is late, if a worker is alone at work on it and it may be tried again."""
+        if len(issue.seats) == 1 and not issue.given and issue.attempts < self._settings.max_attempts:
+            (seat,) = issue.seats
+            if not seat.there:
+                self._alone[issue.unit.kind].put(seat, seat.since)
+
+    def _unwatch(self, seat: Seat) -> None:
+        if seat.issue is not None:
+            self._alone[seat.issue.unit.kind].discard(seat)
+
+    def _latest(self, now: float) -> Seat | None:
+        """The worker whose unit is late, and of those the one that has been at it for longest."""
+        firsts = [self._alone[kind].first for kind in self._limits if self._late_from(kind) <= now]
+        return min((seat for seat in firsts if seat), key=lambda seat: (seat.since, seat), default=None)
+
+    def _late_from(self, kind: str) -> float:
+        """When the next unit of a kind is late."""
+        return self._alone[kind].least + self._limits[kind]
 
     def _next_straggler(self) -> float:
         """When there is next something to do for an idle worker."""
-        if not any(seat.idle for seat in self._seats):
+        if self._seats.idle.first is None:
             return float("inf")
-        return min((late_from for late_from, _ in self._stragglers()), default=float("inf"))
+        return min(map(self._late_from, self._limits), default=float("inf"))
 
-    def _take(self, seat: _Seat) -> None:
+    def _take(self, seat: Seat) -> None:
         """What a worker has answered, be it that it is dead."""
+        seat.there = False
         if seat.issue is not None and seat.ready is not None:
             fault_point("driver_before_take", seat.issue.unit, seat.ready.pid)
         try:
@@ -228,9 +199,9 @@ class Dispatcher:
         else:
             now = self._fleet.clock()
             issue, began = seat.issue, seat.since
-            seat.issue, seat.answer, seat.since, seat.deadline = None, None, now, float("inf")
+            self._seats.free(seat, now)
             if isinstance(result, Ready):
-                seat.ready = result
+                self._seats.started(seat, result)
                 self._failed_starts.pop(seat.number, None)
                 if seat.lost is not None:
                     self.recoveries.append(now - seat.lost)
@@ -240,11 +211,18 @@ class Dispatcher:
             issue.seats.remove(seat)
             if not issue.given:
                 issue.given = True
-                self._durations[issue.unit.kind].append(now - began)
+                self._note(issue.unit.kind, now - began)
                 self._arrived.append(result)
                 self._unfinished -= 1
 
-    def _raised(self, seat: _Seat, error: WorkerRaised) -> None:
+    def _note(self, kind: str, seconds: float) -> None:
+        """How long a unit took."""
+        durations = self._durations[kind]
+        durations.append(seconds)
+        if len(durations) >= STRAGGLER_AFTER:
+            self._limits[kind] = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(durations))
+
+    def _raised(self, seat: Seat, error: WorkerRaised) -> None:
         """A worker that raised is replaced too: its process may be what is broken."""
         issue = seat.issue
         if isinstance(error.cause, PalfError):
@@ -255,11 +233,11 @@ class Dispatcher:
             raise UnitBug(f"{describe(issue.unit)} failed on {issue.raised} workers: {error}") from error
         self._lose(seat, f"{seat} raised {error}")
 
-    def _failed_to_start(self, seat: _Seat, error: WorkerDied) -> None:
+    def _failed_to_start(self, seat: Seat, error: WorkerDied) -> None:
         failed = self._failed_starts[seat.number] = self._failed_starts.get(seat.number, 0) + 1
         if failed < self._settings.max_attempts:
             self._lose(seat, f"{seat} died while starting ({error.cause})")
-        elif self._staying:  # something is wrong with the place that it goes to
+        elif self._seats.staying:  # something is wrong with the place that it goes to
             self._given_up += 1
             del self._failed_starts[seat.number]  # the number may be used again
             self._remove(seat)
@@ -281,13 +259,13 @@ class Dispatcher:
                 f"distributed.workers: no worker has become ready within {patience:g} s; each asks for "
                 f"{self._fleet.each}; is the cluster too small for that, or busy with other work?"
             )
-        for seat in [seat for seat in self._seats if seat.deadline <= now and seat not in self._there]:
+        for seat in self._seats.overdue(now):
             if seat.ready is None:
                 self._lose(seat, f"{seat} did not start within {STARTING_SECONDS:g} s")
             else:
                 self._lose(seat, f"{seat} stalled (distributed.unit_timeout = {self._settings.unit_timeout:g} s)")
 
-    def _lose(self, seat: _Seat, what: str) -> None:
+    def _lose(self, seat: Seat, what: str) -> None:
         """Kill what is left of a worker, start another one in its place, and put its unit back."""
         self._remove(seat)
         issue = seat.issue
@@ -306,13 +284,15 @@ class Dispatcher:
         self.reissued += 1
         self._queue.appendleft(issue)
 
-    def _remove(self, seat: _Seat) -> None:
+    def _remove(self, seat: Seat) -> None:
         self._fleet.kill(seat.handle)
         self._seats.remove(seat)
-        if seat in self._there:
+        self._unwatch(seat)
+        if seat.there:
             self._there.remove(seat)
         if seat.issue is not None:
             seat.issue.seats.remove(seat)
+            self._watch(seat.issue)
 
     def _look(self) -> None:
         """Follow the cluster: leave the nodes that are leaving, and have as many workers as are worth it."""
@@ -321,7 +301,7 @@ class Dispatcher:
         nodes = self._fleet.nodes()
         for seat in list(self._seats):
             if seat.ready is not None and seat.ready.node not in nodes and not seat.leaving:
-                seat.leaving = True
+                self._seats.leave(seat)
                 self._on_event(f"the node of {seat} is leaving or gone; it is replaced")
             if seat.leaving and seat.issue is None:
                 self._remove(seat)
@@ -352,11 +332,10 @@ class Dispatcher:
         else:
             wanted = workers - self._given_up
         now = self._fleet.clock()
-        taken = {seat.number for seat in self._seats}
-        missing = wanted - sum(not seat.leaving for seat in self._seats)
-        for number in itertools.islice((n for n in itertools.count() if n not in taken), max(0, missing)):
+        for _ in range(wanted - self._seats.lasting):
+            number = self._seats.free_number()
             handle, answer = self._fleet.start(number)
-            self._seats.append(_Seat(number, handle, answer, now, now + STARTING_SECONDS, lost))
+            self._seats.add(number, handle, answer, now, now + STARTING_SECONDS, lost)
 
     def _retire(self) -> None:
         """Let go of workers that found no room, as it has shrunk, and of those that long had nothing to do."""

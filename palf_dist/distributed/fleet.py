@@ -5,7 +5,7 @@ A fleet starts, asks and kills; it decides nothing and never waits for longer th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,7 +79,7 @@ class Fleet(Protocol):
         """Have a worker that is ready run one unit; the answer is its contribution. ``halvings``: as for UnitRunner."""
         ...
 
-    def wait(self, answers: Sequence[Answer], timeout: float) -> list[Answer]:
+    def wait(self, answers: Collection[Answer], timeout: float) -> list[Answer]:
         """Those of ``answers`` that are there, as soon as there are any; none after ``timeout`` seconds. Where no
         answers are waited for, it is the time alone."""
         ...

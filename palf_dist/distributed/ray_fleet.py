@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class RayFleet:
         answer: ray.ObjectRef = handle.run.remote(unit, self._broadcasts[broadcast], carried, halvings)
         return answer
 
-    def wait(self, answers: Sequence[ray.ObjectRef], timeout: float) -> list[ray.ObjectRef]:
+    def wait(self, answers: Collection[ray.ObjectRef], timeout: float) -> list[ray.ObjectRef]:
         if not answers:
             time.sleep(timeout)
             return []

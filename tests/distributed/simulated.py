@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -106,7 +106,7 @@ class SimulatedFleet:
             self._doom(answer, next(self._units, Fate(10.0)), Contribution(unit, broadcast.version, halvings=halvings))
         return answer
 
-    def wait(self, answers: Sequence[SimulatedAnswer], timeout: float) -> list[SimulatedAnswer]:
+    def wait(self, answers: Collection[SimulatedAnswer], timeout: float) -> list[SimulatedAnswer]:
         assert all(not answer.worker.killed and not answer.taken for answer in answers)
         assert timeout < INFINITY
         end = self.now + timeout
