@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ from ray.job_submission import JobSubmissionClient
 from ray.scripts.scripts import cli as ray_cli
 from typer.main import get_command
 
-from cluster.hosts import HEAD, LAPTOP
+from cluster.hosts import HEAD, LAPTOP, HostsError, check
 from palf_dist.cli import app
 from palf_dist.jobs.client import authorisation
 from tests.command import SMOKE, Command
@@ -97,6 +100,33 @@ def test_the_messages_that_are_quoted_are_said() -> None:
         pieces = (piece.strip(" ;,()") for piece in re.split(r"\.\.\.|;|\d+|SIGKILL|^(?:.* )?worker 3", quote))
         missing += [piece for piece in pieces if len(piece) > 2 and piece not in source]
     assert missing == []
+
+
+@pytest.mark.slow
+def test_what_the_hosts_are_told_can_be_typed(tmp_path: Path) -> None:
+    """By root, who needs no sudo, with hosts of this test's own."""
+    try:
+        check()
+    except HostsError as error:
+        pytest.skip(str(error))
+    here = [sys.executable, str(ROOT / "cluster" / "hosts.py"), "--name", f"typed-{os.getpid()}"]
+    *lines, last = commands("sh hosts")
+    try:
+        for _, _, _, *words in lines:
+            typed = [word.replace("/tmp/run", str(tmp_path / "run")) for word in words]
+            ended = subprocess.run(
+                [*here, *typed],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=400,
+                stdin=subprocess.DEVNULL,
+                check=False,
+            )
+            assert ended.returncode == 0, f"{typed}\n{ended.stdout}\n{ended.stderr}"
+    finally:
+        assert subprocess.run([*here, *last[3:]], timeout=60, check=False).returncode == 0
+    assert (tmp_path / "run" / "best" / "policy.safetensors").exists()
 
 
 @pytest.fixture
