@@ -8,10 +8,11 @@ OFFLINE ?=
 MARKS := $(if $(OFFLINE),and not network)
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train test bench bench-tuneloss soak lint format clean
+.PHONY: help meta-train results test bench bench-tuneloss soak lint format clean
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
+	@echo "make results      the published table: docs/results.md from both folds of the suite palf12, in runs/palf12; goes on where it was stopped"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
 	@echo "make bench        all benchmarks, one after the other: hours"
 	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
@@ -22,6 +23,18 @@ help:
 
 meta-train: $(STAMP)
 	$(BIN)/palf-dist meta-train --config configs/quick.yaml $(ARGS)
+
+# A run that has results is finished: resumed, it would be evaluated anew. Remove it to have it done again.
+results: $(STAMP)
+	$(BIN)/palf-dist datasets fetch --suite palf12
+	for fold in 0 1; do \
+	  run=runs/palf12/fold-$$fold; \
+	  if test -e $$run/results.parquet; then continue; \
+	  elif test -e $$run/config.yaml; then $(BIN)/palf-dist meta-train --resume $$run $(ARGS); \
+	  else $(BIN)/palf-dist meta-train --config configs/palf12.yaml --suite palf12 --fold $$fold --run-dir $$run $(ARGS); \
+	  fi || exit; \
+	done
+	$(BIN)/palf-dist results runs/palf12/* --output docs
 
 test: lint
 	$(BIN)/pytest -m "not slow $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=

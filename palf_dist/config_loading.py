@@ -142,17 +142,19 @@ def is_search_config(path: str | Path) -> bool:
     return isinstance(data, dict) and "target" in data
 
 
-def config_differences(old: C, new: C, resumable: Sequence[str] = RESUMABLE) -> list[str]:
+def config_differences(
+    old: C, new: C, free: Sequence[str] = RESUMABLE, places: tuple[str, str] = ("in the run", "now")
+) -> list[str]:
     """Fields on which ``new`` differs from the run's ``old`` configuration so that it cannot resume the run.
 
-    Each entry reads ``field: OLD in the run, NEW now``; the fields of ``resumable`` may differ.
+    Each entry reads ``field: OLD in the run, NEW now``, or as ``places`` has it; the ``free`` fields may differ.
     """
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     return [
-        f"{field}: {_shown(before.get(field))} in the run, {_shown(after.get(field))} now"
+        f"{field}: {_shown(before.get(field))} {places[0]}, {_shown(after.get(field))} {places[1]}"
         for field in sorted(before.keys() | after.keys())
         if before.get(field) != after.get(field)
-        and not any(field == free or field.startswith(free + ".") for free in resumable)
+        and not any(field == name or field.startswith(name + ".") for name in free)
     ]
 
 

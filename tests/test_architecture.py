@@ -68,6 +68,7 @@ ORDER = (
     "cli_tune",
     "cli_jobs",
     "cli_doctor",
+    "cli_results",
     "cli",
     "__main__",
 )
@@ -112,7 +113,7 @@ def test_imports_go_one_way(module: Path) -> None:
         ("ray", {"distributed", "search", "doctor", "jobs"}),
         ("ray.tune", {"search"}),
         ("mlflow", {"tracking_delivery"}),
-        ("typer", {"cli", "cli_shared", "cli_tune", "cli_jobs", "cli_doctor"}),
+        ("typer", {"cli", "cli_shared", "cli_tune", "cli_jobs", "cli_doctor", "cli_results"}),
     ],
 )
 def test_few_places_know_the_library(library: str, owners: set[str]) -> None:

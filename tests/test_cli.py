@@ -25,8 +25,9 @@ def test_help_is_quick_and_says_what_there_is() -> None:
     [
         ((), ["meta-train", "evaluate", "report", "datasets"]),
         (("meta-train",), ["--config", "--set", "--run-dir", "--workers", "--address", "--resume", "--json"]),
-        (("evaluate",), ["POLICY", "--config", "--set", "--workers", "--json"]),
+        (("evaluate",), ["POLICY", "--config", "--set", "--workers", "--quick", "--json"]),
         (("report",), ["RUN_DIR", "--json"]),
+        (("results",), ["RUN_DIR...", "--output", "--json"]),
         (("datasets",), ["list", "show", "fetch"]),
         (("datasets", "fetch"), ["NAME", "--suite", "palf12", "--json", "PALF_CACHE"]),
         (("datasets", "list"), ["--suite", "palf12", "--json"]),

@@ -25,7 +25,7 @@ from palf_dist.distributed.session import Session, Stopped, open_session
 from palf_dist.errors import DataError, PolicyFileError
 from palf_dist.evaluation.methods import check_methods
 from palf_dist.policies import policy_spec
-from palf_dist.policies.policy_file import load_policy
+from palf_dist.policies.policy_file import load_policy, trained_on
 from palf_dist.progress import Progress
 from palf_dist.run_directory import CONFIG, REPORT, RESULTS
 from palf_dist.tasks.cache import cache_folder
@@ -190,7 +190,7 @@ def _check_unchanged(checkpoint: Checkpoint, datasets: Mapping[str, EncodedDatas
 def _check_held_out(held_out: Sequence[EncodedDataset], card: Mapping[str, Any]) -> None:
     """Raises DataError for a held-out dataset that the policy of this card was trained on."""
     for dataset in held_out:
-        if dataset.name in card["trained_on"] or not dataset.origins.isdisjoint(card["origins"]):
+        if trained_on(card, dataset.name, dataset.origins):
             raise DataError(
                 f"data.held_out: the policy was trained on rows of {dataset.name} (origin {dataset.origin}; it was "
                 f"trained on {', '.join(card['trained_on'])}); name a dataset that it has never seen"

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from palf_dist.evaluation.methods import METHODS, REFERENCE
+from palf_dist.evaluation.methods import LEARNED, METHODS, REFERENCE, Method
 from palf_dist.evaluation.statistics import Comparison, Rows, Task, compare, compare_each, task_of, to_rows
 
 Row = Mapping[str, Any]
@@ -62,6 +62,10 @@ PICKS: dict[str, Pick] = {
     )
 }
 """The methods derived from others, by name."""
+
+
+DESCRIBED: dict[str, Method | Pick] = {**METHODS, **PICKS, **{method.name: method for method in LEARNED.values()}}
+"""What has a label and a note, by the name that rows have."""
 
 
 def held_out(rows: Rows) -> tuple[list[Comparison], list[Comparison]]:

@@ -119,6 +119,16 @@ METHODS: dict[str, Method] = {
 }
 
 
+LEARNED: dict[str, Method] = {
+    kind: Method(name, label, uses_policy=True, note=f"of runs with policy.kind {kind}, beside those of the policy")
+    for kind, name, label in (
+        ("schedule", "learned_schedule", "learned schedule (t/T only)"),
+        ("constant", "learned_constant", "learned constants"),
+    )
+}
+"""Policies that know less, by ``policy.kind``: methods where their runs are joined with those of another policy."""
+
+
 def is_claimed(method: str) -> bool:
     """Whether a row of the comparison is a method to be chosen, rather than an oracle or a control."""
     return method not in ORACLES and not (method in METHODS and METHODS[method].control)

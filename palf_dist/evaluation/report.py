@@ -102,9 +102,8 @@ def make_report(run_dir: str | Path, location: str | Path | None = None) -> Repo
 
     pictures: dict[str, bytes] = {}
     if comparisons:
-        pictures["held_out"] = plots.to_png(plots.plot_held_out(comparisons))
-        pictures["noise"] = plots.to_png(plots.plot_noise(comparisons))
-    if (last := _last_trajectories(location or run_dir)) is not None:
+        pictures |= comparison_pictures(comparisons)
+    if (last := last_trajectories(location or run_dir)) is not None:
         pictures["alpha"] = plots.to_png(plots.plot_alpha(last))
     if metrics is not None and metrics.num_rows:
         pictures["outer_loss"] = plots.to_png(plots.plot_outer_loss(metrics))
@@ -159,7 +158,16 @@ def read_table(path: Path) -> pa.Table | None:
         ) from error
 
 
-def _last_trajectories(run_dir: str | Path) -> pa.Table | None:
+def comparison_pictures(comparisons: Sequence[Comparison]) -> dict[str, bytes]:
+    """The pictures of a held-out comparison as PNG, by name; ``CAPTIONS`` has what they show."""
+    return {
+        "held_out": plots.to_png(plots.plot_held_out(comparisons)),
+        "noise": plots.to_png(plots.plot_noise(comparisons)),
+    }
+
+
+def last_trajectories(run_dir: str | Path) -> pa.Table | None:
+    """Trajectories of the ``LAST_STEPS`` outer steps of a run at a path or a URI; None where it has none."""
     try:
         steps = trajectory_steps(run_dir)
         table = read_trajectories(run_dir, steps=steps[-LAST_STEPS:])
@@ -196,7 +204,7 @@ def _page(
         pictures,
         CAPTIONS,
         name=config.name,
-        headline=_headline(comparisons),
+        headline=headline_sentence(comparisons),
         facts=_facts(config, metrics, card),
         tables=tables,
         usage=usage(join(location, policy)) if (run_dir / policy).exists() and config.policy.shield is None else None,
@@ -211,7 +219,8 @@ def _table(title: str, cells: Cells, looks: Sequence[str], notes: Sequence[str])
     return {"title": title, "header": header, "rows": list(zip(looks, rows, strict=True)), "notes": notes}
 
 
-def _headline(comparisons: Sequence[Comparison]) -> str:
+def headline_sentence(comparisons: Sequence[Comparison]) -> str:
+    """What the policy is worth on held-out datasets, in words."""
     if not comparisons:
         return "There are no held-out results yet: the evaluation comes at the end of the run."
     policy = next((item for item in comparisons if is_policy(item.method)), None)

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from palf_dist.evaluation.derived import PICKS
+from palf_dist.evaluation.derived import DESCRIBED
 from palf_dist.evaluation.inference import holm
 from palf_dist.evaluation.measures import SECONDS
 from palf_dist.evaluation.methods import METHODS, REFERENCE
@@ -35,8 +35,7 @@ CONSOLE_TABLES = {
 
 def label_of(method: str) -> str:
     """The label of a method; a method that this version does not know goes by its own name."""
-    known = METHODS.get(method) or PICKS.get(method)
-    return known.label if known else method
+    return DESCRIBED[method].label if method in DESCRIBED else method
 
 
 def is_policy(method: str) -> bool:
@@ -50,7 +49,7 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
         {
             "method": item.method,
             "label": label_of(item.method),
-            "accuracy": _number(item.overall.value),
+            "accuracy": number(item.overall.value),
             **_difference(item.overall.difference),
             "by_noise": _slices({f"{rate:g}": part for rate, part in item.by_noise.items()}),
             "by_condition": _slices(item.by_condition),
@@ -103,7 +102,7 @@ def to_pair_cells(pairs: Sequence[Comparison]) -> Cells:
     """One method against each other one (``compare_each``)."""
     header = ["against", "difference", "95 % interval", "bootstrap", "p (Holm)", "won-tied-lost"]
     rows = [
-        [label_of(item.reference), _signed(item.overall.difference), _interval(item), *_certainty(item)]
+        [label_of(item.reference), signed(item.overall.difference), _interval(item), *_certainty(item)]
         for item in pairs
     ]
     return header, rows
@@ -113,14 +112,14 @@ def to_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] =
     """Markdown tables with all columns, the policy in bold, and the notes below each; ``pairs`` as a last one."""
     bold = [is_policy(item.method) for item in comparisons]
     parts = [
-        _markdown_table(to_cells(comparisons), bold),
+        markdown_table(to_cells(comparisons), bold),
         _markdown_notes(table_notes(comparisons)),
-        _markdown_table(to_measure_cells(comparisons), bold),
+        markdown_table(to_measure_cells(comparisons), bold),
         _markdown_notes(measure_notes(comparisons)),
     ]
     if pairs:
         title = f"The {label_of(pairs[0].method)} against each of the others, in points of accuracy:\n"
-        parts += [title, _markdown_table(to_pair_cells(pairs), [False] * len(pairs))]
+        parts += [title, markdown_table(to_pair_cells(pairs))]
     return "\n".join(parts)
 
 
@@ -204,7 +203,7 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
         )
     if reference.overall.difference.clusters == 1:
         notes.append("With one dataset there is no standard error: hold out two or more that share no rows.")
-    known = [method for item in comparisons if (method := METHODS.get(item.method) or PICKS.get(item.method))]
+    known = [DESCRIBED[item.method] for item in comparisons if item.method in DESCRIBED]
     notes += [f"{method.label}: {method.note}." for method in known if method.note]
     for item in comparisons:
         if item.missing or item.non_finite:
@@ -227,14 +226,14 @@ def extent(item: Comparison) -> str:
 
 def _cell(item: Comparison, part: Slice) -> str:
     """The reference's accuracy, or another method's difference to it with the standard error."""
-    return _accuracy(part) if item.method == REFERENCE else _signed(part.difference)
+    return _accuracy(part) if item.method == REFERENCE else signed(part.difference)
 
 
 def _difference_cell(item: Comparison) -> str:
-    return NOTHING if item.method == REFERENCE else _signed(item.overall.difference)
+    return NOTHING if item.method == REFERENCE else signed(item.overall.difference)
 
 
-def _signed(estimate: Estimate) -> str:
+def signed(estimate: Estimate) -> str:
     """As "+4.30 (.83)"."""
     if math.isnan(estimate.mean):
         return NOTHING
@@ -247,8 +246,12 @@ def _accuracy(part: Slice) -> str:
 
 
 def _interval(item: Comparison) -> str:
-    estimate = item.overall.difference
-    if item.method == item.reference or math.isnan(estimate.se):
+    return NOTHING if item.method == item.reference else interval(item.overall.difference)
+
+
+def interval(estimate: Estimate) -> str:
+    """The 95 % interval, as "+2.40 to +6.20"."""
+    if math.isnan(estimate.se):
         return NOTHING
     return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
 
@@ -288,10 +291,12 @@ def _certainty(item: Comparison) -> list[str]:
     return [f"{low:+.2f} to {high:+.2f}", p, f"{tally.wins}-{tally.ties}-{tally.losses}"]
 
 
-def _markdown_table(table: Cells, bold: Sequence[bool]) -> str:
+def markdown_table(table: Cells, bold: Sequence[bool] | None = None, texts: int = 1) -> str:
+    """The cells as a Markdown table, rows that are ``bold`` in bold; the first columns are ``texts``, then numbers."""
     header, rows = table
-    lines = [_markdown_row(header), _markdown_row(["---", *["---:"] * (len(header) - 1)])]
-    lines += [_markdown_row([f"**{c}**" for c in row] if b else row) for row, b in zip(rows, bold, strict=True)]
+    lines = [_markdown_row(header), _markdown_row(["---"] * texts + ["---:"] * (len(header) - texts))]
+    looks = bold or [False] * len(rows)
+    lines += [_markdown_row([f"**{c}**" for c in row] if b else row) for row, b in zip(rows, looks, strict=True)]
     return "\n".join(lines) + "\n"
 
 
@@ -306,7 +311,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
 def _slices(parts: Mapping[str, Slice]) -> dict[str, dict[str, Any]]:
     return {
         name: {
-            "accuracy": _number(part.value),
+            "accuracy": number(part.value),
             **_difference(part.difference),
             "tasks": part.difference.tasks,
         }
@@ -320,7 +325,7 @@ def _within(item: Comparison) -> dict[str, dict[str, Any]]:
     for (condition, rate), parts in item.by_dataset_cell.items():
         adjusted = holm({name: part.difference.p for name, part in parts.items()})
         found[f"{condition} {rate:g}"] = {
-            name: {**record, "p": _number(parts[name].difference.p, 9), "p_holm": _number(adjusted[name], 9)}
+            name: {**record, "p": number(parts[name].difference.p, 9), "p_holm": number(adjusted[name], 9)}
             for name, record in _slices(parts).items()
         }
     return found
@@ -328,18 +333,18 @@ def _within(item: Comparison) -> dict[str, dict[str, Any]]:
 
 def _difference(estimate: Estimate) -> dict[str, Any]:
     return {
-        "diff_vs_ce": _number(estimate.mean),
-        "se": _number(estimate.se),
-        "ci95": None if math.isnan(estimate.se) else [_number(estimate.low), _number(estimate.high)],
+        "diff_vs_ce": number(estimate.mean),
+        "se": number(estimate.se),
+        "ci95": None if math.isnan(estimate.se) else [number(estimate.low), number(estimate.high)],
     }
 
 
 def _test(item: Comparison) -> dict[str, Any]:
-    low, high = (_number(end) for end in item.bootstrap)
+    low, high = (number(end) for end in item.bootstrap)
     return {
         "ci95_bootstrap": None if low is None else [low, high],
-        "p": _number(item.overall.difference.p, 9),
-        "p_holm": _number(item.adjusted_p, 9),
+        "p": number(item.overall.difference.p, 9),
+        "p_holm": number(item.adjusted_p, 9),
         "won_tied_lost": [item.tally.wins, item.tally.ties, item.tally.losses],
     }
 
@@ -350,13 +355,13 @@ def _measured(item: Comparison) -> dict[str, Any]:
     def part(each: Slice) -> dict[str, Any]:
         difference = each.difference
         reference = each.value - difference.mean
-        interval = None if math.isnan(difference.se) else [_number(difference.low), _number(difference.high)]
+        interval = None if math.isnan(difference.se) else [number(difference.low), number(difference.high)]
         return {
-            "value": _number(each.value),
-            "difference": _number(difference.mean),
-            "se": _number(difference.se),
+            "value": number(each.value),
+            "difference": number(difference.mean),
+            "se": number(difference.se),
             "ci95": interval,
-            "ratio": _number(each.value / reference) if reference else None,
+            "ratio": number(each.value / reference) if reference else None,
         }
 
     by_condition = {name: part(each) for name, each in item.by_condition.items()}
@@ -373,5 +378,6 @@ def _measured(item: Comparison) -> dict[str, Any]:
     }
 
 
-def _number(value: float, digits: int = 4) -> float | None:
-    return round(value, digits) if math.isfinite(value) else None
+def number(value: float | None, digits: int = 4) -> float | None:
+    """As JSON takes it."""
+    return None if value is None or not math.isfinite(value) else round(value, digits)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,11 @@ def load_policy(path: str | Path) -> PolicyArtefact:
         raise PolicyFileError(
             f"{folder}: not a policy that works ({error}); restore both files or train anew"
         ) from error
+
+
+def trained_on(card: Mapping[str, Any], name: str, origins: Collection[str]) -> bool:
+    """Whether the policy of this card (``PolicyArtefact.card``) has seen rows of a dataset of that name and origins."""
+    return name in card["trained_on"] or not set(origins).isdisjoint(card["origins"])
 
 
 def policy_folder(path: str | Path) -> str | Path:

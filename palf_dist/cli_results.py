@@ -1,0 +1,41 @@
+"""The command ``results``: parse, call, print."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from palf_dist.cli_shared import AsJson, near, output
+
+
+def results(
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="Folders or URIs of finished runs.")],
+    output_folder: Annotated[
+        str, typer.Option("--output", metavar="DIR", help="Where results.md, results.json and results/*.png go.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Join the held-out comparisons of several runs, one for each fold of a suite, into one report.
+
+    Besides, runs that hold out a family, and runs of a learned schedule or of learned constants (policy.kind).
+    """
+    with output(as_json) as emit:
+        from palf_dist.evaluation.results import make_results
+        from palf_dist.evaluation.table import to_rich
+
+        made = make_results(run_dirs, output_folder)
+        paths = {
+            "page": str(made.markdown),
+            "json": str(made.json),
+            "pictures": [str(path) for path in made.pictures],
+        }
+        said = {name: made.record[name] for name in ("headline", "not_measured", "claims", "designs")}
+        figures = {name: value for name, value in made.record["headline"].items() if value is not None}
+        emit(
+            {**paths, **said},
+            to_rich(made.comparisons),
+            *(f"{name:<24} {value:g}" for name, value in figures.items()),
+            *(f"plot    {near(path)}" for path in made.pictures),
+            f"page    {near(made.markdown)}",
+        )

@@ -1,0 +1,242 @@
+"""What the PALF paper claims, and what was measured of it. Its own figures were simulated: claims to test.
+
+A verdict follows from a mean with its 95 % interval (Student's t, clustered by dataset) by one rule: "reproduced" where
+the interval lies above zero and the mean reaches what is claimed, "opposite" where the interval lies below zero, "not
+reproduced" otherwise, and "not measured" where there is no such figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from palf_dist.config import RunConfig
+from palf_dist.evaluation.headline import POLICY, Figure, best_adaptive
+from palf_dist.evaluation.inference import Estimate, clustered_mean
+from palf_dist.evaluation.measures import MEASURES
+from palf_dist.evaluation.methods import REFERENCE, is_claimed
+from palf_dist.evaluation.statistics import Comparison, Slice, compare_each
+from palf_dist.evaluation.table import interval, label_of, signed
+from palf_dist.policies import policy_spec
+
+Verdict = Literal["reproduced", "not reproduced", "opposite", "not measured"]
+
+PHASES = ((0.0, 0.2), (0.2, 0.8), (0.8, 1.0))
+"""Shares of the run: exploration, exploitation and refinement, as section 6 has them."""
+
+PHASE_WEIGHTS = (("focal", "info_nce"), ("ce", "label_smoothing"), ("label_smoothing", "symmetric_ce"))
+"""The basis losses that are said to gain weight in each phase."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that verdicts are taken from."""
+
+    config: RunConfig
+    figures: Mapping[str, Figure]  # of ``headline``
+    family_figures: Mapping[str, Figure]  # the same of the runs that hold out a family; empty without such runs
+    rows: Sequence[Mapping[str, object]]
+    compared: Sequence[Comparison]
+    pairs: Sequence[Comparison]
+    trajectories: pa.Table | None  # of the last outer steps of meta-training
+
+
+@dataclass(frozen=True)
+class Finding:
+    measured: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str  # as the paper has it, with its section
+    find: Callable[[Evidence], Finding]
+
+
+def judge(estimate: Estimate, claimed: float = 0.0) -> Verdict:
+    """The verdict on a claim of a gain of at least ``claimed``, in the unit of the estimate."""
+    if math.isnan(estimate.se):
+        return "not measured"
+    if estimate.high < 0:
+        return "opposite"
+    return "reproduced" if estimate.low > 0 and estimate.mean >= claimed else "not reproduced"
+
+
+def findings(evidence: Evidence) -> list[dict[str, str]]:
+    """One entry per claim: claim, measured, verdict."""
+    entries = []
+    for claim in CLAIMS:
+        finding = claim.find(evidence)
+        entries.append({"claim": claim.text, "measured": finding.measured, "verdict": finding.verdict})
+    return entries
+
+
+def _gain(figure: Figure, claimed: float = 0.0, unit: str = "points") -> Finding:
+    if figure.estimate is None:
+        return Finding(f"nothing: {figure.meaning}", "not measured")
+    return _judged(figure.estimate, f"{unit} against {label_of(figure.of or REFERENCE)}", claimed)
+
+
+def _judged(estimate: Estimate, unit: str, claimed: float = 0.0) -> Finding:
+    words = f"{signed(estimate)} {unit}"
+    if math.isnan(estimate.se):
+        return Finding(f"{words}; with one independent dataset there is no standard error", "not measured")
+    return Finding(f"{words}, 95 % interval {interval(estimate)}", judge(estimate, claimed))
+
+
+def _scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The same in another unit."""
+    low, high = sorted((estimate.low * factor, estimate.high * factor))
+    return replace(estimate, mean=estimate.mean * factor, se=estimate.se * abs(factor), low=low, high=high)
+
+
+def _headline(name: str, claimed: float = 0.0) -> Callable[[Evidence], Finding]:
+    return lambda evidence: _gain(evidence.figures[name], claimed)
+
+
+def _nothing(reason: str) -> Callable[[Evidence], Finding]:
+    return lambda evidence: Finding(f"nothing: {reason}", "not measured")
+
+
+def _errors_avoided(evidence: Evidence) -> Finding:
+    """The gain in accuracy as a share of the reference's errors, whose mean is taken as known."""
+    errors = 100 - evidence.compared[0].overall.value
+    estimate = evidence.figures["diff_vs_tuned_ce"].estimate
+    if estimate is None or not errors > 0:
+        return Finding(f"nothing: {label_of(REFERENCE)} makes no errors to avoid", "not measured")
+    return _judged(_scaled(estimate, 100 / errors), f"% of the errors of {label_of(REFERENCE)} avoided", 15.0)
+
+
+def _every_dataset(evidence: Evidence) -> Finding:
+    """Ahead of every other method on every dataset, by the means over its tasks; opposite: on none."""
+    baselines = [item for item in evidence.pairs if is_claimed(item.reference)]
+
+    def ahead(part: Slice) -> bool:
+        return part.difference.mean > 0
+
+    datasets = list(baselines[0].by_dataset)
+    won = sum(all(ahead(item.by_dataset[name]) for item in baselines) for name in datasets)
+    verdict: Verdict = "reproduced" if won == len(datasets) else "not reproduced" if won else "opposite"
+    return Finding(f"ahead of all {len(baselines)} other methods on {won} of {len(datasets)} datasets", verdict)
+
+
+def _fewer_steps(evidence: Evidence) -> Finding:
+    policy = next(item for item in evidence.compared if item.method == POLICY)
+    steps = policy.others.get("steps_to_95")
+    if steps is None or not steps.overall.value - steps.overall.difference.mean > 0:
+        return Finding("nothing: the rows of these runs have no learning curves", "not measured")
+    reference = steps.overall.value - steps.overall.difference.mean
+    unit = f"% fewer steps to 95 % of the best accuracy of {label_of(REFERENCE)}"
+    return _judged(_scaled(steps.overall.difference, -100 / reference), unit, 40.0)
+
+
+def _imbalance(evidence: Evidence) -> Finding:
+    """Balanced accuracy on the tasks with imbalanced training rows."""
+    evaluation = evidence.config.evaluation
+    names = {item.name for item in evaluation.suite_conditions if item.imbalance > 1} or {"matched", "shifted"}
+    rows = [row for row in evidence.rows if row["method"] in (POLICY, REFERENCE) and row["condition"] in names]
+    if not rows:
+        return Finding("nothing: no task of these runs is imbalanced", "not measured")
+    estimate = compare_each(rows, POLICY, MEASURES["balanced_accuracy"])[0].overall.difference
+    return _judged(estimate, f"points of balanced accuracy against {label_of(REFERENCE)} on imbalanced tasks")
+
+
+def _other_families(evidence: Evidence) -> Finding:
+    if not evidence.family_figures:
+        return Finding("nothing: no run that holds out a family", "not measured")
+    return _gain(evidence.family_figures["diff_vs_tuned_ce"])
+
+
+def phase_gains(trajectories: pa.Table, steps: int) -> list[Estimate]:
+    """For each of ``PHASES``, in percent, the weight of its ``PHASE_WEIGHTS`` there above that before it; of the first
+    phase, above that after it. Means over tasks, clustered by dataset; ``steps``: of an inner run. None at all where
+    the policy was not asked in every phase. The column ``run`` tells the trajectories of several runs apart."""
+    alpha = sorted({f"alpha_{name}" for names in PHASE_WEIGHTS for name in names})
+    keys = ["run", "outer_step", "group", "task", "dataset"]
+    frame = trajectories.select([*keys, "inner_step", *alpha]).to_pandas().dropna()
+    frame["phase"] = np.searchsorted([stop * steps for _, stop in PHASES[:-1]], frame["inner_step"], side="right")
+    if set(frame["phase"]) != set(range(len(PHASES))):
+        return []
+    means = frame.groupby([*keys, "phase"])[alpha].mean().unstack("phase").dropna()
+    gains = []
+    for phase, names in enumerate(PHASE_WEIGHTS):
+        weight = sum(means[f"alpha_{name}"] for name in names)
+        gain = weight[phase] - weight[phase - 1 if phase else 1]
+        gains.append(clustered_mean(100 * gain.to_numpy(), list(means.index.get_level_values("dataset"))))
+    return gains
+
+
+def _phases(evidence: Evidence) -> Finding:
+    basis = policy_spec(evidence.config.policy).basis
+    missing = sorted({name for names in PHASE_WEIGHTS for name in names} - set(basis))
+    if missing:
+        return Finding(f"nothing: this policy mixes {', '.join(basis)}, without {', '.join(missing)}", "not measured")
+    if evidence.trajectories is None:
+        return Finding("nothing: these runs have no trajectories", "not measured")
+    gains = phase_gains(evidence.trajectories, evidence.config.inner.steps)
+    if not gains:
+        return Finding("nothing: the policy was not asked in every phase", "not measured")
+    verdicts = {judge(gain) for gain in gains}
+    words = ", ".join(
+        f"{' + '.join(label_of(name) for name in names)} {signed(gain)} in {start:.0%} to {stop:.0%}"
+        for (start, stop), names, gain in zip(PHASES, PHASE_WEIGHTS, gains, strict=True)
+    )
+    verdict = verdicts.pop() if len(verdicts) == 1 else "not reproduced"
+    return Finding(f"percent of weight gained: {words}", verdict)
+
+
+CLAIMS = (
+    Claim(
+        "15-35 % better performance (abstract; read as test errors avoided, which its table 1 fits)", _errors_avoided
+    ),
+    Claim("+2.3 points over the best static loss (5.2)", _headline("diff_vs_best_static", 2.3)),
+    Claim(
+        "+1.7 points over the best adaptive baseline (5.2)",
+        lambda evidence: _gain(best_adaptive(evidence.pairs), 1.7),
+    ),
+    Claim("better than every baseline on every dataset (5.2, table 1)", _every_dataset),
+    Claim("95 % of the final performance in 40-60 % fewer epochs (abstract, 5.2)", _fewer_steps),
+    Claim("3.2 % of additional training time (5.2)", lambda evidence: _gain(evidence.figures["overhead_percent"])),
+    Claim("more robust: label noise (abstract)", _headline("diff_at_high_noise")),
+    Claim("more robust: class imbalance (abstract, 6)", _imbalance),
+    Claim("adaptation generalises across tasks (1), here to datasets never seen", _headline("diff_vs_tuned_ce")),
+    Claim("adaptation generalises across tasks (1), here to families never seen", _other_families),
+    Claim("better than any fixed loss (corollary 1)", _headline("diff_vs_best_static")),
+    Claim(
+        "the gap to the best static loss closes as log K / sqrt T (theorem 2)",
+        _nothing("docs/results_hedge.md tells which rate holds, for the Hedge policy"),
+    ),
+    Claim("converges to a stationary point with probability 1 (theorem 1)", _nothing("no finite run can show it")),
+    Claim(
+        "phases: focal and InfoNCE in 0-20 % of the run, cross-entropy and label smoothing in 20-80 %, label smoothing "
+        "and symmetric cross-entropy in 80-100 % (6)",
+        _phases,
+    ),
+    Claim(
+        "pictures prefer focal early, texts label smoothing, tables symmetric cross-entropy (6)",
+        _nothing("weights are not compared between families"),
+    ),
+    Claim(
+        "residual networks adapt more aggressively, dense ones conservatively, transformers prefer "
+        "information-theoretic losses (6)",
+        _nothing("weights are not compared between architectures"),
+    ),
+    Claim(
+        "without InfoNCE 1.3 points are lost, without focal 1.1 (5.3)",
+        _nothing("takes runs without these losses"),
+    ),
+    Claim(
+        "gradient norm and prediction entropy are the most informative features (5.3)",
+        _nothing("takes runs without each feature"),
+    ),
+    Claim(
+        "updating the policy every 100 iterations is best (5.3)",
+        _nothing("takes runs that update it more and less often"),
+    ),
+)
+"""The claims of the paper that could be wrong, in the order of its sections."""

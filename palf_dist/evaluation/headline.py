@@ -1,0 +1,141 @@
+"""The few figures that a set of results is quoted by: how far the policy is ahead, of what, and where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from palf_dist.evaluation.inference import Estimate
+from palf_dist.evaluation.measures import MEASURES, Measure
+from palf_dist.evaluation.methods import LEARNED, METHODS, REFERENCE
+from palf_dist.evaluation.statistics import Comparison, compare_each
+from palf_dist.evaluation.table import label_of
+
+POLICY = "policy"
+HIGH_NOISE = 0.3
+"""Noise rates from which on noise counts as high."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure. Where it could not be measured ``value`` is None and ``meaning`` says why."""
+
+    name: str
+    meaning: str
+    value: float | None = None
+    estimate: Estimate | None = None  # a difference with its uncertainty; points, or the unit of its measure
+    of: str | None = None  # the method that the policy is compared with
+
+
+def headline(rows: Sequence[Row], compared: Sequence[Comparison], pairs: Sequence[Comparison]) -> dict[str, Figure]:
+    """All figures but ``held_out_designs``, by name; ``compared`` and ``pairs`` are what ``derived.held_out`` makes of
+    ``rows``."""
+    overall = _against(pairs, REFERENCE, "diff_vs_tuned_ce", "all tasks")
+    se = overall.estimate.se if overall.estimate else math.nan
+    figures = [
+        overall,
+        Figure("se_clustered", "its standard error, clustered by dataset", se)
+        if math.isfinite(se)
+        else Figure("se_clustered", "there is none with one independent dataset"),
+        _slice(rows, "diff_matched_prior", "tasks with the class frequencies of training in the test", _matched),
+        _slice(
+            rows,
+            "diff_at_no_noise",
+            "tasks with no label noise added and the class frequencies of training in the test",
+            lambda row: _matched(row) and row["noise_rate"] == 0,
+        ),
+        _slice(
+            rows,
+            "diff_at_high_noise",
+            f"tasks with a noise rate of {HIGH_NOISE:g} or more and the class frequencies of training in the test",
+            lambda row: _matched(row) and round(row["noise_rate"], 6) >= HIGH_NOISE,
+        ),
+        _slice(
+            rows,
+            "diff_shifted_prior",
+            "balanced accuracy on tasks with imbalanced training and balanced test rows",
+            lambda row: not _matched(row),
+            MEASURES["balanced_accuracy"],
+        ),
+        _best(pairs, "diff_vs_best_static", "static losses", is_static),
+        _against(pairs, LEARNED["schedule"].name, "diff_vs_learned_schedule", "a policy that reads t/T alone"),
+        _against(pairs, "static_oracle", "diff_vs_oracle", "the static loss picked on each task's own test rows"),
+        _steps_ratio(compared),
+        Figure("overhead_percent", "the seconds of an evaluation are those of a busy machine; it takes a benchmark"),
+    ]
+    return {figure.name: figure for figure in figures}
+
+
+def is_static(method: str) -> bool:
+    """Whether a method is one static loss, with early stopping or not."""
+    return method in METHODS and bool(METHODS[method].alpha)
+
+
+def best_adaptive(pairs: Sequence[Comparison]) -> Figure:
+    """Against the method that does best among those that change their weights on their own."""
+    return _best(
+        pairs,
+        "diff_vs_best_adaptive",
+        "methods with a schedule",
+        lambda method: method in METHODS and METHODS[method].schedule is not None,
+    )
+
+
+def _matched(row: Row) -> bool:
+    return row["target_prior"] == "train"
+
+
+def _best(pairs: Sequence[Comparison], name: str, what: str, chosen: Callable[[str], bool]) -> Figure:
+    """Against the one that is best on the held-out tasks themselves, which nobody could have known before."""
+    known = [item for item in pairs if chosen(item.reference) and not math.isnan(item.overall.difference.mean)]
+    if not known:
+        return Figure(name, f"no {what} among the methods of these runs")
+    best = min(known, key=lambda item: item.overall.difference.mean)
+    return _difference(name, f"the best of the {what} over all tasks", best)
+
+
+def _against(pairs: Sequence[Comparison], method: str, name: str, meaning: str) -> Figure:
+    found = next((item for item in pairs if item.reference == method), None)
+    if found is None:
+        return Figure(name, f"takes runs of {label_of(method)} beside these")
+    return _difference(name, meaning, found)
+
+
+def _slice(
+    rows: Sequence[Row],
+    name: str,
+    meaning: str,
+    chosen: Callable[[Row], bool],
+    measure: Measure = MEASURES["accuracy"],
+) -> Figure:
+    """Against the reference on some of the tasks."""
+    two = [row for row in rows if row["method"] in (POLICY, REFERENCE) and chosen(row)]
+    if not two:
+        return Figure(name, f"there are none: {meaning}")
+    return _difference(name, meaning, compare_each(two, POLICY, measure)[0])
+
+
+def _difference(name: str, meaning: str, item: Comparison) -> Figure:
+    estimate = item.overall.difference
+    if not estimate.tasks:
+        return Figure(name, f"no task on which {label_of(POLICY)} and {label_of(item.reference)} both have a result")
+    return Figure(name, meaning, estimate.mean, estimate, item.reference)
+
+
+def _steps_ratio(compared: Sequence[Comparison]) -> Figure:
+    name = "steps_to_ce_best_ratio"
+    policy = next(item for item in compared if item.method == POLICY)
+    steps = policy.others.get("steps_to_best")
+    if steps is None or not steps.overall.difference.tasks:
+        return Figure(name, "the rows of these runs have no learning curves")
+    value, difference = steps.overall.value, steps.overall.difference
+    if value == difference.mean:
+        return Figure(name, "tuned CE is never better than before its first step")
+    meaning = (
+        "steps to the reference's best accuracy on the task, all steps where never reached, over the reference's own"
+    )
+    return Figure(name, meaning, value / (value - difference.mean), difference, REFERENCE)

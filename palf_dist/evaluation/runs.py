@@ -1,0 +1,182 @@
+"""Finished runs that one report joins: what each has judged, and whether they belong together."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from palf_dist.config import DatasetSource, RunConfig
+from palf_dist.config_loading import RESUMABLE, config_differences, load_config
+from palf_dist.errors import RunDirectoryError
+from palf_dist.evaluation.methods import LEARNED, REFERENCE, select_methods
+from palf_dist.evaluation.statistics import task_of
+from palf_dist.policies.policy_file import load_policy, trained_on
+from palf_dist.run_directory import BEST, CONFIG, RESULTS, no_run
+from palf_dist.storage import exists, first_line, join, read_file
+from palf_dist.tasks.registry import REGISTRY
+
+FREE = (*RESUMABLE, "name", "data.train", "data.held_out")
+"""Fields in which the runs of one report may differ."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """A run with its held-out comparison."""
+
+    place: str  # as the user named it: a path or a URI
+    config: RunConfig
+    card: Mapping[str, Any]  # of its policy
+    rows: Sequence[Row]  # of results.parquet
+    learned: str | None = None  # the method that its policy is, beside that of the other runs: one of ``LEARNED``
+
+    @property
+    def judged(self) -> list[str]:
+        """The datasets, in order of name."""
+        return sorted({row["dataset"] for row in self.rows})
+
+    @property
+    def family(self) -> str | None:
+        """The family that is held out as a whole, none of it being trained on. None for a fold over datasets, and
+        where it is not known what the training datasets are."""
+        trained = {_family(source) for source in self.config.data.train}
+        held_out = {row["family"] for row in self.rows}
+        return None if len(held_out) > 1 or trained & {*held_out, None} else held_out.pop()
+
+
+@dataclass(frozen=True)
+class JoinedRuns:
+    """The runs of one report, in an order that does not depend on how they were named."""
+
+    config: RunConfig  # of the first; the others are equal but for ``FREE``
+    folds: list[JudgedRun]  # each dataset is judged by a policy of the other datasets
+    families: list[JudgedRun]  # ... of the other families
+
+    @property
+    def rows(self) -> list[Row]:
+        return _join(self.folds)
+
+    @property
+    def family_rows(self) -> list[Row]:
+        return _join(self.families)
+
+
+def read_runs(places: Sequence[str]) -> JoinedRuns:
+    """The runs at these paths or URIs. Raises RunDirectoryError where one has not been evaluated, where they do not
+    belong together, and where a policy was trained on what it judged; ConfigError and PolicyFileError for damaged
+    files."""
+    runs = _with_learned([_read(place) for place in places])
+    runs.sort(key=lambda run: (run.learned or "", run.judged, run.place))
+    first = runs[0]
+    for run in runs:
+        free = (*FREE, "policy") if run.learned else FREE
+        different = config_differences(first.config, run.config, free, (f"in {first.place}", f"in {run.place}"))
+        if different:
+            raise RunDirectoryError(
+                f"{run.place}: its configuration is not that of {first.place}; runs of one report may differ in name, "
+                "datasets and where they ran, so name runs of one design\n" + "\n".join(different)
+            )
+        _check_unseen(run)
+    folds = [run for run in runs if run.family is None]
+    families = [run for run in runs if run.family is not None]
+    if not any(run.learned is None for run in folds):
+        raise RunDirectoryError(
+            f"{first.place}: all runs hold out a whole family; name the runs of a suite's folds, and these besides"
+        )
+    for kind in (folds, families):
+        _check_judged_once(kind)
+        _check_same_tasks(kind)
+    return JoinedRuns(first.config, folds, families)
+
+
+def _read(place: str) -> JudgedRun:
+    if not exists(join(place, CONFIG)):
+        raise no_run(place)
+    config = load_config(join(place, CONFIG))
+    if not exists(join(place, RESULTS)):
+        raise RunDirectoryError(
+            f"{place}: has not been evaluated ({RESULTS} is missing); finish it with palf-dist meta-train --resume "
+            f"{place}"
+        )
+    try:
+        rows = pq.read_table(io.BytesIO(read_file(join(place, RESULTS)))).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise RunDirectoryError(
+            f"{place}: {RESULTS} cannot be read ({first_line(error)}); restore that file"
+        ) from error
+    run = JudgedRun(place, config, load_policy(join(place, BEST)).card, rows)
+    methods = [method.name for method in select_methods(config.evaluation.methods)]
+    if "policy" not in methods:
+        raise RunDirectoryError(f"{place}: evaluation.methods of this run leave the policy out; evaluate it with them")
+    wanted = (sorted(source.name for source in config.data.held_out), sorted(methods))
+    if (run.judged, sorted({row["method"] for row in rows})) != wanted:
+        raise RunDirectoryError(
+            f"{place}: {RESULTS} does not hold the datasets and methods of the run's own {CONFIG}; restore that file"
+        )
+    return run
+
+
+def _with_learned(runs: list[JudgedRun]) -> list[JudgedRun]:
+    """Runs of a learned schedule or of learned constants are methods to compare with, beside runs of another policy."""
+    if all(run.config.policy.kind in LEARNED for run in runs):
+        return runs
+    kinds = [run.config.policy.kind for run in runs]
+    return [
+        JudgedRun(run.place, run.config, run.card, run.rows, kind if kind in LEARNED else None)
+        for run, kind in zip(runs, kinds, strict=True)
+    ]
+
+
+def _check_unseen(run: JudgedRun) -> None:
+    for dataset, origin in sorted({(row["dataset"], row.get("origin") or "") for row in run.rows}):
+        if trained_on(run.card, dataset, origin.split()):
+            raise RunDirectoryError(f"{run.place}: its policy was trained on rows of {dataset}, which it judges")
+
+
+def _check_judged_once(runs: Iterable[JudgedRun]) -> None:
+    judges: dict[tuple[str | None, str], str] = {}
+    for run in runs:
+        for dataset in run.judged:
+            other = judges.get((run.learned, dataset))
+            if other is not None:
+                raise RunDirectoryError(
+                    f"{dataset}: is judged by both {other} and {run.place}; name one run for each fold or family"
+                )
+            judges[run.learned, dataset] = run.place
+
+
+def _check_same_tasks(runs: Sequence[JudgedRun]) -> None:
+    """Runs of a learned schedule or learned constants have to have judged under the same tuned values: the reference
+    then has the same results, byte for byte."""
+    reference = {task_of(row): row["accuracy"] for run in runs if not run.learned for row in _of(run, REFERENCE)}
+    for run in runs:
+        for row in _of(run, REFERENCE) if run.learned else ():
+            if reference.get(task_of(row)) != row["accuracy"]:
+                raise RunDirectoryError(
+                    f"{run.place}: {REFERENCE} has another result there on {row['dataset']} than in the other runs, or "
+                    "none in these; name runs of the same folds, made by one version on one kind of machine"
+                )
+
+
+def _join(runs: Iterable[JudgedRun]) -> list[Row]:
+    """All rows, those of the policies of ``learned`` runs under the names of these methods."""
+    rows: list[Row] = []
+    for run in runs:
+        name = run.learned and LEARNED[run.learned].name
+        rows += run.rows if name is None else [{**row, "method": name} for row in _of(run, "policy")]
+    return rows
+
+
+def _of(run: JudgedRun, method: str) -> list[Row]:
+    return [row for row in run.rows if row["method"] == method]
+
+
+def _family(source: DatasetSource) -> str | None:
+    """Of a Parquet path it is known only where the configuration says it."""
+    return source.family or (REGISTRY[source.name].family if source.path is None else None)

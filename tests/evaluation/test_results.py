@@ -1,0 +1,233 @@
+"""The joined report: that of one run over the same rows, and figures that plain numpy finds as well."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from palf_dist.config_loading import parse_config
+from palf_dist.errors import RunDirectoryError
+from palf_dist.evaluation.report import make_report
+from palf_dist.evaluation.results import design_of, make_results
+from tests.evaluation.judged import FEW, FOLDS, judged_folds, judged_run, rows_of
+from tests.evaluation.synthetic import few_rows
+
+KEYS = ["dataset", "architecture", "noise_rate", "condition", "seed"]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    return make_results(judged_folds(folder / "runs", trajectories=1), folder / "docs")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two runs that are joined at once."""
+    folder = tmp_path_factory.mktemp("small")
+    return [
+        judged_run(folder / name, [{**row, "origin": name} for row in few_rows() if row["dataset"] == name])
+        for name in ("iris", "wine")
+    ]
+
+
+@pytest.mark.slow
+def test_the_joined_report_is_that_of_one_run_over_all_rows(made, tmp_path):
+    rows = [*chain.from_iterable(map(rows_of, FOLDS))]
+    one = make_report(judged_run(tmp_path / "one", rows))
+    table = json.loads((one.folder / "table.json").read_text())
+    assert made.record["table"] == table["held_out"] and made.record["pairs"] == table["pairs"]
+    page = made.markdown.read_text()
+    assert (one.folder / "table.md").read_text() in page
+    for name in ("held_out", "noise"):
+        assert (made.markdown.parent / "results" / f"{name}.png").read_bytes() == (
+            one.folder / f"{name}.png"
+        ).read_bytes()
+        assert f"](results/{name}.png)" in page
+    assert {path.name for path in made.pictures} == {"held_out.png", "noise.png", "alpha.png"}
+    assert json.loads(made.json.read_text()) == made.record
+
+
+def clustered(differences: pd.Series) -> tuple[float, float]:
+    """Mean and standard error in points; the index has the dataset."""
+    points = 100 * differences
+    residuals = (points - points.mean()).groupby(level="dataset").sum()
+    count = len(residuals)
+    return points.mean(), float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / len(points))
+
+
+@pytest.mark.slow
+def test_the_headline_is_what_numpy_finds(made):
+    frame = pd.DataFrame([*chain.from_iterable(map(rows_of, FOLDS))])
+    wide = frame.pivot(index=KEYS, columns="method", values="accuracy")
+    balanced = frame.pivot(index=KEYS, columns="method", values="balanced_accuracy")
+    noise, condition = (wide.index.get_level_values(name) for name in ("noise_rate", "condition"))
+    ahead = wide["policy"] - wide["ce"]
+    mean, se = clustered(ahead)
+    statics = ["ce", "s5", "focal", "ce_early_stopping"]
+    best = max(statics, key=lambda name: wide[name].mean())
+    oracle = wide[[name for name in statics if name != "ce_early_stopping"]].max(axis=1)
+
+    def steps(row: pd.Series, target: float) -> float:
+        return next((s for s, a in zip(row.curve_steps, row.curve_accuracy, strict=True) if a >= target), 150)
+
+    rows = frame.set_index([*KEYS, "method"])
+    taken = {
+        name: np.mean(
+            [steps(rows.loc[(*task, name)], max(rows.loc[(*task, "ce")].curve_accuracy)) for task in wide.index]
+        )
+        for name in ("policy", "ce")
+    }
+    expected = {
+        "diff_vs_tuned_ce": mean,
+        "se_clustered": se,
+        "diff_matched_prior": clustered(ahead[condition == "balanced"])[0],
+        "diff_at_no_noise": clustered(ahead[(condition == "balanced") & (noise == 0)])[0],
+        "diff_at_high_noise": clustered(ahead[(condition == "balanced") & (noise >= 0.3)])[0],
+        "diff_shifted_prior": clustered((balanced["policy"] - balanced["ce"])[condition == "shifted"])[0],
+        "diff_vs_best_static": clustered(wide["policy"] - wide[best])[0],
+        "diff_vs_learned_schedule": None,
+        "diff_vs_oracle": clustered(wide["policy"] - oracle)[0],
+        "steps_to_ce_best_ratio": taken["policy"] / taken["ce"],
+        "overhead_percent": None,
+        "held_out_designs": 1,
+    }
+    assert made.record["headline"] == {
+        name: value if value is None else pytest.approx(value, abs=1e-4) for name, value in expected.items()
+    }
+    assert list(made.record["headline"]) == list(expected)
+    assert set(made.record["not_measured"]) == {"diff_vs_learned_schedule", "overhead_percent"}
+    details = made.record["headline_details"]
+    assert details["diff_vs_best_static"]["against"] == best
+    shifted = clustered((balanced["policy"] - balanced["ce"])[condition == "shifted"])[1]
+    assert details["diff_shifted_prior"]["se"] == pytest.approx(shifted, abs=1e-4)
+    assert details["diff_at_no_noise"]["tasks"] == ((condition == "balanced") & (noise == 0)).sum() == 8
+    page = made.markdown.read_text()
+    assert (
+        f"| `diff_vs_tuned_ce` | all tasks, against tuned CE | {mean:+.2f} (" in page
+        and "| `overhead_percent` | not measured: " in page
+    )
+
+
+@pytest.mark.slow
+def test_equal_runs_give_equal_bytes_whatever_their_order_and_place(tmp_path, small):
+    one, two = tmp_path / "one", tmp_path / "elsewhere" / "two"
+    make_results(small, one)
+    again = [str(Path(run).rename(tmp_path / Path(run).name)) for run in small]
+    make_results(again[::-1], two)
+    for new, old in zip(again, small, strict=True):
+        Path(new).rename(old)
+    first = contents(one)
+    assert first == contents(two)
+    make_results(small, one)
+    assert contents(one) == first, "nor does a second time change anything"
+
+
+@pytest.mark.slow
+def test_designs_are_counted_and_never_dropped(tmp_path, small):
+    docs = tmp_path / "docs"
+    assert make_results(small, docs).record["headline"]["held_out_designs"] == 1
+
+    def changed(*overrides):
+        """The same results by another configuration."""
+        names = ("iris", "wine")
+        rows = {name: [{**row, "origin": name} for row in few_rows() if row["dataset"] == name] for name in names}
+        folder = tmp_path / "-".join(overrides).replace("/", "")
+        return [judged_run(folder / name, rows[name], *overrides) for name in names]
+
+    same = make_results(changed("seed=7", "policy.seed=3", "evaluation.seeds=9", "name=other"), docs).record
+    assert same["headline"]["held_out_designs"] == 1 and [each["name"] for each in same["designs"]] == ["other"]
+    record = make_results(changed("policy.hidden=8", "name=narrow"), docs).record
+    assert [each["name"] for each in record["designs"]] == ["other", "narrow"]
+    assert record["headline"]["held_out_designs"] == 2 == len({each["digest"] for each in record["designs"]})
+    assert record["designs"][1]["diff_vs_tuned_ce"] == record["headline"]["diff_vs_tuned_ce"]
+    back = make_results(small, docs)
+    assert [each["name"] for each in back.record["designs"]] == ["suite", "narrow"], "in the place it had"
+    assert back.markdown.read_text().count("this one among them: 2.") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "another"),
+    [
+        ("tasks.architectures=[{kind: conv}]", True),
+        ("policy.kind=schedule", True),
+        ("inner.steps=300", True),
+        ("evaluation.select_tasks=96", True),
+        ("tasks.noise.high=0.5", True),
+        ("distributed.workers=7", False),
+        ("data.held_out=[wine]", False),
+        ("evaluation.methods=[policy]", False),
+        ("checkpoint.every=7", False),
+    ],
+)
+def test_what_makes_another_design(override, another):
+    text = "data: {train: [digits], held_out: [iris]}"
+    assert (design_of(parse_config(text, "a", [override])) != design_of(parse_config(text, "a"))) == another
+
+
+@pytest.mark.parametrize("text", ["{torn", "[]", '{"designs": 3}', '{"designs": [{"name": "a"}]}', "{}"])
+def test_a_file_whose_designs_would_be_lost_is_not_replaced(tmp_path, small, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(RunDirectoryError, match=r"results\.json: is no file of this command .*restore it"):
+        make_results(small, tmp_path)
+    assert contents(tmp_path) == {"results.json": text.encode()}
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path, small):
+    (tmp_path / "docs").write_text("a file")
+    with pytest.raises(RunDirectoryError, match=r"--output .*docs: cannot be written"):
+        make_results(small, tmp_path / "docs")
+
+
+@pytest.mark.slow
+def test_families_and_a_learned_schedule_are_measured_where_there_are_runs_of_them(tmp_path):
+    folds = judged_folds(tmp_path)
+    family = judged_run(tmp_path / "images", rows_of(["fashion_mnist"]), train=("iris", "newsgroups"))
+    slower = [
+        judged_run(
+            tmp_path / f"schedule-{index}",
+            [row | {"accuracy": row["accuracy"] - 0.01 * (row["method"] == "policy")} for row in rows_of(datasets)],
+            "policy.kind=schedule",
+        )
+        for index, datasets in enumerate(FOLDS)
+    ]
+    made = make_results([*slower, family, *folds], tmp_path / "docs")
+    record = made.record
+    assert record["headline"]["diff_vs_learned_schedule"] == 1.0
+    methods = {each["method"]: each for each in record["table"]}
+    assert set(methods) >= {*FEW, "learned_schedule"} and methods["learned_schedule"]["tasks"] == 32
+    assert record["families"][0]["method"] == "ce"
+    assert {run["family"] for run in record["runs"]} == {None, "image"}
+    page = made.markdown.read_text()
+    assert "## Families never seen" in page and "learned schedule (t/T only)" in page
+    (claim,) = (each for each in record["claims"] if "families never seen" in each["claim"])
+    assert claim["verdict"] == "not measured" and "one independent dataset" in claim["measured"]
+
+
+def test_what_the_rows_do_not_hold_is_null_with_a_reason(tmp_path):
+    def poor(datasets):
+        rows = rows_of(datasets, ("policy", "ce"))
+        kept = [{**row, "noise_rate": 0.15} for row in rows if (row["condition"], row["noise_rate"]) == ("balanced", 0)]
+        return [{name: value for name, value in row.items() if not name.startswith("curve_")} for row in kept]
+
+    runs = [judged_run(tmp_path / str(index), poor(datasets)) for index, datasets in enumerate(FOLDS)]
+    record = make_results(runs, tmp_path / "docs").record
+    measured = {name for name, value in record["headline"].items() if value is not None}
+    assert measured == {
+        "diff_vs_tuned_ce",
+        "se_clustered",
+        "diff_matched_prior",
+        "diff_vs_best_static",
+        "held_out_designs",
+    }
+    assert set(record["not_measured"]) == set(record["headline"]) - measured
+    assert all(len(reason) > 20 for reason in record["not_measured"].values())

@@ -1,0 +1,133 @@
+"""Which runs may be joined: every refusal, and what is told apart."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from palf_dist.errors import PolicyFileError, RunDirectoryError
+from palf_dist.evaluation.runs import read_runs
+from palf_dist.run_directory import RESULTS
+from tests.evaluation.judged import judged_run, rows_of
+from tests.evaluation.synthetic import few_rows, write_run
+
+
+def rows(*datasets, **changes):
+    """The results on iris as those on each of these."""
+    of_iris = [row for row in few_rows() if row["dataset"] == "iris"]
+    return [{**row, "dataset": name, "origin": name, **changes} for name in datasets for row in of_iris]
+
+
+@pytest.fixture
+def fold(tmp_path):
+    """A run that others are joined with."""
+    return judged_run(tmp_path / "fold-0", rows("iris"))
+
+
+def refused(*places):
+    with pytest.raises(RunDirectoryError) as caught:
+        read_runs(places)
+    return str(caught.value)
+
+
+def test_rows_are_joined_whatever_the_order(tmp_path, fold):
+    other = judged_run(tmp_path / "a", rows("wine", "segment"))
+    runs = read_runs([other, fold])
+    assert [run.place for run in runs.folds] == [fold, other] and runs.families == []
+    assert runs.rows == rows("iris") + rows("wine", "segment")
+    assert runs.config == read_runs([fold]).config
+
+
+def test_a_run_without_results_is_told_how_to_go_on(tmp_path, fold):
+    bare = str(write_run(tmp_path / "bare", outer_steps=1, trajectories=0))
+    message = refused(fold, bare)
+    assert f"{bare}: has not been evaluated" in message and f"palf-dist meta-train --resume {bare}" in message
+    assert "holds no run (config.yaml is missing)" in refused(fold, str(tmp_path / "nowhere"))
+
+
+def test_damaged_results_and_policies_are_named(tmp_path, fold):
+    other = tmp_path / "other"
+    judged_run(other, rows("wine"))
+    whole = (other / RESULTS).read_bytes()
+    (other / RESULTS).write_bytes(b"PAR1 torn")
+    assert f"{other}: results.parquet cannot be read" in refused(fold, str(other))
+    pq.write_table(pa.Table.from_pylist(rows("wine")[:1]), other / RESULTS)
+    assert "does not hold the datasets and methods of the run's own config.yaml" in refused(fold, str(other))
+    (other / RESULTS).write_bytes(whole)
+    (other / "best" / "policy.json").unlink()
+    with pytest.raises(PolicyFileError, match=r"there is no policy\.json"):
+        read_runs([fold, str(other)])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("inner.steps=300", "inner.steps: 150 in {fold}, 300 in {other}"),
+        ("evaluation.seeds=5", "evaluation.seeds: 2 in {fold}, 5 in {other}"),
+        ("policy.hidden=8", "policy.hidden: 16 in {fold}, 8 in {other}"),
+        ("policy.kind=palf", 'policy.kind: "robust" in {fold}, "palf" in {other}'),
+        ("seed=1", "seed: 0 in {fold}, 1 in {other}"),
+        ("data.max_rows=99", "data.max_rows: 20000 in {fold}, 99 in {other}"),
+        ("evaluation.suite_conditions=[{name: a}]", "evaluation.suite_conditions: [] in {fold}, "),
+    ],
+)
+def test_runs_of_two_designs_are_not_joined(tmp_path, fold, override, line):
+    other = judged_run(tmp_path / "other", rows("wine"), override)
+    message = refused(fold, other)
+    assert line.format(fold=fold, other=other) in message and "name runs of one design" in message
+
+
+def test_where_and_how_a_run_was_done_may_differ(tmp_path, fold):
+    free = ("name=b", "distributed.workers=7", "tracking.enabled=false", "checkpoint.every=9", "data.cache=/c")
+    assert len(read_runs([fold, judged_run(tmp_path / "other", rows("wine"), *free)]).folds) == 2
+
+
+def test_no_dataset_is_judged_twice_in_one_kind_of_hold_out(tmp_path, fold):
+    again = judged_run(tmp_path / "again", rows("wine", "iris"))
+    message = refused(again, fold)
+    assert message.startswith("iris: is judged by both") and again in message and fold in message
+    assert message == refused(fold, again)
+    assert "is judged by both" in refused(fold, fold)
+    family = judged_run(tmp_path / "family", rows("iris"), train=("digits", "newsgroups"))
+    runs = read_runs([family, fold])
+    assert [run.place for run in runs.families] == [family] and runs.families[0].family == "tabular"
+    assert runs.rows == rows("iris") == runs.family_rows
+    assert "is judged by both" in refused(fold, family, judged_run(tmp_path / "two", rows("iris"), train=("digits",)))
+
+
+def test_families_alone_are_no_folds(tmp_path):
+    family = judged_run(tmp_path / "family", rows("iris"), train=("digits",))
+    assert "all runs hold out a whole family; name the runs of a suite's folds" in refused(family)
+
+
+def test_a_parquet_path_of_an_unknown_family_holds_out_no_family(tmp_path):
+    sources = "data.train=[digits, {name: mine, path: /data/mine.parquet}]"
+    assert read_runs([judged_run(tmp_path / "run", rows("iris"), sources)]).families == []
+    known = "data.train=[digits, {name: mine, path: /data/mine.parquet, family: text}]"
+    assert "all runs hold out a whole family" in refused(judged_run(tmp_path / "known", rows("iris"), known))
+
+
+@pytest.mark.parametrize("card", [{"trained_on": ["digits", "iris"]}, {"origins": ["keel", "uci-iris"]}])
+def test_no_policy_judges_what_it_was_trained_on(tmp_path, card):
+    run = judged_run(tmp_path / "run", rows("iris", origin="uci-iris sklearn"), card=card)
+    assert "its policy was trained on rows of iris, which it judges" in refused(run)
+
+
+def test_the_policy_is_one_of_the_methods(tmp_path):
+    run = judged_run(tmp_path / "run", rows_of(["iris"], ("ce", "s5")))
+    assert "evaluation.methods of this run leave the policy out" in refused(run)
+
+
+def test_runs_of_policies_that_know_less_are_methods(tmp_path, fold):
+    names = {"constant": "learned_constant", "schedule": "learned_schedule"}
+    places = [judged_run(tmp_path / kind, rows("iris"), f"policy.kind={kind}") for kind in names]
+    joined = read_runs([*places, fold]).rows
+    policies = [row for row in rows("iris") if row["method"] == "policy"]
+    assert joined == rows("iris") + [{**row, "method": name} for name in names.values() for row in policies]
+    assert [run.learned for run in read_runs(places[:1]).folds] == [None], "alone it is the policy"
+    changed = [row | {"accuracy": row["accuracy"] + 0.01 * (row["method"] == "ce")} for row in rows("iris")]
+    other = judged_run(tmp_path / "other", changed, "policy.kind=schedule")
+    assert "ce has another result there on iris than in the other runs" in refused(fold, other)
+    elsewhere = judged_run(tmp_path / "elsewhere", rows("wine"), "policy.kind=schedule")
+    assert "or none in these" in refused(fold, elsewhere)
