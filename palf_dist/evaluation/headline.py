@@ -101,7 +101,7 @@ def _best(pairs: Sequence[Comparison], name: str, what: str, chosen: Callable[[s
 def _against(pairs: Sequence[Comparison], method: str, name: str, meaning: str) -> Figure:
     found = next((item for item in pairs if item.reference == method), None)
     if found is None:
-        return Figure(name, f"takes runs of {label_of(method)} beside these")
+        return Figure(name, f"takes the method {label_of(method)}, which these runs do not have")
     return _difference(name, meaning, found)
 
 
