@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +24,9 @@ from palf_dist.tasks.registry import REGISTRY
 
 FREE = (*RESUMABLE, "name", "data.train", "data.held_out")
 """Fields in which the runs of one report may differ."""
+
+COLUMNS = ("method", "dataset", "family", "architecture", "noise_rate", "condition", "seed", "target_prior", "accuracy")
+"""Of results.parquet, without which there is no report."""
 
 Row = Mapping[str, Any]
 
@@ -105,21 +110,32 @@ def _read(place: str) -> JudgedRun:
             f"{place}"
         )
     try:
-        rows = pq.read_table(io.BytesIO(read_file(join(place, RESULTS)))).to_pylist()
+        table = pq.read_table(io.BytesIO(read_file(join(place, RESULTS))))
     except (pa.ArrowException, OSError) as error:
         raise RunDirectoryError(
             f"{place}: {RESULTS} cannot be read ({first_line(error)}); restore that file"
         ) from error
-    run = JudgedRun(place, config, load_policy(join(place, BEST)).card, rows)
-    methods = [method.name for method in select_methods(config.evaluation.methods)]
-    if "policy" not in methods:
-        raise RunDirectoryError(f"{place}: evaluation.methods of this run leave the policy out; evaluate it with them")
-    wanted = (sorted(source.name for source in config.data.held_out), sorted(methods))
-    if (run.judged, sorted({row["method"] for row in rows})) != wanted:
-        raise RunDirectoryError(
-            f"{place}: {RESULTS} does not hold the datasets and methods of the run's own {CONFIG}; restore that file"
-        )
+    card = load_policy(join(place, BEST)).card
+    if missing := sorted({*COLUMNS} - {*table.column_names} | {"trained_on", "origins"} - card.keys()):
+        raise RunDirectoryError(f"{place}: its results or its policy's card lack {', '.join(missing)}; restore the run")
+    run = JudgedRun(place, config, card, table.to_pylist())
+    _check_complete(run)
     return run
+
+
+def _check_complete(run: JudgedRun) -> None:
+    """That it has all results which its configuration asks for, those of the policy among them."""
+    evaluation = run.config.evaluation
+    methods = [method.name for method in select_methods(evaluation.methods)]
+    if "policy" not in methods:
+        raise RunDirectoryError(f"{run.place}: evaluation.methods leave the policy out; name a run that has it")
+    cells = len(evaluation.suite_conditions) or len(evaluation.noise_rates) * len(evaluation.conditions)
+    wanted = dict.fromkeys(product(methods, (item.name for item in run.config.data.held_out)), cells * evaluation.seeds)
+    if Counter((row["method"], row["dataset"]) for row in run.rows) != wanted:
+        raise RunDirectoryError(
+            f"{run.place}: {RESULTS} does not hold what the run's own {CONFIG} asks for, each method on each task of "
+            f"{', '.join(item.name for item in run.config.data.held_out)}; restore that file"
+        )
 
 
 def _with_learned(runs: list[JudgedRun]) -> list[JudgedRun]:

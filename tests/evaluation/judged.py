@@ -39,7 +39,12 @@ def judged_run(
     held_out = sorted({row["dataset"] for row in rows})
     methods = [name for name in METHODS if name in {row["method"] for row in rows}]
     data = f"data: {{train: [{', '.join(train)}], held_out: [{', '.join(held_out)}]}}\nname: suite"
-    config = parse_config(data, "run", [f"evaluation.methods=[{', '.join(methods)}]", *overrides])
+    judged = {"methods": methods} | {
+        name: sorted({row[column] for row in rows})
+        for name, column in (("noise_rates", "noise_rate"), ("conditions", "condition"))
+    }
+    judged |= {"seeds": len({row["seed"] for row in rows})}
+    config = parse_config(data, "run", [*(f"evaluation.{name}={value}" for name, value in judged.items()), *overrides])
     (folder / CONFIG).write_text(dump_config(config))
     spec = policy_spec(PolicyConfig())
     size = len(spec.features)

@@ -144,7 +144,7 @@ def test_designs_are_counted_and_never_dropped(tmp_path, small):
         folder = tmp_path / "-".join(overrides).replace("/", "")
         return [judged_run(folder / name, rows[name], *overrides) for name in names]
 
-    same = make_results(changed("seed=7", "policy.seed=3", "evaluation.seeds=9", "name=other"), docs).record
+    same = make_results(changed("seed=7", "policy.seed=3", "name=other"), docs).record
     assert same["headline"]["held_out_designs"] == 1 and [each["name"] for each in same["designs"]] == ["other"]
     record = make_results(changed("policy.hidden=8", "name=narrow"), docs).record
     assert [each["name"] for each in record["designs"]] == ["other", "narrow"]
@@ -166,6 +166,7 @@ def test_designs_are_counted_and_never_dropped(tmp_path, small):
         ("distributed.workers=7", False),
         ("data.held_out=[wine]", False),
         ("evaluation.methods=[policy]", False),
+        ("evaluation.seeds=9", False),
         ("checkpoint.every=7", False),
     ],
 )

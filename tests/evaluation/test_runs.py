@@ -52,8 +52,11 @@ def test_damaged_results_and_policies_are_named(tmp_path, fold):
     whole = (other / RESULTS).read_bytes()
     (other / RESULTS).write_bytes(b"PAR1 torn")
     assert f"{other}: results.parquet cannot be read" in refused(fold, str(other))
-    pq.write_table(pa.Table.from_pylist(rows("wine")[:1]), other / RESULTS)
-    assert "does not hold the datasets and methods of the run's own config.yaml" in refused(fold, str(other))
+    for some in (rows("wine")[1:], rows("iris"), rows("wine") + rows("iris")):
+        pq.write_table(pa.Table.from_pylist(some), other / RESULTS)
+        assert "does not hold what the run's own config.yaml asks for" in refused(fold, str(other))
+    pq.write_table(pa.table({"method": ["ce"], "dataset": ["wine"]}), other / RESULTS)
+    assert "lack accuracy, architecture, condition, family" in refused(fold, str(other))
     (other / RESULTS).write_bytes(whole)
     (other / "best" / "policy.json").unlink()
     with pytest.raises(PolicyFileError, match=r"there is no policy\.json"):
@@ -64,12 +67,12 @@ def test_damaged_results_and_policies_are_named(tmp_path, fold):
     ("override", "line"),
     [
         ("inner.steps=300", "inner.steps: 150 in {fold}, 300 in {other}"),
-        ("evaluation.seeds=5", "evaluation.seeds: 2 in {fold}, 5 in {other}"),
+        ("evaluation.select_every=5", "evaluation.select_every: 20 in {fold}, 5 in {other}"),
         ("policy.hidden=8", "policy.hidden: 16 in {fold}, 8 in {other}"),
         ("policy.kind=palf", 'policy.kind: "robust" in {fold}, "palf" in {other}'),
         ("seed=1", "seed: 0 in {fold}, 1 in {other}"),
         ("data.max_rows=99", "data.max_rows: 20000 in {fold}, 99 in {other}"),
-        ("evaluation.suite_conditions=[{name: a}]", "evaluation.suite_conditions: [] in {fold}, "),
+        ("evaluation.suite_conditions=[{name: a}, {name: b}]", "evaluation.suite_conditions: [] in {fold}, "),
     ],
 )
 def test_runs_of_two_designs_are_not_joined(tmp_path, fold, override, line):
@@ -116,7 +119,7 @@ def test_no_policy_judges_what_it_was_trained_on(tmp_path, card):
 
 def test_the_policy_is_one_of_the_methods(tmp_path):
     run = judged_run(tmp_path / "run", rows_of(["iris"], ("ce", "s5")))
-    assert "evaluation.methods of this run leave the policy out" in refused(run)
+    assert "evaluation.methods leave the policy out" in refused(run)
 
 
 def test_runs_of_policies_that_know_less_are_methods(tmp_path, fold):
