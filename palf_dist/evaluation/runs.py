@@ -80,7 +80,7 @@ def read_runs(places: Sequence[str]) -> JoinedRuns:
     runs.sort(key=lambda run: (run.learned or "", run.judged, run.place))
     first = runs[0]
     for run in runs:
-        free = (*FREE, "policy") if run.learned else FREE
+        free = (*FREE, "policy", "evaluation.methods") if run.learned else FREE
         different = config_differences(first.config, run.config, free, (f"in {first.place}", f"in {run.place}"))
         if different:
             raise RunDirectoryError(

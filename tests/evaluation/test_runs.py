@@ -129,6 +129,8 @@ def test_runs_of_policies_that_know_less_are_methods(tmp_path, fold):
     policies = [row for row in rows("iris") if row["method"] == "policy"]
     assert joined == rows("iris") + [{**row, "method": name} for name in names.values() for row in policies]
     assert [run.learned for run in read_runs(places[:1]).folds] == [None], "alone it is the policy"
+    few = [row for row in rows("iris") if row["method"] != "s5"]
+    assert read_runs([judged_run(tmp_path / "few", few, "policy.kind=constant"), fold]).rows == joined[: -len(policies)]
     changed = [row | {"accuracy": row["accuracy"] + 0.01 * (row["method"] == "ce")} for row in rows("iris")]
     other = judged_run(tmp_path / "other", changed, "policy.kind=schedule")
     assert "ce has another result there on iris than in the other runs" in refused(fold, other)
