@@ -108,6 +108,9 @@ METHODS: dict[str, Method] = {
             note="exponentiated-gradient weights of the per-example losses, by the run's own training losses",
         ),
         Method("ce_rce", "0.1 CE + RCE", {"symmetric_ce": 1.0}, {"a": 0.1, "b": 1.0}),
+        Method("generalised_ce", "generalised CE", {"generalised_ce": 1.0}, by_name=True, note="q = 0.7"),
+        Method("mae", "MAE", {"mae": 1.0}, by_name=True),
+        Method("elr", "ELR", {"elr": 1.0}, by_name=True, note="early-learning regularisation, lam = 3"),
         Method(
             "ce_early_stopping",
             "CE, early stopping",
