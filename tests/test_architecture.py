@@ -60,6 +60,7 @@ ORDER = (
     "group_work",
     "rehearsal",
     "memory",
+    "preparation",
     "units",
     "progress",
     "distributed",

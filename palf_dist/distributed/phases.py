@@ -7,34 +7,39 @@ from typing import Any
 
 import numpy as np
 
-from palf_dist import units
+from palf_dist import preparation, units
 from palf_dist.distributed.pool import Broadcast
 from palf_dist.distributed.session import Session
 from palf_dist.types import Contribution, Unit
 
 
-def tune(session: Session) -> dict[str, Any]:
-    """Learning rate and L2 strength for every method, where the configuration leaves them to be tuned."""
+def tune(session: Session, *, compared: bool = True) -> dict[str, Any]:
+    """Learning rate and L2 strength for every method, where the configuration leaves them to be tuned; and with those
+    the hyper-parameters of the tuned baselines, where there is to be a comparison that has any."""
     config = session.config
     broadcast = Broadcast(units.initial_policy(config), 0)
-    tuned = units.reduce_tune(config, _phase(session, "tuning", units.tune_units(config), broadcast))
-    for sentence in units.edges(config, tuned):
+    tuned = preparation.reduce_tune(config, _phase(session, "tuning", preparation.tune_units(config), broadcast))
+    for sentence in preparation.edges(config, tuned):
         session.progress.event(sentence)
+    if compared and (baselines := preparation.baseline_units(config)):
+        broadcast = Broadcast(broadcast.policy, 0, tuned)
+        tuned |= preparation.reduce_baselines(_phase(session, "tuning baselines", baselines, broadcast))
     return tuned
 
 
-def prepare(session: Session) -> dict[str, Any]:
-    """All that the meta-training needs to know beforehand: tuned values and the state's normalisation, plain JSON."""
+def prepare(session: Session, *, compared: bool = True) -> dict[str, Any]:
+    """All that the meta-training, and the comparison where one follows, need to know beforehand: tuned values and the
+    state's normalisation, plain JSON."""
     config = session.config
     if config.policy.shield is not None:
         session.progress.event(
             "policy.shield: the finished policy is good for the held-out comparison alone, as AdaptiveLoss refuses one "
             "with a shield; leave it out for a policy to use"
         )
-    prepared = tune(session)
+    prepared = tune(session, compared=compared)
     broadcast = Broadcast(units.initial_policy(config), 0, prepared)
-    calibration = _phase(session, "calibrating", units.calibrate_units(config), broadcast)
-    return {**prepared, **units.reduce_calibrate(config, calibration)}
+    calibration = _phase(session, "calibrating", preparation.calibrate_units(config), broadcast)
+    return {**prepared, **preparation.reduce_calibrate(config, calibration)}
 
 
 def selection_score(session: Session, broadcast: Broadcast) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from palf_dist.errors import ConfigError
-from palf_dist.evaluation.methods import METHODS, baseline_policy, select_methods
+from palf_dist.evaluation.methods import METHODS, TUNED, baseline_policy, select_methods
 from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS
 
 STATIC = [method for method in METHODS.values() if method.alpha]
@@ -70,6 +70,7 @@ def test_the_curriculum_follows_the_clock():
 
 def test_selection_keeps_the_table_order_and_always_holds_the_reference():
     by_name = ["policy_schedule", "policy_shuffled", "hedge", "generalised_ce", "mae", "elr"]
+    by_name += [f"{name}_tuned" for name, *_ in TUNED]
     assert [method.name for method in select_methods()] == [name for name in METHODS if name not in by_name]
     assert [method.name for method in select_methods(by_name)] == [*by_name[:2], "ce", *by_name[2:]]
     assert [method.name for method in select_methods(["s5", "policy"])] == ["policy", "ce", "s5"]
