@@ -21,7 +21,7 @@ from palf_dist.outer_loss import (
     soft_information,
     validation_loss,
 )
-from palf_dist.types import CONTROLS, NUM_BASIS
+from palf_dist.types import CONTROLS, FIRST_BASIS, NUM_BASIS
 
 ALL_TERMS = OuterLossConfig(kind="cross_entropy", information=0.7, beta=0.4, gamma=0.3)
 
@@ -212,6 +212,18 @@ def test_complexity_equals_loops_over_the_steps(lengths: list[int], edge: bool, 
             before = alpha
         assert terms["entropy"][task].item() == pytest.approx(sum(entropies) / len(entropies), rel=1e-12)
         assert terms["total_variation"][task].item() == pytest.approx(changes, rel=1e-12)
+
+
+def test_basis_losses_that_came_later_do_not_change_the_bits_of_mixtures_without_them() -> None:
+    torch.manual_seed(0)
+    controls = [torch.randn(200, len(CONTROLS)) for _ in range(3)]
+    first = [torch.softmax(each[:, : len(FIRST_BASIS)], 1) for each in controls]
+    for each, alpha in zip(controls, first, strict=True):
+        each[:, :NUM_BASIS] = nn.functional.pad(alpha, (0, NUM_BASIS - len(FIRST_BASIS)))
+    terms = complexity(OuterLossConfig(entropy=1.0, total_variation=1.0), controls, [2, 2, 1])
+    entropies = [steps * mixture_entropy(alpha) for steps, alpha in zip([2, 2, 1], first, strict=True)]
+    assert torch.equal(terms["entropy"], torch.stack(entropies).sum(0) / 5)
+    assert torch.equal(terms["total_variation"], torch.stack(first).diff(dim=0).abs().sum((0, 2)))
 
 
 def test_complexity_has_the_terms_that_weigh_something() -> None:

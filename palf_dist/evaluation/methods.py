@@ -136,12 +136,12 @@ METHODS: dict[str, Method] = {
 
 
 TUNED: tuple[tuple[str, str, Mapping[str, Sequence[float]]], ...] = (
-    ("focal", "focal, tuned", {"gamma": (0.5, 1.0, 2.0, 3.0, 5.0)}),
-    ("label_smoothing", "smoothing, tuned", {"eps": (0.05, 0.1, 0.2, 0.3, 0.5)}),
-    ("symmetric_ce", "symmetric CE, tuned", {"a": (0.1, 0.3, 1.0), "b": (0.1, 0.3, 1.0, 3.0)}),
-    ("generalised_ce", "GCE, tuned", {"q": (0.1, 0.3, 0.5, 0.7, 0.9)}),
-    ("elr", "ELR, tuned", {"lam": (0.3, 1.0, 3.0, 7.0)}),
-    ("s5", "S5, tuned", {"la": (0.0, 0.5, 1.0), "e": (0.1, 0.2, 0.4), "ew": (0.3, 0.6)}),
+    ("focal", "focal, tuned", {"gamma": (0.1, 0.5, 1.0, 2.0, 5.0)}),
+    ("label_smoothing", "smoothing, tuned", {"eps": (0.02, 0.05, 0.1, 0.2, 0.4)}),
+    ("symmetric_ce", "symmetric CE, tuned", {"a": (0.03, 0.1, 0.3, 1.0), "b": (1.0, 3.0, 10.0)}),
+    ("generalised_ce", "GCE, tuned", {"q": (0.3, 0.5, 0.7, 0.85, 1.0)}),
+    ("elr", "ELR, tuned", {"lam": (0.3, 1.0, 3.0, 7.0, 15.0)}),
+    ("s5", "S5, tuned", {"la": (0.0, 0.5, 1.0), "e": (0.2, 0.4, 0.6), "ew": (0.3, 0.6)}),
 )
 """The tuned baselines: a static method, the label of what becomes of it, and what its hyper-parameters are chosen from.
 None has more points than cross-entropy has pairs of learning rate and L2 strength by default. la says how far S5 goes

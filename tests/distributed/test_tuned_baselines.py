@@ -76,10 +76,18 @@ def test_a_comparison_of_the_policy_alone_finds_the_same(undisturbed: Path) -> N
     }
 
 
-def test_nothing_is_tuned_where_no_comparison_follows(tmp_path: Path) -> None:
-    for _ in train_policy(small_config(**COMPARED), tmp_path / "run", progress=Progress(Console(file=io.StringIO()))):
+def test_nothing_is_tuned_where_no_comparison_follows_and_all_of_it_where_one_does(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    """A trial of a search, and the same taken up as a run of its own."""
+    config = small_config(**COMPARED)
+    for _ in train_policy(config, tmp_path / "run", progress=Progress(Console(file=io.StringIO()))):
         pass
     assert found(tmp_path / "run") == {}
+    _, screen = train(config, tmp_path / "run", resume=True)
+    assert "tuning baselines 28/28" in screen
+    results = [fingerprint(run_dir)["results"] for run_dir in (tmp_path / "run", undisturbed)]
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow
