@@ -51,8 +51,7 @@ Datasets = Mapping[str, EncodedDataset]
 class Work:
     """What a unit does, as far as it decides the memory it needs."""
 
-    kind: str  # meta_gradient | train | baseline | evaluate
-    # train stands for tune, calibrate and select; baseline for the tuning of static losses
+    kind: str  # meta_gradient | train (tune, calibrate and select) | baseline (tune static losses) | evaluate
     architecture: int
     optimiser: str
 

@@ -1,10 +1,9 @@
 """Units of work: pure functions of (configuration, unit key, policy), so that any worker can do or redo any of them.
 
 Kinds: ``tune`` measures plain cross-entropy at one learning rate and L2 strength, or a static loss at one choice of its
-hyper-parameters; ``calibrate`` collects the statistics
-that normalise the state features; ``meta_gradient`` is the inner run of one task group with its meta-gradient;
-``select`` scores the policy on fresh tasks of the training datasets; ``evaluate`` runs one method on one group of
-held-out tasks.
+hyper-parameters; ``calibrate`` collects the statistics that normalise the state features; ``meta_gradient`` is the
+inner run of one task group with its meta-gradient; ``select`` scores the policy on fresh tasks of the training
+datasets; ``evaluate`` runs one method on one group of held-out tasks.
 """
 
 from __future__ import annotations
