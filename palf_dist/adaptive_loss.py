@@ -25,6 +25,7 @@ from palf_dist.online_loss import OnlineLoss
 from palf_dist.policies.hedge import HedgePolicy
 from palf_dist.policies.online_learnloss import PER_EXAMPLE, OnlineLearnLoss
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
+from palf_dist.policies.static import restored_controls
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
 from palf_dist.training_state import (
     HUTCHINSON_ROWS,
@@ -160,7 +161,7 @@ class AdaptiveLoss(LateBuffers):
             logits: [n, C] floating point.
             y: [n] int64 labels.
             features: [n, D] penultimate features; needed where the policy's mixture holds info_nce.
-            index: [n] which training rows these are, for posterior weights. Without it they are left out.
+            index: [n] which training rows these are, for posterior weights and elr. Without it they are left out.
 
         Raises:
             ConfigError: shapes do not fit, the batch is empty, a label is out of range (not looked for on a GPU), or
@@ -176,7 +177,7 @@ class AdaptiveLoss(LateBuffers):
             h = features.flatten(1).to(z.dtype) if features is not None else None
             y = y.to(z.device, torch.int64)
             own = self._observe(z, y, index)
-            context = self._task(z) if own is None else self._task(z).with_posterior(*own)
+            context = self._task(z) if own is None else self._task(z).with_averages(*own)
             controls = self.controls.to(z.dtype)
             return mixture_loss(z, y, h, controls, context, self.policy.active_basis)[0].mean()
 
@@ -220,6 +221,12 @@ class AdaptiveLoss(LateBuffers):
         self._step, self._refreshed_at = state["step"], state["refreshed_at"]
         self._weight_decay_multiplier = state["weight_decay_multiplier"]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = state_dict.get(prefix + "controls")
+        if saved is not None:
+            state_dict[prefix + "controls"] = restored_controls(saved)  # in a copy: load_state_dict made one
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _check(self, logits: Tensor, y: Tensor, features: Tensor | None, index: Tensor | None) -> None:
         check_batch(logits, y)
         if index is not None and (index.shape != y.shape or index.is_floating_point()):
@@ -241,15 +248,16 @@ class AdaptiveLoss(LateBuffers):
         return context
 
     @torch.no_grad()
-    def _observe(self, z: Tensor, y: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def _observe(self, z: Tensor, y: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Refresh the controls where due and take in the batch. With an index: the averaged own-label probabilities
-        [1, n] and seen flags [1, n] as they were before this batch."""
+        [1, n] and seen flags [1, n] as they were before this batch, and for elr the whole averages [1, n, C]."""
         if index is not None:
             self.averages.reserve(index, z.shape[1])  # before the move: reading a GPU's values would wait for it
             index = index.to(z.device, torch.int64)
         elif self._remembers:
             self._say(
-                "no index: posterior weights and noise features are left out; pass index=row numbers of the batch"
+                "no index: posterior weights, elr's term and noise features are left out; pass index=row numbers of "
+                "the batch"
             )
         if self.class_counts is None:
             if not len(self.label_counts):
@@ -260,13 +268,17 @@ class AdaptiveLoss(LateBuffers):
         if index is None:
             return None
         own, seen = self.averages.recall(index, y)
+        averaged = None
+        if "elr" in self.policy.active_basis:
+            averaged = self.averages.averaged[index].to(z.dtype)[None]
         self.averages.update(index, y, torch.softmax(z, 1))
-        return own.to(z.dtype)[None], seen[None]
+        return own.to(z.dtype)[None], seen[None], averaged
 
     @property
     def _remembers(self) -> bool:
         """Whether the policy reads averaged predictions."""
-        return "robust_ce" in self.policy.active_basis or bool({*NOISE_FEATURES[1:]} & {*self.policy.features})
+        basis, features = {"robust_ce", "elr"}, {*NOISE_FEATURES[1:]}
+        return bool(basis & {*self.policy.active_basis} or features & {*self.policy.features})
 
     def _facts(self, z: Tensor, index: Tensor | None) -> TaskFacts:
         """What the constant features are made of. Without class_counts: from the labels seen so far; the training set

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
-from palf_dist.redaction import refuse_credentials
+from palf_dist.sections import Count, Decay, NonNegative, Positive, Section, Share, distinct
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 
-Positive = Annotated[FiniteFloat, Field(strict=True, gt=0)]
-NonNegative = Annotated[FiniteFloat, Field(strict=True, ge=0)]
-Share = Annotated[FiniteFloat, Field(strict=True, ge=0, le=1)]
-Decay = Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-BasisName = Literal["ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce"]
-HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau"]
+BasisName = Literal[
+    "ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce", "generalised_ce", "mae", "elr"
+]
+HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau", "q", "lam"]
 Family = Literal["image", "text", "tabular"]
 NoiseKind = Literal["uniform", "pair_flip", "class_dependent", "instance_dependent"]
 MOST_WRONG = 0.5  # no class or example is mislabelled as often by the last two: its true label stays the likeliest
 assert get_args(BasisName) == BASIS_LOSSES and get_args(HyperparameterName) == HYPERPARAMETERS
-
-
-def _distinct(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """Refuses a list that names something twice; numbers are told apart by 6 digits, as in tables of results, sections
-    by their names."""
-    seen = [round(value, 6) if isinstance(value, float) else getattr(value, "name", value) for value in values or ()]
-    twice = sorted({str(value) for value in seen if seen.count(value) > 1})
-    if twice:
-        raise ValueError(f"{', '.join(twice)} is named more than once; name it once")
-    return values
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values are never coerced silently, objects are frozen, and none
-    of their texts holds the credentials of an address."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, hide_input_in_errors=True)
-
-    @field_validator("*")
-    @classmethod
-    def _no_credentials(cls, value: object) -> object:
-        return refuse_credentials(value) if isinstance(value, str) else value
 
 
 class Columns(Section):
@@ -233,6 +208,8 @@ class PolicyStart(Section):
     a: Positive | None = None
     b: Positive | None = None
     tau: Positive | None = None
+    q: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=1)] | None = None
+    lam: Positive | None = None
 
 
 assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
@@ -254,7 +231,7 @@ class PolicyConfig(Section):
         description="kappa of the Lyapunov shield (none: off); AdaptiveLoss refuses policies that have one",
     )
 
-    _no_twins = field_validator("features", "basis", "hyperparameters")(_distinct)
+    _no_twins = field_validator("features", "basis", "hyperparameters")(distinct)
 
     @model_validator(mode="after")
     def _shield_has_its_reference(self) -> PolicyConfig:
@@ -368,7 +345,7 @@ class EvaluationConfig(Section):
     select_every: Count = Field(default=20, description="outer steps between two selection scores")
     select_tasks: Count = Field(default=48, description="fresh tasks of the training datasets for the selection score")
 
-    _no_twins = field_validator("noise_rates", "conditions", "suite_conditions")(_distinct)
+    _no_twins = field_validator("noise_rates", "conditions", "suite_conditions")(distinct)
 
 
 class CheckpointConfig(Section):

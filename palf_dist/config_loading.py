@@ -17,10 +17,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from palf_dist.config import MOST_WRONG, NoiseKind, RunConfig, Section
+from palf_dist.config import MOST_WRONG, NoiseKind, RunConfig
 from palf_dist.errors import ConfigError
 from palf_dist.policies.meta_learned import misread
 from palf_dist.redaction import redact
+from palf_dist.sections import Section
 from palf_dist.storage import first_line, read_file
 from palf_dist.training_state import FEATURES
 

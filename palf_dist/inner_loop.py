@@ -93,6 +93,7 @@ class StepResult:
     labels: Tensor  # [G, B]
     own_probability: Tensor  # [G, B] averaged, before this step
     seen: Tensor  # [G, B]
+    averaged: Tensor | None  # [G, B, C] averaged predictions before this step, where elr is active
     refreshed: bool
     head: HeadTape | None  # closed-form step only
     loss: Tensor | None  # [G] adaptive loss with its graph, differentiable step only
@@ -138,8 +139,8 @@ class InnerLoop:
             seen=torch.zeros_like(group.train.labels, dtype=torch.bool),
         )
 
-    def context(self, own_probability: Tensor, seen: Tensor) -> LossContext:
-        return self._context.with_posterior(own_probability, seen)
+    def context(self, own_probability: Tensor, seen: Tensor, averaged: Tensor | None = None) -> LossContext:
+        return self._context.with_averages(own_probability, seen, averaged)
 
     def minibatch(self, step: int) -> tuple[Inputs, Tensor]:
         return self.group.train.batch(self.group.batches[step])
@@ -169,8 +170,8 @@ class InnerLoop:
         if refreshed or state.controls is None:
             self.resume(state, phi)
         assert state.controls is not None
-        own, seen = self._remember(state, logits.detach(), labels)
-        context = self.context(own, seen)
+        own, seen, averaged = self._remember(state, logits.detach(), labels)
+        context = self.context(own, seen, averaged)
         if refreshed and self.policy.shield is not None:
             self._shield(state, inputs, labels, context, None if tape is None else (logits, features, tape))
         controls = state.controls
@@ -190,7 +191,7 @@ class InnerLoop:
         moved, state.slots = self.optimiser.update(state.theta, state.slots, gradient, rate, t)
         state.theta = torch.addcmul(moved, state.theta, -rate * self.decay(controls))
         state.step = t + 1
-        return StepResult(logits, labels, own, seen, refreshed, head, loss)
+        return StepResult(logits, labels, own, seen, averaged, refreshed, head, loss)
 
     def resume(self, state: InnerState, phi: Tensor) -> None:
         """Set the controls in force, [G, U]: what the policy says of the last refresh, if there was one, under ``phi``
@@ -225,8 +226,9 @@ class InnerLoop:
         state.shielded = acted if state.shielded is None else state.shielded + acted
         state.controls = mix(state.controls, state.mixing)
 
-    def _remember(self, state: InnerState, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Own-label averaged probabilities and seen flags [G, B] before this step, then the averages' update."""
+    def _remember(self, state: InnerState, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Own-label averaged probabilities and seen flags [G, B] before this step, and where elr is active the whole
+        averages [G, B, C]; then the averages' update."""
         with torch.no_grad():
             rows = self._rows[state.step].flatten()
             averaged, flags = state.averaged.flatten(0, 1), state.seen.flatten()  # views: written in place
@@ -236,7 +238,7 @@ class InnerLoop:
             p = torch.softmax(logits.masked_fill(self._padding, -1e9), -1)
             averaged.index_copy_(0, rows, torch.lerp(p, before, self.inner.ema).flatten(0, 1))
             flags.index_fill_(0, rows, True)
-        return own, seen
+        return own, seen, before if "elr" in self.policy.active_basis else None
 
     def _observe(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
         """Raw features [G, S] at the current step, after those before it where the policy reads its history."""

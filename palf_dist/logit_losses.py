@@ -1,4 +1,5 @@
-"""Closed forms of the basis losses that read only log p_y, the log-probability of an example's own label.
+"""Closed forms of the basis losses (of two of them: parts) that read only log p_y, the log-probability of an example's
+own label.
 
 For l = F(log p_y) the gradient in the logits is F' (Y - p), and its directional derivative needs F'' besides; both are
 functions of one number per example. Each class gives F, F', F'' and their derivatives in the loss's own controls.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from palf_dist.losses import (
+    EXPONENT_FLOOR,
     FOCAL_FLOOR,
     NOISE_FLOOR,
     OWN_FLOOR,
@@ -207,10 +209,66 @@ class RobustCrossEntropy:
         return {"e": self.weight * fall, "ew": -self.weight_ew * self.kept}
 
 
+class GeneralisedCrossEntropy:
+    """F = (1 - p_y^q) / q (Zhang and Sabuncu 2018, equation 6), q floored: from ce (q = 0) to half of mae (q = 1)."""
+
+    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+        self.log_p = own.log_p
+        asked = column(controls, "q")
+        self.q = asked.clamp_min(EXPONENT_FLOOR)
+        self.moves = (asked >= EXPONENT_FLOOR).to(self.q.dtype)  # zero where the clamp holds
+
+    @cached_property
+    def value(self) -> Tensor:
+        return -torch.expm1(self.q * self.log_p) / self.q
+
+    @cached_property
+    def slope(self) -> Tensor:
+        return -torch.exp(self.q * self.log_p)
+
+    @property
+    def curvature(self) -> Tensor:
+        return self.q * self.slope
+
+    def value_controls(self) -> dict[str, Number]:
+        return {"q": self.moves * (self.log_p * self.slope - self.value) / self.q}
+
+    def slope_controls(self) -> dict[str, Number]:
+        return {"q": self.moves * self.log_p * self.slope}
+
+
+class MeanAbsoluteError:
+    """F = 2 (1 - p_y), the sum over classes of |y - p|."""
+
+    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+        self.own = own
+
+    @property
+    def value(self) -> Tensor:
+        return 2 * (1 - self.own.p)
+
+    @cached_property
+    def slope(self) -> Tensor:
+        return -2 * self.own.p
+
+    @property
+    def curvature(self) -> Tensor:
+        return self.slope
+
+    def value_controls(self) -> dict[str, Number]:
+        return {}
+
+    def slope_controls(self) -> dict[str, Number]:
+        return {}
+
+
 LOGIT_LOSSES: dict[str, Callable[[Own, Tensor, LossContext], LogitLoss]] = {
     "ce": CrossEntropy,
     "focal": Focal,
     "label_smoothing": CrossEntropy,  # = ce + eps (z_y - mean_c z_c); the head adds that part, which is linear in z
     "symmetric_ce": SymmetricCrossEntropy,
     "robust_ce": RobustCrossEntropy,
+    "generalised_ce": GeneralisedCrossEntropy,
+    "mae": MeanAbsoluteError,
+    "elr": CrossEntropy,  # the head adds lam times the term of ``early_learning``, which reads all of p
 }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from palf_dist.contrastive import Contrast
+from palf_dist.early_learning import EarlyLearning
 from palf_dist.logit_losses import LOGIT_LOSSES, LogitLoss, Number, Own
 from palf_dist.losses import LossContext, column
 from palf_dist.types import BASIS_LOSSES, CONTROLS
@@ -80,6 +81,9 @@ class Evaluation:
         plain = [name for name in logit_losses if not (self.adjusted and name == "robust_ce")]
         if plain:
             self.groups.append((self.plain, self._losses(self.plain, plain)))
+        self.early: EarlyLearning | None = None
+        if "elr" in active and context.averaged is not None:
+            self.early = EarlyLearning(self.plain.p, context.averaged)
         if self.adjusted:
             adjusted = self._softmax(column(controls, "la") * context.log_prior_ratio)
             self.groups.append((adjusted, self._losses(adjusted, ["robust_ce"])))
@@ -110,6 +114,8 @@ class Evaluation:
                 value = loss.value
                 if name == "label_smoothing":
                     value = value + column(self.controls, "eps") * self._above_mean(softmax, softmax.log_p)
+                if name == "elr" and self.early is not None:
+                    value = value + column(self.controls, "lam") * self.early.value
                 yield name, value
         if self.contrast is not None:
             yield "info_nce", self.contrast.value
@@ -126,6 +132,8 @@ class Evaluation:
                 part = softmax.pull(at_label + smoothing, scale) - smoothing[..., None] * self.context.uniform
             else:
                 part = softmax.pull(at_label, scale)
+            if self.early is not None and "elr" in losses:
+                part = part + self.early.gradient(weights["elr"] * column(self.controls, "lam"))
             dlogits = part if dlogits is None else dlogits + part
         if dlogits is None:
             dlogits = torch.zeros_like(self.z)
@@ -143,6 +151,8 @@ class Evaluation:
                 if name == "robust_ce" and self.adjusted:
                     shift = softmax.centre(self.context.log_prior_ratio[:, None, :])
                     result["la"] = weights[name] * loss.slope * softmax.own_entry(shift)
+        if self.early is not None:
+            result["lam"] = weights["elr"] * self.early.value
         if self.contrast is not None:
             result["tau"] = self.contrast.tau_gradient(weights["info_nce"])
         return result
@@ -168,6 +178,12 @@ class Evaluation:
             part = softmax.pull(slope_dot, torch.addcmul(slope_dot[..., None], slope[..., None], centred))
             if self.adjusted and "robust_ce" in losses:
                 controls["la"] = (part * self.context.log_prior_ratio[:, None, :]).sum(-1)
+            if self.early is not None and "elr" in losses:
+                strength = column(self.controls, "lam")
+                early_dot, early_along = self.early.tangent(weights["elr"] * strength, centred)
+                part = part + early_dot
+                along["elr"] = along["elr"] + strength * early_along
+                controls["lam"] = weights["elr"] * early_along
             dlogits = part if dlogits is None else dlogits + part
         if dlogits is None:
             dlogits = torch.zeros_like(z_dot)
@@ -194,7 +210,7 @@ class HeadTape:
 
     @cached_property
     def losses(self) -> Tensor:
-        """Per-example basis losses [6, G, n]; rows of inactive losses are zero."""
+        """Per-example basis losses [K, G, n]; rows of inactive losses are zero."""
         rows = dict(self.evaluation.values())
         zero = torch.zeros_like(self.evaluation.z[..., 0])
         return torch.stack([rows.get(name, zero) for name in BASIS_LOSSES])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, HYPERPARAMETERS
+from palf_dist.types import BASIS_LOSSES, BASIS_PARTS, CONTROL_INDEX, HYPERPARAMETERS
 
 MASKED_LOGIT = -1e9  # finite on purpose: -inf times zero is NaN in label smoothing and entropies
 FOCAL_FLOOR = 1e-4  # 1 - p_y in the focal power: a non-integer gamma has no derivative at 0
@@ -21,6 +21,8 @@ NOISE_FLOOR = 1e-30  # added to e / k, so that e = 0 has finite derivatives even
 OWN_FLOOR = 1e-6  # averaged own-label probability in the posterior weights
 WEIGHT_FLOOR = 0.05  # of the batch mean that normalises the posterior weights
 UNSEEN_WEIGHT = 0.5  # posterior weight of an example without an averaged prediction yet
+EXPONENT_FLOOR = 0.01  # q of the generalised cross-entropy: there it is cross-entropy, up to 0.5 % of a loss of 1
+AGREEMENT_SHARE = 1 - 1e-4  # of <p, t> in the early-learning term, whose logarithm stays finite where p = t = 1
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class LossContext:
     adjusted: bool  # some log_prior_ratio is not zero
     own_probability: Tensor | None = None  # [G, n] averaged probability of each example's own label; no gradient
     seen: Tensor | None = None  # [G, n] bool: that average has been updated at least once
+    averaged: Tensor | None = None  # [G, n, C] averaged predictions of elr, 0 where not seen; no gradient
 
     @classmethod
     def create(cls, class_mask: Tensor, log_prior_ratio: Tensor) -> LossContext:
-        """Context without posterior weights; add them for each batch by ``with_posterior``.
+        """Context without averaged predictions; add them for each batch by ``with_averages``.
 
         What the hot path may skip is decided here, so that a step never waits for the device to tell.
         """
@@ -52,9 +55,12 @@ class LossContext:
             adjusted=bool((log_prior_ratio != 0).any()),
         )
 
-    def with_posterior(self, own_probability: Tensor, seen: Tensor) -> LossContext:
-        """The same tasks with the averaged own-label probabilities of one batch, [G, n] each."""
-        return replace(self, own_probability=own_probability.detach(), seen=seen)
+    def with_averages(self, own_probability: Tensor, seen: Tensor, averaged: Tensor | None = None) -> LossContext:
+        """The same tasks with the averages of one batch: own-label probabilities and whether there are any, [G, n]
+        each; and the whole predictions [G, n, C], which elr reads alone."""
+        if averaged is not None:
+            averaged = torch.where(seen[..., None], averaged.detach(), 0.0)
+        return replace(self, own_probability=own_probability.detach(), seen=seen, averaged=averaged)
 
 
 def column(controls: Tensor, name: str) -> Tensor:
@@ -85,7 +91,7 @@ def posterior_weights(context: LossContext, ew: Tensor) -> Tensor | float:
 def reference_losses(
     z: Tensor, y: Tensor, h: Tensor | None, controls: Tensor, context: LossContext, active: tuple[str, ...]
 ) -> Tensor:
-    """Per-example basis losses [6, G, n]; rows of inactive losses are zero.
+    """Per-example basis losses [K, G, n]; rows of inactive losses are zero.
 
     Args:
         z: logits [G, n, C].
@@ -124,6 +130,16 @@ def reference_losses(
         # logaddexp(kept, log_noise): torch's own has no finite second derivative far from zero
         log_m = torch.logsumexp(torch.stack(torch.broadcast_tensors(kept, log_noise)), 0)
         rows["robust_ce"] = posterior_weights(context, control["ew"]) * -log_m
+    if "generalised_ce" in active:
+        q = control["q"].clamp_min(EXPONENT_FLOOR)
+        rows["generalised_ce"] = -torch.expm1(q * own) / q
+    if "mae" in active:
+        rows["mae"] = 2 * (1 - own.exp())
+    if "elr" in active:
+        rows["elr"] = -own
+        if context.averaged is not None:
+            agreement = (log_p.exp() * context.averaged).sum(-1)
+            rows["elr"] = control["lam"] * torch.log1p(-AGREEMENT_SHARE * agreement) - own
     zero = torch.zeros_like(own)
     return torch.stack([rows[name] if name in active else zero for name in BASIS_LOSSES])
 
@@ -133,4 +149,5 @@ def reference_mixture(
 ) -> Tensor:
     """The adaptive loss [G]: mean over the batch of sum_k alpha_k l_k. Arguments as ``reference_losses``."""
     losses = reference_losses(z, y, h, controls, context, active)
-    return torch.einsum("gk,kgn->g", controls[:, : len(BASIS_LOSSES)], losses) / y.shape[1]
+    first, later = (torch.einsum("gk,kgn->g", controls[:, part], losses[part]) for part in BASIS_PARTS)
+    return (first + later) / y.shape[1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palf_dist.config import OuterLossConfig
-from palf_dist.types import NUM_BASIS
+from palf_dist.types import BASIS_PARTS
 
 
 def outer_terms(
@@ -66,18 +66,25 @@ def complexity(config: OuterLossConfig, controls: Sequence[Tensor], lengths: Seq
             and the variations of all windows add up to that of the run.
         lengths: number of steps for which each was in force; 0 for the first where the stretch begins with a refresh.
     """
-    alphas = [each[:, :NUM_BASIS] for each in controls]
+    first, later = ([each[:, part] for each in controls] for part in BASIS_PARTS)
     terms = {}
     if config.entropy:
-        parts = [steps * mixture_entropy(alpha) for steps, alpha in zip(lengths, alphas, strict=True)]
+        entropies = [mixture_entropy(a) + mixture_entropy(b) for a, b in zip(first, later, strict=True)]
+        parts = [steps * entropy for steps, entropy in zip(lengths, entropies, strict=True)]
         terms["entropy"] = torch.stack(parts).sum(0) / sum(lengths)
     if config.total_variation:
-        terms["total_variation"] = torch.stack(alphas).diff(dim=0).abs().sum((0, 2))
+        terms["total_variation"] = _variation(first) + _variation(later)
     return terms
 
 
+def _variation(alphas: Sequence[Tensor]) -> Tensor:
+    """Sum [G] over refreshes of the absolute changes of weights [G, X]."""
+    return torch.stack(list(alphas)).diff(dim=0).abs().sum((0, 2))
+
+
 def mixture_entropy(alpha: Tensor) -> Tensor:
-    """Entropy [G] in nats of mixture weights [G, K]; 0 log 0 = 0, with a finite gradient."""
+    """Entropy [G] in nats of mixture weights [G, K], or the part of some of them in it; 0 log 0 = 0, with a finite
+    gradient."""
     return -(alpha * alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()).sum(1)
 
 

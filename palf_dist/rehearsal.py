@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palf_dist.config import RunConfig
-from palf_dist.evaluation.methods import baseline_policy, select_methods
+from palf_dist.evaluation.methods import baseline_policy, select_methods, tuned_together
 from palf_dist.group_work import final_accuracy, measure, meta_gradient
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.inner_models import build_model
@@ -51,7 +51,7 @@ Datasets = Mapping[str, EncodedDataset]
 class Work:
     """What a unit does, as far as it decides the memory it needs."""
 
-    kind: str  # meta_gradient | train | evaluate; train stands for tune, calibrate and select
+    kind: str  # meta_gradient | train (tune, calibrate and select) | baseline (tune static losses) | evaluate
     architecture: int
     optimiser: str
 
@@ -120,11 +120,14 @@ class Meter(TorchDispatchMode):
 def works(config: RunConfig, datasets: Datasets) -> dict[Work, int]:
     """All the kinds of work of a run, and the tasks of the largest group of each."""
     tasks = config.tasks
+    kinds = ["meta_gradient", "train"]
+    if tuned_together(config.evaluation.methods):
+        kinds.append("baseline")
     found: dict[Work, int] = {}
     for index, architecture in enumerate(tasks.architectures):
         if any(fits(architecture, datasets[source.name]) for source in config.data.train):
             for optimiser in tasks.optimisers:
-                found |= {Work(kind, index, optimiser): tasks.group_size for kind in ("meta_gradient", "train")}
+                found |= {Work(kind, index, optimiser): tasks.group_size for kind in kinds}
     for specs in evaluation_specs(config, datasets):
         work = Work("evaluate", specs[0].architecture, specs[0].optimiser)
         found[work] = max(len(specs), found.get(work, 0))
@@ -213,6 +216,8 @@ def _policies(config: RunConfig, work: Work) -> list[Policy]:
     methods = select_methods(config.evaluation.methods)
     basis = {name for method in methods for name in method.alpha}
     found: list[Policy] = [StaticPolicy(control_vector(dict.fromkeys(basis, 1 / len(basis)), {}))]
+    if work.kind == "baseline":
+        return found
     found += [baseline_policy(method) for method in methods if method.schedule is not None]
     return found + ([_learned(config)] if any(method.uses_policy or method.control for method in methods) else [])
 

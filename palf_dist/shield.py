@@ -15,7 +15,7 @@ from torch import Tensor
 
 from palf_dist.loss_head import LossHead
 from palf_dist.losses import LossContext
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, NUM_BASIS, InnerModel
+from palf_dist.types import BASIS_LOSSES, BASIS_PARTS, CONTROL_INDEX, NUM_BASIS, InnerModel
 
 REFERENCE = CONTROL_INDEX["ce"]
 
@@ -31,7 +31,8 @@ def least_mixing(alpha: Tensor, products: Tensor, kappa: float) -> Tensor:
         products: <grad l_k, grad l_ref> [G, K]; r is its column of the reference.
         kappa: in (0, 1], so that the reference itself meets the condition.
     """
-    own, reference = (alpha * products).sum(1), products[:, REFERENCE]
+    first, later = ((alpha * products)[:, part].sum(1) for part in BASIS_PARTS)
+    own, reference = first + later, products[:, REFERENCE]
     missing = kappa * reference - own
     acts = (missing > 0) & missing.isfinite()
     return torch.where(acts, missing / (reference - own), 0.0).clamp(max=1.0)

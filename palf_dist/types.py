@@ -16,19 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BASIS_LOSSES = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce")
-"""The basis losses l_k of equation (4), in the order of the mixture weights alpha."""
+FIRST_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce")
+BASIS_LOSSES = (*FIRST_BASIS, "generalised_ce", "mae", "elr")
+"""The basis losses l_k of equation (4), in the order of the mixture weights alpha. New ones come last."""
 
-HYPERPARAMETERS = ("e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau")
+FIRST_HYPERPARAMETERS = ("e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau")
+HYPERPARAMETERS = (*FIRST_HYPERPARAMETERS, "q", "lam")
 """Loss hyper-parameters a policy may set: e assumed noise rate of the forward correction, la strength of the logit
 adjustment, ew belief of the posterior weights, wd L2 multiplier, gamma focal exponent, eps label smoothing, a and b
-of a CE + b RCE, tau temperature of info_nce."""
+of a CE + b RCE, tau temperature of info_nce, q exponent of the generalised cross-entropy, lam strength of the
+early-learning regularisation."""
 
 CONTROLS = BASIS_LOSSES + HYPERPARAMETERS
-"""Columns of every controls tensor [G, U]: alpha first, then the hyper-parameters."""
+"""Columns of every controls tensor [G, U]: alpha first, then the hyper-parameters. Files name them, never count them:
+their numbers change with every new basis loss."""
+
+FIRST_CONTROLS = FIRST_BASIS + FIRST_HYPERPARAMETERS
+"""The columns before generalised_ce, mae and elr came."""
 
 CONTROL_INDEX = {name: index for index, name in enumerate(CONTROLS)}
 NUM_BASIS = len(BASIS_LOSSES)
+BASIS_PARTS = (slice(0, len(FIRST_BASIS)), slice(len(FIRST_BASIS), NUM_BASIS))
+"""Columns of alpha that are summed by themselves: mixtures of the first basis losses keep the bits of their sums,
+however many come after them."""
 
 DEFAULT_HYPERPARAMETERS = {
     "e": 0.2,
@@ -40,8 +50,10 @@ DEFAULT_HYPERPARAMETERS = {
     "a": 1.0,
     "b": 1.0,
     "tau": 0.2,
+    "q": 0.7,
+    "lam": 3.0,
 }
-"""Values of the paper's basis losses, and of S5 (METHODS part 6) for e, la, ew."""
+"""Values of the paper's basis losses, of S5 (METHODS part 6) for e, la, ew, and their authors' for q and lam."""
 
 
 Inputs = tuple[Tensor, ...]

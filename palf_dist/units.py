@@ -1,9 +1,9 @@
 """Units of work: pure functions of (configuration, unit key, policy), so that any worker can do or redo any of them.
 
-Kinds: ``tune`` measures plain cross-entropy at one learning rate and L2 strength; ``calibrate`` collects the statistics
-that normalise the state features; ``meta_gradient`` is the inner run of one task group with its meta-gradient;
-``select`` scores the policy on fresh tasks of the training datasets; ``evaluate`` runs one method on one group of
-held-out tasks.
+Kinds: ``tune`` measures plain cross-entropy at one learning rate and L2 strength, or a static loss at one choice of its
+hyper-parameters; ``calibrate`` collects the statistics that normalise the state features; ``meta_gradient`` is the
+inner run of one task group with its meta-gradient; ``select`` scores the policy on fresh tasks of the training
+datasets; ``evaluate`` runs one method on one group of held-out tasks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from math import inf
 from typing import Any, TypeVar
 
@@ -40,85 +39,14 @@ from palf_dist.group_work import (
 from palf_dist.inner_loop import InnerLoop, InnerState, move_group
 from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
 from palf_dist.policies import LearnedPolicy, Policy, make_policy, policy_spec
+from palf_dist.preparation import canonical, found_by_tuning, tuning_columns
 from palf_dist.rehearsal import Work
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
 from palf_dist.trajectory import build_table
 from palf_dist.types import Contribution, TaskGroup, TaskSpec, Unit
 
-TUNING_GROUPS = 4  # task groups per grid point: fewer leave the choice to chance
-CALIBRATION_GROUPS = 2
-
 Result = TypeVar("Result")
-
-
-def tune_units(config: RunConfig) -> list[Unit]:
-    """One unit per architecture, optimiser, grid point and task group; none where both values are given."""
-    if config.inner.learning_rate != "tuned" and config.inner.weight_decay != "tuned":
-        return []
-    points = [
-        {"architecture": a, "optimiser": o, "learning_rate": r, "weight_decay": w, "group": g}
-        for a in range(len(config.tasks.architectures))
-        for o in config.tasks.optimisers
-        for r, w in _grid(config, o)
-        for g in range(TUNING_GROUPS)
-    ]
-    return [Unit("tune", 0, index, _canonical(point)) for index, point in enumerate(points)]
-
-
-def reduce_tune(config: RunConfig, contributions: Sequence[Contribution]) -> dict[str, Any]:
-    """Learning rate and L2 strength of the best mean accuracy of plain cross-entropy, per architecture/optimiser."""
-    inner = config.inner
-    if not contributions:
-        chosen = {"learning_rate": inner.learning_rate, "weight_decay": inner.weight_decay}
-        names = [f"{a}/{o}" for a in range(len(config.tasks.architectures)) for o in config.tasks.optimisers]
-        return {"reference": dict.fromkeys(names, chosen)}
-    scores: dict[str, dict[tuple[float, float], list[float]]] = {}
-    for contribution in sorted(contributions, key=lambda item: item.unit):
-        point = json.loads(contribution.unit.settings)
-        grid = scores.setdefault(f"{point['architecture']}/{point['optimiser']}", {})
-        pair = (point["learning_rate"], point["weight_decay"])
-        grid.setdefault(pair, []).append(contribution.metrics["accuracy"])
-    best = {name: max(grid, key=lambda pair: float(np.mean(grid[pair]))) for name, grid in scores.items()}
-    return {"reference": {name: {"learning_rate": r, "weight_decay": w} for name, (r, w) in best.items()}}
-
-
-def _grid(config: RunConfig, optimiser: str) -> list[tuple[float, float]]:
-    """The pairs of learning rate and weight decay to try."""
-    inner = config.inner
-    grid = getattr(inner.grids, optimiser)
-    rates = grid.learning_rate if inner.learning_rate == "tuned" else (inner.learning_rate,)
-    decays = grid.weight_decay if inner.weight_decay == "tuned" else (inner.weight_decay,)
-    return list(product(rates, decays))
-
-
-def edges(config: RunConfig, prepared: Mapping[str, Any]) -> list[str]:
-    """Tuned learning rates at an edge of their grid, beyond which a better one may lie; one sentence each."""
-    found = []
-    for name, chosen in prepared["reference"].items():
-        optimiser = name.split("/")[1]
-        rates = sorted({rate for rate, _ in _grid(config, optimiser)})
-        if len(rates) > 1 and chosen["learning_rate"] in (rates[0], rates[-1]):
-            found.append(
-                f"architecture/optimiser {name}: the tuned learning rate {chosen['learning_rate']:g} is at an edge of "
-                f"its grid; a wider inner.grids.{optimiser}.learning_rate may hold a better one"
-            )
-    return found
-
-
-def calibrate_units(config: RunConfig) -> list[Unit]:
-    return [Unit("calibrate", 0, group) for group in range(CALIBRATION_GROUPS)]
-
-
-def reduce_calibrate(config: RunConfig, contributions: Sequence[Contribution]) -> dict[str, Any]:
-    """Mean and standard deviation of each state feature over the known values of all refreshes and tasks."""
-    ordered = sorted(contributions, key=lambda item: item.unit)
-    count, total, square = (sum(c.arrays[name] for c in ordered) for name in ("count", "sum", "square"))
-    known = np.maximum(count, 1)
-    mean = np.asarray(total / known)
-    std = np.sqrt(np.maximum(square / known - mean**2, 0))
-    std = np.where(std < 1e-3, 1.0, std)  # a feature that never varied says nothing
-    return {"feature_mean": mean.astype(np.float32).tolist(), "feature_std": std.astype(np.float32).tolist()}
 
 
 def meta_gradient_units(config: RunConfig, outer_step: int) -> list[Unit]:
@@ -126,7 +54,7 @@ def meta_gradient_units(config: RunConfig, outer_step: int) -> list[Unit]:
     settings = ""
     if config.estimator.window is not None:
         windows = -(-config.inner.steps // config.estimator.window)
-        settings = _canonical({"run": outer_step // windows, "window": outer_step % windows})
+        settings = canonical({"run": outer_step // windows, "window": outer_step % windows})
     groups = range(config.meta_learner.groups_per_step)
     return [Unit("meta_gradient", outer_step, group, settings) for group in groups]
 
@@ -141,7 +69,7 @@ def evaluate_units(config: RunConfig, datasets: Mapping[str, EncodedDataset]) ->
     """One unit per method and group of held-out tasks."""
     groups = range(len(evaluation_specs(config, datasets)))
     methods = select_methods(config.evaluation.methods)
-    return [Unit("evaluate", 0, group, _canonical({"method": m.name})) for m in methods for group in groups]
+    return [Unit("evaluate", 0, group, canonical({"method": m.name})) for m in methods for group in groups]
 
 
 def initial_policy(config: RunConfig) -> np.ndarray:
@@ -209,7 +137,9 @@ class Runner:
             contribution.gradient[:] = np.nan
         return contribution
 
-    def _tune(self, unit: Unit, settings: dict[str, Any], phi: Tensor, *_: object) -> Contribution:
+    def _tune(
+        self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
+    ) -> Contribution:
         config = self.config
         index = settings["architecture"]
         narrow = config.tasks.model_copy(
@@ -218,9 +148,14 @@ class Runner:
         keys = ("tune", config.seed, settings["group"])
         specs = sample_specs(config.model_copy(update={"tasks": narrow}), self.datasets, keys)
         specs = tuple(replace(spec, architecture=index) for spec in specs)
-        chosen = {name: settings[name] for name in ("learning_rate", "weight_decay")}
-        group = self._build(specs, {f"{index}/{settings['optimiser']}": chosen})
-        result = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
+        if "method" in settings:
+            group = self._build(specs, prepared["reference"])
+            policy = baseline_policy(METHODS[settings["method"]], settings["hyperparameters"])
+            result = self._train(group, policy, phi, "baseline")
+        else:
+            chosen = {name: settings[name] for name in ("learning_rate", "weight_decay")}
+            group = self._build(specs, {f"{index}/{settings['optimiser']}": chosen})
+            result = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(result.mean())})
 
     def _calibrate(
@@ -291,8 +226,9 @@ class Runner:
         measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if self.config.policy.shield is not None:  # every row has the column
             measured.setdefault("shield_share", np.full(len(specs), np.nan))
+        tuned = tuning_columns(method, specs[0], prepared)
         rows = [
-            self._row(method, spec, {name: values[task].tolist() for name, values in measured.items()})
+            self._row(method, spec, {name: values[task].tolist() for name, values in measured.items()}) | tuned
             for task, spec in enumerate(specs)
         ]
         return Contribution(unit, 0, metrics={"accuracy": float(measured["accuracy"].mean())}, rows=rows)
@@ -302,7 +238,7 @@ class Runner:
     ) -> Policy:
         """What sets the controls of one group of held-out tasks."""
         if not (method.uses_policy or method.control):
-            return baseline_policy(method)
+            return baseline_policy(method, found_by_tuning(method, specs[0], prepared).get("hyperparameters"))
         policy = learned_policy(self.config, prepared)
         if method.control is None:
             return policy
@@ -351,9 +287,9 @@ class Runner:
     def _build(self, specs: Sequence[TaskSpec], reference: Mapping[str, Mapping[str, float]]) -> TaskGroup:
         return move_group(build_group(self.config, self.datasets, specs, reference), device=self.device)
 
-    def _train(self, group: TaskGroup, policy: Policy, phi: Tensor) -> np.ndarray:
+    def _train(self, group: TaskGroup, policy: Policy, phi: Tensor, kind: str = "train") -> np.ndarray:
         """Clean test accuracy [G] after a whole inner run under ``policy``."""
-        return np.concatenate(self._in_parts("train", group, policy, lambda loop, _: final_accuracy(loop, phi)))
+        return np.concatenate(self._in_parts(kind, group, policy, lambda loop, _: final_accuracy(loop, phi)))
 
     def _in_parts(
         self, kind: str, group: TaskGroup, policy: Policy, work: Callable[[InnerLoop, TaskGroup], Result]
@@ -382,10 +318,6 @@ def _unnormalised(config: RunConfig) -> LearnedPolicy:
     """The run's policy before calibration; its initial parameters ignore the state."""
     spec = policy_spec(config.policy)
     return make_policy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
-
-
-def _canonical(settings: Mapping[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
 
 def rows_of(contributions: Iterable[Contribution]) -> list[dict[str, Any]]:

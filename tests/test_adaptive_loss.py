@@ -20,18 +20,22 @@ from palf_dist.inner_loop import InnerLoop
 from palf_dist.policies.policy_file import save_policy
 from palf_dist.randomness import random_generator
 from palf_dist.training_state import PAPER_FEATURES, hutchinson_probes
-from palf_dist.types import CONTROL_INDEX
+from palf_dist.types import CONTROL_INDEX, FIRST_CONTROLS
 from tests.adaptive_cases import artefact, batch, untrained
 from tests.groups import make_group
 
 pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no optimizer")  # most tests need none
 
 
-@pytest.mark.parametrize("kind", ["robust", "recurrent"])
-def test_it_sees_what_the_policy_saw_in_meta_training(kind):
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": "robust"}, {"kind": "recurrent"}, {"basis": ("generalised_ce", "elr"), "hyperparameters": ("q", "lam")}],
+    ids=["robust", "recurrent", "elr"],
+)
+def test_it_sees_what_the_policy_saw_in_meta_training(settings):
     """Same losses, gradients' sources and controls as the inner loop, step for step, in float64."""
     group = make_group(size=2, steps=11, batch=5)
-    policy = artefact(kind=kind)
+    policy = artefact(**settings)
     learned, phi = policy.policy(), torch.from_numpy(policy.phi).double()
     loop = InnerLoop(group, learned, InnerConfig())
     task = 1  # the one with a shifted prior and without padding
@@ -132,6 +136,27 @@ def test_a_restored_state_continues_bit_for_bit(with_index, counts, kind):
     for ours, theirs in zip(before + after, whole, strict=True):
         assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs
     assert losses(make(), range(7, 14))[0] != after[0], "the state makes no difference: the test cannot fail"
+
+
+def test_a_state_of_a_release_with_fewer_basis_losses_is_read_by_names():
+    """Its controls are those of then, one after the other: what follows alpha stood elsewhere."""
+
+    def trained():
+        criterion = AdaptiveLoss(artefact(), total_steps=20)
+        for step in range(2):
+            logits, y, index = batch(step)
+            criterion(logits, y, index=index)
+            criterion.step(nn.Identity())
+        return criterion
+
+    new, old = trained(), trained().state_dict()
+    old["controls"] = old["controls"][[CONTROL_INDEX[name] for name in FIRST_CONTROLS]]
+    assert old["controls"].shape == (15,)
+    restored = AdaptiveLoss(artefact(), total_steps=20)
+    restored.load_state_dict(old)
+    assert torch.equal(restored.controls, new.controls) and old["controls"].shape == (15,)
+    logits, y, index = batch(2)  # before the next refresh
+    assert torch.equal(restored(logits, y, index=index), new(logits, y, index=index))
 
 
 def test_only_a_recurrent_policy_keeps_what_it_has_seen():

@@ -15,6 +15,7 @@ SOURCES = sorted([*MODULES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "
 
 ORDER = (
     "redaction",
+    "sections",
     "errors",
     "randomness",
     "containment",
@@ -26,6 +27,7 @@ ORDER = (
     "storage",
     "config",
     "losses",
+    "early_learning",
     "contrastive",
     "logit_losses",
     "loss_head",
@@ -58,6 +60,7 @@ ORDER = (
     "group_work",
     "rehearsal",
     "memory",
+    "preparation",
     "units",
     "progress",
     "distributed",

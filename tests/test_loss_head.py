@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,12 @@ from palf_dist.randomness import random_generator
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX
 from tests.loss_cases import LOGIT_BASIS, LossCase, make_case
 
-SUBSETS = [(name,) for name in BASIS_LOSSES] + [LOGIT_BASIS, BASIS_LOSSES, ("label_smoothing", "robust_ce")]
+SUBSETS = [(name,) for name in BASIS_LOSSES] + [
+    LOGIT_BASIS,
+    BASIS_LOSSES,
+    ("label_smoothing", "robust_ce"),
+    ("generalised_ce", "elr"),
+]
 
 
 def directions(case: LossCase, seed: int):
@@ -90,6 +97,9 @@ def test_closed_forms_everywhere(seed, tasks, n, classes, scale, padded, adjuste
         dict(gamma=0.0),
         dict(gamma=1.0),
         dict(eps=1.0),
+        dict(q=0.0),
+        dict(q=1.0),
+        dict(lam=0.0),
     ],
     ids=str,
 )
@@ -101,7 +111,10 @@ def test_closed_forms_where_the_floors_hold():
     case = make_case(2, n=6)
     z = case.z.clone()
     z[0, 0, case.y[0, 0]] += 30  # 1 - p_y below the focal floor
-    context = case.context.with_posterior(case.context.own_probability * 1e-8, torch.ones_like(case.context.seen))
+    averaged = torch.softmax(z, -1)  # 1 - <p, t> far below its floor where p_y is 1
+    context = case.context.with_averages(
+        case.context.own_probability * 1e-8, torch.ones_like(case.context.seen), averaged
+    )
     floors = LossCase(z, case.y, case.h, case.controls, context).with_controls(ew=0.999)  # batch mean below its floor
     check_closed_forms(floors, BASIS_LOSSES)
 
@@ -148,16 +161,18 @@ def own_logit(case, value):
     ew=st.sampled_from([0.0, 0.4, 1.0]),
     la=st.sampled_from([0.0, 1.5]),
     gamma=st.sampled_from([0.0, 0.5, 1.7, 3.3]),
-    q=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    q=st.sampled_from([0.0, 0.3, 1.0]),
+    own=st.sampled_from([None, 0.0, 0.5, 1.0]),
 )
-def test_extreme_inputs_stay_finite(dtype, extreme, n, one_class, e, ew, la, gamma, q):
-    case = make_case(5, n=n, posterior=False).with_controls(e=e, ew=ew, la=la, gamma=gamma, tau=0.05)
+def test_extreme_inputs_stay_finite(dtype, extreme, n, one_class, e, ew, la, gamma, q, own):
+    case = make_case(5, n=n, posterior=False).with_controls(e=e, ew=ew, la=la, gamma=gamma, tau=0.05, q=q, lam=20.0)
     y = torch.zeros_like(case.y) if one_class else case.y
     context = case.context
-    if q is not None:
-        context = context.with_posterior(
-            torch.full(y.shape, q, dtype=torch.float64), torch.ones_like(y, dtype=torch.bool)
-        )
+    if own is not None:
+        rest = (context.class_mask / (context.num_classes[:, None] - 1))[:, None, :].expand_as(case.z) * (1 - own)
+        averaged = rest.scatter(-1, y[..., None], own)
+        probability = torch.full(y.shape, own, dtype=torch.float64)
+        context = context.with_averages(probability, torch.ones_like(y, dtype=torch.bool), averaged)
     case = LossCase(case.z, y, case.h, case.controls, context)
     z, h = EXTREMES[extreme](case)
     case = LossCase(z, y, h, case.controls, context).to(dtype)
@@ -169,7 +184,9 @@ def test_extreme_inputs_stay_finite(dtype, extreme, n, one_class, e, ew, la, gam
     results["control_gradient"] = head.control_gradient(tape)
     for name, value in results.items():
         assert value.isfinite().all(), name
-    assert (tape.losses >= -1e-6).all()
+    lowest = torch.zeros(len(BASIS_LOSSES), 1, 1, dtype=dtype)
+    lowest[BASIS_LOSSES.index("elr")] = 20 * math.log(1e-4)
+    assert (tape.losses >= 1.001 * lowest - 1e-6).all()
     for name, value in zip(
         ("reference dlogits", "reference dfeatures", "reference control gradient", "dz_dot", "dh_dot", "dcontrols"),
         autograd_of_reference(case, BASIS_LOSSES, z_dot, h_dot),

@@ -7,7 +7,7 @@ import torch
 from pytorch_metric_learning.losses import SupConLoss
 
 from palf_dist.losses import LossContext, posterior_weights, reference_losses, reference_mixture
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX
+from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, FIRST_BASIS
 from tests.loss_cases import make_case
 
 ROW = {name: index for index, name in enumerate(BASIS_LOSSES)}
@@ -34,7 +34,8 @@ def test_padding_changes_nothing():
         context = LossContext.create(
             wide.context.class_mask[g : g + 1, :k], wide.context.log_prior_ratio[g : g + 1, :k]
         )
-        context = context.with_posterior(wide.context.own_probability[g : g + 1], wide.context.seen[g : g + 1])
+        remembered = (wide.context.own_probability, wide.context.seen, wide.context.averaged[..., :k])
+        context = context.with_averages(*(values[g : g + 1] for values in remembered))
         narrow = reference_losses(
             wide.z[g : g + 1, :, :k],
             wide.y[g : g + 1],
@@ -84,14 +85,75 @@ def test_robust_without_its_corrections_is_cross_entropy():
     torch.testing.assert_close(losses[ROW["robust_ce"]], losses[ROW["ce"]])
 
 
+def test_generalised_absolute_and_early_learning_by_their_definitions():
+    case = make_case(8)
+    losses = losses_of(case)
+    p = torch.softmax(case.z.masked_fill(~case.context.class_mask[:, None], -torch.inf), -1)
+    own = p.gather(-1, case.y[..., None])[..., 0]
+    q, lam = (case.controls[:, CONTROL_INDEX[name], None] for name in ("q", "lam"))
+    torch.testing.assert_close(losses[ROW["generalised_ce"]], (1 - own**q) / q)
+    one_hot = torch.nn.functional.one_hot(case.y, p.shape[-1])
+    torch.testing.assert_close(losses[ROW["mae"]], (one_hot - p).abs().sum(-1))
+    targets = case.context.averaged * case.context.seen[..., None]
+    assert 0 < case.context.seen.sum() < case.context.seen.numel()
+    term = torch.log(1 - (1 - 1e-4) * (p * targets).sum(-1))
+    torch.testing.assert_close(losses[ROW["elr"]], -own.log() + lam * term)
+
+
+def test_generalised_cross_entropy_lies_between_cross_entropy_and_half_the_absolute_error():
+    case = make_case(9)
+    losses = losses_of(case.with_controls(q=1.0))
+    torch.testing.assert_close(losses[ROW["generalised_ce"]], losses[ROW["mae"]] / 2)
+    losses = losses_of(case.with_controls(q=0.0))  # floored
+    torch.testing.assert_close(losses[ROW["generalised_ce"]], losses[ROW["ce"]], rtol=0.05, atol=0)
+    assert (losses[ROW["generalised_ce"]] < losses[ROW["ce"]]).all()
+
+
+def test_early_learning_without_averages_or_before_the_first_is_cross_entropy():
+    case = make_case(10)
+    unseen = case.context.with_averages(
+        case.context.own_probability, torch.zeros_like(case.context.seen), case.context.averaged
+    )
+    for context in (make_case(10, posterior=False).context, unseen):
+        losses = reference_losses(case.z, case.y, case.h, case.controls, context, ("ce", "elr"))
+        assert torch.equal(losses[ROW["elr"]], losses[ROW["ce"]])
+
+
+def test_early_learning_pulls_towards_what_was_predicted_before():
+    """Of an example whose averaged prediction is another class than its label, the pull of the label is less."""
+    case = make_case(11, padded=False)
+    other = (case.y + 1) % 5
+    averaged = torch.nn.functional.one_hot(other, 5).double()
+    context = case.context.with_averages(case.context.own_probability, torch.ones_like(case.context.seen), averaged)
+    z = torch.zeros_like(case.z).requires_grad_()
+    slopes = {}
+    for name in ("ce", "elr"):
+        loss = reference_losses(z, case.y, case.h, case.controls, context, (name,))[ROW[name]].sum()
+        slopes[name] = torch.autograd.grad(loss, z)[0].gather(-1, other[..., None])
+    assert (slopes["elr"] < slopes["ce"]).all()
+
+
 def test_inactive_rows_are_zero_and_the_mixture_is_the_weighted_mean():
     case = make_case(5)
     losses = losses_of(case, ("ce", "robust_ce"))
-    for name in ("focal", "label_smoothing", "symmetric_ce", "info_nce"):
+    for name in set(BASIS_LOSSES) - {"ce", "robust_ce"}:
         assert (losses[ROW[name]] == 0).all()
     mixture = reference_mixture(case.z, case.y, case.h, case.controls, case.context, ("ce", "robust_ce"))
     by_hand = case.controls[:, 0] * losses[0].mean(1) + case.controls[:, 5] * losses[5].mean(1)
     torch.testing.assert_close(mixture, by_hand)
+
+
+def test_basis_losses_that_came_later_do_not_change_the_bits_of_mixtures_without_them():
+    """Each is summed as it was when the first six were all; on some processors another order has other bits."""
+    active = ("ce", "focal", "symmetric_ce", "robust_ce")
+    for dtype in (torch.float32, torch.float64):
+        case = make_case(12, tasks=40, n=9).to(dtype)
+        controls = case.controls.clone()
+        controls[:, len(FIRST_BASIS) : len(BASIS_LOSSES)] = 0
+        losses = reference_losses(case.z, case.y, case.h, controls, case.context, active)
+        mixture = reference_mixture(case.z, case.y, case.h, controls, case.context, active)
+        first = controls[:, : len(FIRST_BASIS)].contiguous()
+        assert torch.equal(mixture, torch.einsum("gk,kgn->g", first, losses[: len(FIRST_BASIS)]) / 9)
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -106,6 +168,6 @@ def test_posterior_weights_do_not_differentiate_the_averages():
     case = make_case(7)
     q = case.context.own_probability.clone().requires_grad_()
     ew = torch.full((3, 1), 0.4, dtype=torch.float64, requires_grad=True)
-    weights = posterior_weights(case.context.with_posterior(q, case.context.seen), ew)
+    weights = posterior_weights(case.context.with_averages(q, case.context.seen), ew)
     (weights**2).sum().backward()
     assert q.grad is None and ew.grad.abs().min() > 0

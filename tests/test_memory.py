@@ -63,9 +63,11 @@ def test_a_rehearsal_without_numbers_finds_the_same(name: str, monkeypatch: pyte
     assert without.work == pytest.approx(with_numbers.work, rel=0.03)
 
 
-@pytest.mark.parametrize(("every", "stability"), [(5, 0.0), (7, 0.0), (2, 1.0)])
+@pytest.mark.parametrize(
+    ("every", "stability", "basis"), [(5, 0.0, None), (7, 0.0, None), (2, 1.0, None), (5, 0.0, ("ce", "elr"))]
+)
 def test_the_rehearsal_of_a_few_steps_tells_the_tensors_of_all(
-    every: int, stability: float, monkeypatch: pytest.MonkeyPatch
+    every: int, stability: float, basis: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the whole unit under the meter, which does not see the allocator's part."""
     monkeypatch.setattr("palf_dist.rehearsal.HEAP", 1.0)
@@ -73,7 +75,8 @@ def test_the_rehearsal_of_a_few_steps_tells_the_tensors_of_all(
     tasks = config.tasks.model_copy(update={"group_size": 5, "train_size": (400, 400)})
     outer = config.outer_loss.model_copy(update={"every": every, "stability": stability})
     inner = config.inner.model_copy(update={"steps": 30})
-    config = config.model_copy(update={"tasks": tasks, "outer_loss": outer, "inner": inner})
+    policy = config.policy.model_copy(update={"basis": basis})
+    config = config.model_copy(update={"tasks": tasks, "outer_loss": outer, "inner": inner, "policy": policy})
     runner = units.Runner(config, datasets)
     runner.run(unit, units.initial_policy(config), 0, memory_cases.prepared(config))
     with Meter() as meter:

@@ -12,7 +12,9 @@ from palf_dist.types import BASIS_LOSSES
 from tests.loss_cases import LOGIT_BASIS, make_case
 
 
-@pytest.mark.parametrize("active", [("ce",), ("robust_ce",), ("info_nce",), LOGIT_BASIS, BASIS_LOSSES], ids="+".join)
+@pytest.mark.parametrize(
+    "active", [("ce",), ("robust_ce",), ("elr",), ("info_nce",), LOGIT_BASIS, BASIS_LOSSES], ids="+".join
+)
 def test_first_and_second_derivatives(active):
     case = make_case(0, tasks=1, n=5, classes=4, scale=1.0)
 

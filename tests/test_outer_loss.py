@@ -21,6 +21,7 @@ from palf_dist.outer_loss import (
     soft_information,
     validation_loss,
 )
+from palf_dist.types import CONTROLS, FIRST_BASIS, NUM_BASIS
 
 ALL_TERMS = OuterLossConfig(kind="cross_entropy", information=0.7, beta=0.4, gamma=0.3)
 
@@ -187,10 +188,13 @@ def test_terms_without_weight_are_not_computed(case: tuple[torch.Tensor, ...]) -
 
 
 def random_controls(seed: int, refreshes: int) -> list[Tensor]:
-    """Of 2 tasks; the last two basis losses are not in the mixture."""
+    """Of 2 tasks; some basis losses, of the first and of the last, are not in the mixture."""
     torch.manual_seed(seed)
-    alpha = nn.functional.pad(torch.softmax(3 * torch.randn(refreshes, 2, 4).double(), 2), (0, 2))
-    return list(torch.cat([alpha, torch.randn(refreshes, 2, 9).double()], 2))
+    controls = torch.randn(refreshes, 2, len(CONTROLS)).double()
+    alpha = torch.softmax(3 * controls[:, :, :5], 2)
+    controls[:, :, :NUM_BASIS] = 0
+    controls[:, :, [0, 1, 3, 6, 8]] = alpha
+    return list(controls)
 
 
 @given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=5), edge=st.booleans(), seed=st.integers(0, 10**6))
@@ -202,12 +206,24 @@ def test_complexity_equals_loops_over_the_steps(lengths: list[int], edge: bool, 
     for task in range(2):
         entropies, changes, before = [], 0.0, None
         for each, steps in zip(controls, lengths, strict=True):
-            alpha = each[task, :6].tolist()
+            alpha = each[task, :NUM_BASIS].tolist()
             entropies += steps * [-sum(a * math.log(a) for a in alpha if a > 0)]
             changes += 0.0 if before is None else sum(abs(a - b) for a, b in zip(alpha, before, strict=True))
             before = alpha
         assert terms["entropy"][task].item() == pytest.approx(sum(entropies) / len(entropies), rel=1e-12)
         assert terms["total_variation"][task].item() == pytest.approx(changes, rel=1e-12)
+
+
+def test_basis_losses_that_came_later_do_not_change_the_bits_of_mixtures_without_them() -> None:
+    torch.manual_seed(0)
+    controls = [torch.randn(200, len(CONTROLS)) for _ in range(3)]
+    first = [torch.softmax(each[:, : len(FIRST_BASIS)], 1) for each in controls]
+    for each, alpha in zip(controls, first, strict=True):
+        each[:, :NUM_BASIS] = nn.functional.pad(alpha, (0, NUM_BASIS - len(FIRST_BASIS)))
+    terms = complexity(OuterLossConfig(entropy=1.0, total_variation=1.0), controls, [2, 2, 1])
+    entropies = [steps * mixture_entropy(alpha) for steps, alpha in zip([2, 2, 1], first, strict=True)]
+    assert torch.equal(terms["entropy"], torch.stack(entropies).sum(0) / 5)
+    assert torch.equal(terms["total_variation"], torch.stack(first).diff(dim=0).abs().sum((0, 2)))
 
 
 def test_complexity_has_the_terms_that_weigh_something() -> None:

@@ -66,13 +66,26 @@ def test_what_diverged_or_has_no_reference_gradient_is_left_alone() -> None:
     assert least_mixing(torch.full((4, NUM_BASIS), 1 / NUM_BASIS), products, 0.5).tolist() == [0] * 4
 
 
+def test_basis_losses_that_came_later_do_not_change_the_bits_where_they_weigh_nothing() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        alpha, products = torch.softmax(torch.randn(200, 6, dtype=dtype), 1), torch.randn(200, NUM_BASIS, dtype=dtype)
+        products[:, REFERENCE] = products[:, REFERENCE].abs() + 1
+        padded = torch.cat([alpha, torch.zeros(200, NUM_BASIS - 6, dtype=dtype)], 1)
+        mixing = least_mixing(padded, products, 0.9)
+        missing = 0.9 * products[:, REFERENCE] - (alpha * products[:, :6].contiguous()).sum(1)
+        own = (alpha * products[:, :6].contiguous()).sum(1)
+        want = torch.where(missing > 0, missing / (products[:, REFERENCE] - own), 0.0).clamp(max=1.0)
+        assert torch.equal(mixing, want) and 0 < (mixing > 0).sum() < 200
+
+
 def test_mix_moves_alpha_alone_and_linearly() -> None:
     policy, phi = full_policy()
     controls = policy.controls(phi, torch.randn(3, len(policy.features)).double())
     mixed = mix(controls, torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64))
     assert torch.equal(mixed[0], controls[0]) and torch.equal(mixed[:, NUM_BASIS:], controls[:, NUM_BASIS:])
     torch.testing.assert_close(mixed[:, :NUM_BASIS].sum(1), torch.ones(3).double())
-    assert mixed[2, :NUM_BASIS].tolist() == [1, 0, 0, 0, 0, 0]
+    assert mixed[2, :NUM_BASIS].tolist() == [1] + [0] * (NUM_BASIS - 1)
     assert mixed[1, REFERENCE].item() == pytest.approx(0.75 * controls[1, REFERENCE].item() + 0.25)
     torch.testing.assert_close(mixed[1, 1:NUM_BASIS], 0.75 * controls[1, 1:NUM_BASIS])
 
@@ -87,7 +100,7 @@ def test_products_are_those_of_autograds_gradients(name: str) -> None:
     assert state.controls is not None
     inputs, labels = loop.minibatch(4)
     own = torch.rand(labels.shape, dtype=torch.float64)
-    context = loop.context(own, own > 0.3)
+    context = loop.context(own, own > 0.3, torch.rand(*labels.shape, 4, dtype=torch.float64) / 4)
     with torch.no_grad():
         outputs = loop.group.model.forward(state.theta, inputs)
     got = reference_products(loop.group.model, loop.head, state.theta, outputs, labels, state.controls, context)
@@ -212,7 +225,7 @@ def test_it_acts_at_refreshes_by_the_minibatch_of_the_refresh_and_is_counted() -
         inputs, labels = loop.minibatch(step)
         leaf = theta.clone().requires_grad_(True)
         z, h = loop.group.model.apply(leaf, inputs)
-        context = loop.context(result.own_probability, result.seen)
+        context = loop.context(result.own_probability, result.seen, result.averaged)
         losses = reference_losses(z, labels, h, asked, context, policy.active_basis).mean(2)
         each = torch.stack([torch.autograd.grad(loss.sum(), leaf, retain_graph=True)[0] for loss in losses], 1)
         reference = each[:, REFERENCE]

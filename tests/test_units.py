@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from palf_dist import units
+from palf_dist import preparation, units
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
 from palf_dist.errors import ConfigError
@@ -25,7 +24,7 @@ from palf_dist.outer_loss import accuracy
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
-from palf_dist.types import Contribution, TaskGroup, Unit
+from palf_dist.types import Contribution, TaskGroup
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 
@@ -47,9 +46,9 @@ def runner(data: tuple[RunConfig, dict[str, EncodedDataset]], **estimator: Any) 
 def prepared(data: tuple[RunConfig, dict[str, EncodedDataset]]) -> dict[str, Any]:
     config, _ = data
     work, phi = runner(data), units.initial_policy(config)
-    tuned = units.reduce_tune(config, [work.run(u, phi, 0, {}) for u in units.tune_units(config)])
-    calibration = [work.run(u, phi, 0, tuned) for u in units.calibrate_units(config)]
-    return {**tuned, **units.reduce_calibrate(config, calibration)}
+    tuned = preparation.reduce_tune(config, [work.run(u, phi, 0, {}) for u in preparation.tune_units(config)])
+    calibration = [work.run(u, phi, 0, tuned) for u in preparation.calibrate_units(config)]
+    return {**tuned, **preparation.reduce_calibrate(config, calibration)}
 
 
 def same(first: Contribution, second: Contribution) -> bool:
@@ -59,54 +58,14 @@ def same(first: Contribution, second: Contribution) -> bool:
     return bool(equal and tables) and first.metrics == second.metrics and first.rows == second.rows
 
 
-def test_tuning_picks_the_best_grid_point(data: tuple[RunConfig, dict[str, EncodedDataset]]) -> None:
-    config, _ = data
-    work = units.tune_units(config)
-    grid = config.inner.grids.adam
-    assert len(work) == len(grid.learning_rate) * len(grid.weight_decay) * units.TUNING_GROUPS
-    target = {"learning_rate": grid.learning_rate[-1], "weight_decay": grid.weight_decay[0]}
-    made = []
-    for unit in work:
-        settings = json.loads(unit.settings)
-        hit = all(settings[name] == value for name, value in target.items())
-        made.append(Contribution(unit, 0, metrics={"accuracy": 0.9 if hit else 0.5}))
-    tuned = units.reduce_tune(config, made[::-1])
-    assert tuned == {"reference": {"0/adam": target}}
-    (sentence,) = units.edges(config, tuned)
-    assert "0/adam: the tuned learning rate 0.05 is at an edge" in sentence
-    wider = grid.model_copy(update={"learning_rate": (0.01, 0.05, 0.2)})
-    inner = config.inner.model_copy(update={"grids": config.inner.grids.model_copy(update={"adam": wider})})
-    assert units.edges(config.model_copy(update={"inner": inner}), tuned) == []
-
-
-def test_given_values_are_not_tuned(data: tuple[RunConfig, dict[str, EncodedDataset]]) -> None:
-    config, _ = data
-    inner = config.inner.model_copy(update={"learning_rate": 0.02, "weight_decay": 0.1})
-    fixed = config.model_copy(update={"inner": inner})
-    assert units.tune_units(fixed) == []
-    assert units.reduce_tune(fixed, [])["reference"]["0/adam"] == {"learning_rate": 0.02, "weight_decay": 0.1}
-
-
-def test_calibration_is_the_mean_and_deviation_of_known_values(
-    data: tuple[RunConfig, dict[str, EncodedDataset]],
-) -> None:
-    config, _ = data
-    values = np.array([[1.0, 5.0], [3.0, 5.0]])
-    arrays = {"count": np.array([2.0, 2.0]), "sum": values.sum(0), "square": (values**2).sum(0)}
-    unknown = {"count": np.zeros(2), "sum": np.zeros(2), "square": np.zeros(2)}
-    made = [Contribution(Unit("calibrate", 0, g), 0, arrays=a) for g, a in enumerate((arrays, unknown))]
-    got = units.reduce_calibrate(config, made)
-    assert got == {"feature_mean": [2.0, 5.0], "feature_std": [1.0, 1.0]}, "a constant feature is left unscaled"
-
-
 def test_every_kind_is_a_pure_function_of_its_key(
     data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:
     config, datasets = data
     phi = units.initial_policy(config)
     work = [
-        units.tune_units(config)[0],
-        units.calibrate_units(config)[0],
+        preparation.tune_units(config)[0],
+        preparation.calibrate_units(config)[0],
         units.meta_gradient_units(config, 1)[0],
         units.select_units(config, 0)[0],
         *units.evaluate_units(config, datasets),
@@ -257,8 +216,8 @@ def test_every_kind_of_policy_is_calibrated_and_learns(
     config, datasets = data
     config = config.model_copy(update={"policy": config.policy.model_copy(update={"kind": kind})})
     work, phi = units.Runner(config, datasets), units.initial_policy(config)
-    found = [work.run(unit, phi, 0, prepared) for unit in units.calibrate_units(config)]
-    tuned = {**prepared, **units.reduce_calibrate(config, found)}
+    found = [work.run(unit, phi, 0, prepared) for unit in preparation.calibrate_units(config)]
+    tuned = {**prepared, **preparation.reduce_calibrate(config, found)}
     policy = units.learned_policy(config, tuned)
     assert len(tuned["feature_mean"]) == len(tuned["feature_std"]) == len(policy.features)
     made = work.run(units.meta_gradient_units(config, 0)[0], phi, 0, tuned)

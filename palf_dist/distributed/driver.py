@@ -106,7 +106,7 @@ def train_policy(
     resume = (Path(run_dir) / CONFIG).is_file()
     with _open(config, run_dir, resume, progress, stop, make_runner) as (session, place, checkpoint):
         try:
-            training = MetaTraining(session, place, NullTracker(), checkpoint)
+            training = MetaTraining(session, place, NullTracker(), checkpoint, compared=False)
             with contextlib.closing(training.run()) as selections:
                 for selection in selections:
                     training.keep()

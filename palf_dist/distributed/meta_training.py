@@ -78,7 +78,16 @@ class MetaTraining:
     Asynchronous mode: an outer step is one contribution, applied as it arrives.
     """
 
-    def __init__(self, session: Session, place: Workplace, tracker: Tracker, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        place: Workplace,
+        tracker: Tracker,
+        checkpoint: Checkpoint | None,
+        *,
+        compared: bool = True,
+    ) -> None:
+        """``compared``: the held-out comparison follows."""
         self._session, self._place, self._tracker = session, place, tracker
         self._run_dir = place.folder
         self._config = session.config
@@ -90,7 +99,7 @@ class MetaTraining:
         self._best_written: Best | None = None
         self._issued = 0  # asynchronous mode: units issued since the run began
         if checkpoint is None:
-            self.prepared: dict[str, Any] = phases.prepare(session)
+            self.prepared: dict[str, Any] = phases.prepare(session, compared=compared)
         else:
             self._restore(checkpoint)
         self._log = MetricsLog(place.folder, next_step=self.learner.version)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from palf_dist import units
+from palf_dist import preparation, units
 from palf_dist.distributed.pool import Broadcast
 from palf_dist.distributed.session import Session
 from palf_dist.types import Contribution, Unit
@@ -17,14 +18,24 @@ def tune(session: Session) -> dict[str, Any]:
     """Learning rate and L2 strength for every method, where the configuration leaves them to be tuned."""
     config = session.config
     broadcast = Broadcast(units.initial_policy(config), 0)
-    tuned = units.reduce_tune(config, _phase(session, "tuning", units.tune_units(config), broadcast))
-    for sentence in units.edges(config, tuned):
+    tuned = preparation.reduce_tune(config, _phase(session, "tuning", preparation.tune_units(config), broadcast))
+    for sentence in preparation.edges(config, tuned):
         session.progress.event(sentence)
     return tuned
 
 
-def prepare(session: Session) -> dict[str, Any]:
-    """All that the meta-training needs to know beforehand: tuned values and the state's normalisation, plain JSON."""
+def tune_baselines(session: Session, prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters of the tuned baselines, where the comparison has any."""
+    baselines = preparation.baseline_units(session.config)
+    if not baselines:
+        return {}
+    broadcast = Broadcast(units.initial_policy(session.config), 0, prepared)
+    return preparation.reduce_baselines(_phase(session, "tuning baselines", baselines, broadcast))
+
+
+def prepare(session: Session, *, compared: bool = True) -> dict[str, Any]:
+    """All that the meta-training needs to know beforehand: tuned values and the state's normalisation, plain JSON; and
+    what ``evaluate`` needs, where it is to follow (``compared``), so that checkpoints keep it."""
     config = session.config
     if config.policy.shield is not None:
         session.progress.event(
@@ -32,9 +43,11 @@ def prepare(session: Session) -> dict[str, Any]:
             "with a shield; leave it out for a policy to use"
         )
     prepared = tune(session)
+    if compared:
+        prepared |= tune_baselines(session, prepared)
     broadcast = Broadcast(units.initial_policy(config), 0, prepared)
-    calibration = _phase(session, "calibrating", units.calibrate_units(config), broadcast)
-    return {**prepared, **units.reduce_calibrate(config, calibration)}
+    calibration = _phase(session, "calibrating", preparation.calibrate_units(config), broadcast)
+    return {**prepared, **preparation.reduce_calibrate(config, calibration)}
 
 
 def selection_score(session: Session, broadcast: Broadcast) -> float:
@@ -44,7 +57,11 @@ def selection_score(session: Session, broadcast: Broadcast) -> float:
 
 
 def evaluate(session: Session, broadcast: Broadcast) -> list[dict[str, Any]]:
-    """The held-out comparison: one row per method and task, in key order."""
+    """The held-out comparison: one row per method and task, in key order. Baselines are tuned first, where what was
+    prepared does not hold them."""
+    if "baselines" not in broadcast.prepared:
+        tuned = tune_baselines(session, broadcast.prepared)
+        broadcast = replace(broadcast, prepared={**broadcast.prepared, **tuned})
     evaluation = units.evaluate_units(session.config, session.datasets)
     return units.rows_of(_phase(session, "evaluating", evaluation, broadcast))
 

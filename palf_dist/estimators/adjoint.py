@@ -27,6 +27,7 @@ class StepTrace:
     slots: Slots
     own_probability: Tensor  # [G, B]
     seen: Tensor  # [G, B]
+    averaged: Tensor | None  # [G, B, C], where elr is active
     segment: int  # index of the refresh that set the controls
 
 
@@ -94,7 +95,8 @@ class Adjoint:
             assert result.head is not None
             if result.refreshed:
                 trace.open_segment(now)
-            trace.steps.append(StepTrace(*before, result.own_probability, result.seen, len(trace.controls) - 1))
+            segment = len(trace.controls) - 1
+            trace.steps.append(StepTrace(*before, result.own_probability, result.seen, result.averaged, segment))
             before = (now.theta, now.slots)
             recorder.step(now, result)
             if now.step in recorder.checkpoints:
@@ -145,7 +147,8 @@ class Adjoint:
         model = loop.group.model
         inputs, labels = loop.minibatch(t)
         logits, features, tape = model.forward(step.theta, inputs)
-        head = loop.head.forward(logits, labels, features, controls, loop.context(step.own_probability, step.seen))
+        context = loop.context(step.own_probability, step.seen, step.averaged)
+        head = loop.head.forward(logits, labels, features, controls, context)
         logits_dot, features_dot, tangent_tape = model.tangent(step.theta, tape, along)
         dlogits_dot, dfeatures_dot, of_controls = loop.head.tangent(head, logits_dot, features_dot)
         of_theta = model.backward_tangent(

@@ -3,8 +3,9 @@ methods that pick a static loss for each task. Nothing of this is run; it is mad
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose, isfinite
 from typing import Any, TypeGuard
 
@@ -19,6 +20,9 @@ NEAR = 0.95
 """Share of the reference's best accuracy that counts as nearly reached."""
 
 
+BEST_STATIC = "best_static"
+
+
 @dataclass(frozen=True)
 class Pick:
     """A method that takes, on each task, the static loss that looks best by some score; of equals the mean."""
@@ -29,6 +33,7 @@ class Pick:
     score: Callable[[Row, Sequence[Row]], float | None]
     """Of a static method's row, given all rows of that method in the task's cell: the tasks that differ in the seed
     alone. None where there is nothing to go by."""
+    trains_all: bool = True  # it takes the training of all of them on the task itself
 
 
 def _left_out(row: Row, cell: Sequence[Row]) -> float | None:
@@ -59,6 +64,14 @@ PICKS: dict[str, Pick] = {
             "training rows; it costs the training of all",
             lambda row, cell: row.get("validation_accuracy"),
         ),
+        Pick(
+            BEST_STATIC,
+            "best tuned static",
+            "the static loss with the best mean accuracy on meta-training tasks, tuned where it is a tuned one, for "
+            "all held-out tasks of an architecture and inner optimiser",
+            lambda row, cell: row.get("tuning_accuracy"),
+            trains_all=False,
+        ),
     )
 }
 """The methods derived from others, by name."""
@@ -73,7 +86,8 @@ def held_out(rows: Rows) -> tuple[list[Comparison], list[Comparison]]:
     meta-learned policy against each other one, where it was run."""
     completed = with_steps(to_rows(rows))
     completed += pick_rows(completed)
-    compared = compare(completed)
+    chosen = _chosen(completed)
+    compared = [replace(item, chosen=chosen.get(item.method, ())) for item in compare(completed)]
     policies = [item.method for item in compared if item.method in METHODS and METHODS[item.method].uses_policy]
     return compared, compare_each(completed, policies[0]) if policies else []
 
@@ -124,26 +138,42 @@ def pick_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
             if len(scored) == len(names):
                 highest = max(score for score, _ in scored)
                 best = [row for score, row in scored if isclose(score, highest)]
-                made.append(_mean_row(pick.name, best, candidates))
+                made.append(_mean_row(pick.name, best, candidates if pick.trains_all else best[:1]))
     return made
 
 
 def _is_static(method: str) -> bool:
     """Whether a method is a static loss, trained to the end: the validation accuracy of a run that was stopped by it is
     the largest of many looks, and says too much."""
-    return method in METHODS and bool(METHODS[method].alpha) and not METHODS[method].early_stopping
+    return method in METHODS and METHODS[method].is_static
 
 
-def _mean_row(name: str, best: Sequence[Row], candidates: Sequence[Row]) -> dict[str, Any]:
-    """What the best rows of a task have in common, and the mean of what they have not; the time of all candidates."""
-    row: dict[str, Any] = {**best[0], "method": name}
-    for column in row.keys() - {"method"}:
+def _mean_row(name: str, best: Sequence[Row], trained: Sequence[Row]) -> dict[str, Any]:
+    """What the best rows of a task have in common, and the mean of what they have not; the time of all that had to be
+    trained. ``picked``: which methods they are of."""
+    row: dict[str, Any] = {**best[0], "method": name, "tuned": None, "picked": [each["method"] for each in best]}
+    for column in best[0].keys() - {"method", "tuned"}:
         values = [each[column] for each in best]
         if any(value != values[0] for value in values):
             row[column] = None if any(value is None for value in values) else np.mean(values, axis=0).tolist()
     if "seconds" in row:
-        row["seconds"] = sum(each["seconds"] for each in candidates)
+        row["seconds"] = sum(each["seconds"] for each in trained)
     return row
+
+
+def _chosen(rows: Iterable[Row]) -> dict[str, tuple[str, ...]]:
+    """By method what tuning chose, as text: the hyper-parameters of a tuned static loss, or which one is the best; each
+    once, with its architecture."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["method"] == BEST_STATIC:
+            text = " or ".join(row["picked"])
+        elif row.get("tuned"):
+            text = ", ".join(f"{name} = {value:g}" for name, value in json.loads(row["tuned"]).items())
+        else:
+            continue
+        found.setdefault(row["method"], {})[f"{text} ({row['architecture']})"] = None
+    return {method: tuple(texts) for method, texts in found.items()}
 
 
 def _known(value: float | None) -> TypeGuard[float]:

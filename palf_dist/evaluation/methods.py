@@ -7,8 +7,9 @@ the same inner loop, with the learning rate and L2 strength that were tuned for 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Literal
 
 from palf_dist.config import RunConfig
@@ -42,6 +43,7 @@ class Method:
     schedule: Callable[[], Policy] | None = None  # makes the policy of a method that changes its weights on its own
     uses_policy: bool = False  # the meta-learned one
     control: Literal["shuffled", "schedule"] | None = None  # the meta-learned one, without what its state tells it
+    grid: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of hyper-parameters, of a tuned static method
     by_name: bool = False  # compared only where it is asked for
     note: str = ""
 
@@ -50,6 +52,17 @@ class Method:
         assert sum(kinds) == 1, f"{self.name}: the learned policy, a control of it, mixture weights or a schedule"
         assert set(self.alpha) <= set(BASIS_LOSSES) and set(self.hyperparameters) <= set(DEFAULT_HYPERPARAMETERS)
         assert not self.alpha or abs(sum(self.alpha.values()) - 1) < 1e-9, f"{self.name}: alpha is not convex"
+        assert set(self.grid) <= set(DEFAULT_HYPERPARAMETERS) and (not self.grid or self.is_static)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it is a static loss, trained to the end."""
+        return bool(self.alpha) and not self.early_stopping
+
+    @property
+    def points(self) -> list[dict[str, float]]:
+        """The hyper-parameters to choose from; a method without a grid has one point, which sets none."""
+        return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
 
 METHODS: dict[str, Method] = {
@@ -108,6 +121,9 @@ METHODS: dict[str, Method] = {
             note="exponentiated-gradient weights of the per-example losses, by the run's own training losses",
         ),
         Method("ce_rce", "0.1 CE + RCE", {"symmetric_ce": 1.0}, {"a": 0.1, "b": 1.0}),
+        Method("generalised_ce", "generalised CE", {"generalised_ce": 1.0}, by_name=True, note="q = 0.7"),
+        Method("mae", "MAE", {"mae": 1.0}, by_name=True),
+        Method("elr", "ELR", {"elr": 1.0}, by_name=True, note="early-learning regularisation, lam = 3"),
         Method(
             "ce_early_stopping",
             "CE, early stopping",
@@ -116,6 +132,31 @@ METHODS: dict[str, Method] = {
             note="stopped on the validation rows, which are as noisy as the training rows",
         ),
     )
+}
+
+
+TUNED: tuple[tuple[str, str, Mapping[str, Sequence[float]]], ...] = (
+    ("focal", "focal, tuned", {"gamma": (0.1, 0.5, 1.0, 2.0, 5.0)}),
+    ("label_smoothing", "smoothing, tuned", {"eps": (0.02, 0.05, 0.1, 0.2, 0.4)}),
+    ("symmetric_ce", "symmetric CE, tuned", {"a": (0.03, 0.1, 0.3, 1.0), "b": (1.0, 3.0, 10.0)}),
+    ("generalised_ce", "GCE, tuned", {"q": (0.3, 0.5, 0.7, 0.85, 1.0)}),
+    ("elr", "ELR, tuned", {"lam": (0.3, 1.0, 3.0, 7.0, 15.0)}),
+    ("s5", "S5, tuned", {"la": (0.0, 0.5, 1.0), "e": (0.2, 0.4, 0.6), "ew": (0.3, 0.6)}),
+)
+"""The tuned baselines: a static method, the label of what becomes of it, and what its hyper-parameters are chosen from.
+None has more points than cross-entropy has pairs of learning rate and L2 strength by default. la says how far S5 goes
+to the task's target prior: 0 not at all."""
+
+METHODS |= {
+    f"{name}_tuned": replace(
+        METHODS[name],
+        name=f"{name}_tuned",
+        label=label,
+        grid=grid,
+        by_name=True,
+        note=f"{', '.join(grid)} tuned on meta-training tasks",
+    )
+    for name, label, grid in TUNED
 }
 
 
@@ -134,12 +175,12 @@ def is_claimed(method: str) -> bool:
     return method not in ORACLES and not (method in METHODS and METHODS[method].control)
 
 
-def baseline_policy(method: Method) -> Policy:
-    """The policy of a method that is not meta-learned."""
+def baseline_policy(method: Method, tuned: Mapping[str, float] | None = None) -> Policy:
+    """The policy of a method that is not meta-learned, with the hyper-parameters that were tuned for it."""
     assert not (method.uses_policy or method.control), f"{method.name} sets its controls by its policy file"
     if method.schedule is not None:
         return method.schedule()
-    return StaticPolicy(control_vector(method.alpha, method.hyperparameters))
+    return StaticPolicy(control_vector(method.alpha, {**method.hyperparameters, **(tuned or {})}))
 
 
 def select_methods(names: Iterable[str] | None = None) -> tuple[Method, ...]:
@@ -156,6 +197,13 @@ def select_methods(names: Iterable[str] | None = None) -> tuple[Method, ...]:
             f"evaluation.methods: unknown method {name!r}; did you mean {nearest!r}? Known: {', '.join(METHODS)}"
         )
     return tuple(method for method in METHODS.values() if method.name in wanted)
+
+
+def tuned_together(names: Iterable[str] | None = None) -> tuple[Method, ...]:
+    """The methods of a comparison that are measured on tasks of the training datasets before it: all static losses, so
+    that the best of them can be told, where one of them is to be tuned; else none."""
+    static = tuple(method for method in select_methods(names) if method.is_static)
+    return static if any(method.grid for method in static) else ()
 
 
 def check_methods(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:

@@ -26,7 +26,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
     *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
 )
-BASIS_COLOURS = dict(zip(BASIS_LOSSES, (BLUE, SKY, GREEN, YELLOW, PURPLE, ORANGE), strict=True))
+GREY = "#999999"
+BASIS_COLOURS = dict(zip(BASIS_LOSSES, (BLUE, SKY, GREEN, YELLOW, PURPLE, ORANGE, VERMILION, GREY, BLACK), strict=True))
 POLICY_COLOUR, OTHER_COLOUR = VERMILION, "#555555"
 
 NOISE_LEVELS: tuple[tuple[str, float, float, str, str], ...] = (
@@ -52,6 +53,8 @@ HYPERPARAMETER_LABELS = {
     "a": "a: weight of CE",
     "b": "b: weight of reverse CE",
     "tau": "tau: temperature",
+    "q": "q: exponent of generalised CE",
+    "lam": "lam: early-learning term",
 }
 
 MAX_DATASETS = 4

@@ -79,6 +79,7 @@ class Comparison:
     non_finite: int
     adjusted_p: float = math.nan  # of the overall difference, by Holm over all methods compared together
     others: Mapping[str, Comparison] = field(default_factory=dict)  # the same two by the other measures there are
+    chosen: tuple[str, ...] = ()  # what was chosen for the method on meta-training tasks, see ``derived``
 
     @property
     def datasets(self) -> int:

@@ -59,6 +59,7 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             "by_dataset": _slices(item.by_dataset),
             "by_dataset_within": _within(item),
             **_test(item),
+            **({"chosen": list(item.chosen)} if item.chosen else {}),
             "measures": {name: _measured(other) for name, other in item.others.items() if name != SECONDS.name},
             "tasks": item.overall.difference.tasks,
             "datasets": item.datasets,
@@ -206,6 +207,8 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
     known = [DESCRIBED[item.method] for item in comparisons if item.method in DESCRIBED]
     notes += [f"{method.label}: {method.note}." for method in known if method.note]
     for item in comparisons:
+        if item.chosen:
+            notes.append(f"{label_of(item.method)}, as chosen on meta-training tasks: {'; '.join(item.chosen)}.")
         if item.missing or item.non_finite:
             notes.append(
                 f"{label_of(item.method)}: {item.missing} tasks without a result and {item.non_finite} with a "

@@ -28,10 +28,10 @@ from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPER
 
 OUTPUT_SCALE = 2.0  # multiplies the output layer: a unit of phi moves a control by a useful amount
 
-_UPPER = {"e": 0.95, "ew": 1.0, "eps": 0.5}
+_UPPER = {"e": 0.95, "ew": 1.0, "eps": 0.5, "q": 1.0}
 """Hyper-parameters in (0, upper): upper * sigmoid."""
 _LOG_RANGE = {"la": (-4.0, 1.0), "wd": (-2.0, 1.5), "gamma": (-2.0, 1.0), "a": (-4.0, 2.0), "b": (-4.0, 2.0)}
-_LOG_RANGE["tau"] = (-1.5, 1.5)
+_LOG_RANGE |= {"tau": (-1.5, 1.5), "lam": (-4.0, 1.5)}
 """Positive hyper-parameters: start * exp, the exponent clamped to this range."""
 
 _ROBUST_FEATURES = ("time", "entropy", "loss", "loss_variance", *NOISE_FEATURES, *TASK_FEATURES)

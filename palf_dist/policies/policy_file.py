@@ -22,8 +22,10 @@ from palf_dist.config import PolicyConfig
 from palf_dist.errors import ConfigError, PolicyFileError
 from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, make_policy, start_values
 from palf_dist.storage import first_line, is_uri, join, read_file, split
+from palf_dist.types import FIRST_CONTROLS
 
-FORMAT_VERSION = 3  # 2 added policy.start, 3 policy.shield and kinds of policies other than OLD_KINDS
+# 2 added policy.start, 3 policy.shield and kinds of policies other than OLD_KINDS, 4 other controls than FIRST_CONTROLS
+FORMAT_VERSION = 4
 OLD_KINDS = ("robust", "palf")
 TENSORS = "policy.safetensors"
 CARD = "policy.json"
@@ -50,8 +52,7 @@ def policy_bytes(artefact: PolicyArtefact) -> tuple[bytes, bytes]:
     arrays = {"phi": artefact.phi, "feature_mean": artefact.mean, "feature_std": artefact.std}
     tensors = safetensors.numpy.save({name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()})
     policy = asdict(artefact.spec)
-    new = policy["shield"] is not None or artefact.spec.kind not in OLD_KINDS
-    version = FORMAT_VERSION if new else 2 if policy["start"] else 1
+    version = _oldest_format(artefact.spec)
     # What a policy does not have is left out: it is written as older releases wrote it, so that they read it too.
     if policy["shield"] is None:
         policy.pop("shield")
@@ -60,6 +61,15 @@ def policy_bytes(artefact: PolicyArtefact) -> tuple[bytes, bytes]:
     card = {"format": "palf_dist policy", "format_version": version, "policy": policy, "card": artefact.card}
     card["sha256"] = digest(tensors, card)
     return tensors, (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _oldest_format(spec: PolicySpec) -> int:
+    """The format of the oldest releases that can read the policy."""
+    if not {*spec.basis, *spec.hyperparameters, *spec.start} <= {*FIRST_CONTROLS}:
+        return 4
+    if spec.shield is not None or spec.kind not in OLD_KINDS:
+        return 3
+    return 2 if spec.start else 1
 
 
 def digest(tensors: bytes, card: dict[str, Any]) -> str:

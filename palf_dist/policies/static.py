@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from palf_dist.policies.base import WithoutParameters
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS
+from palf_dist.types import (
+    BASIS_LOSSES,
+    CONTROL_INDEX,
+    CONTROLS,
+    DEFAULT_HYPERPARAMETERS,
+    FIRST_CONTROLS,
+    NUM_BASIS,
+)
 
 
 def control_vector(alpha: Mapping[str, float], hyperparameters: Mapping[str, float] | None = None) -> Tensor:
@@ -22,6 +29,14 @@ def mixture_controls(alpha: Tensor, basis: Sequence[str]) -> Tensor:
     controls = control_vector({}).to(alpha).repeat(len(alpha), 1)
     columns = torch.tensor([CONTROL_INDEX[name] for name in basis], device=alpha.device)
     return controls.index_copy(1, columns, alpha)
+
+
+def restored_controls(saved: Tensor) -> Tensor:
+    """Controls [U] from saved ones: as they are, or with what was added since where they are ``FIRST_CONTROLS``."""
+    if len(saved) != len(FIRST_CONTROLS):
+        return saved
+    columns = torch.tensor([CONTROL_INDEX[name] for name in FIRST_CONTROLS], device=saved.device)
+    return control_vector({}).to(saved).index_copy(0, columns, saved)
 
 
 class StaticPolicy(WithoutParameters):

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat, field_validator
 
-from palf_dist.config import Count, Section, TrackingConfig
+from palf_dist.config import TrackingConfig
 from palf_dist.config_loading import RESUMABLE as RUN_RESUMABLE
 from palf_dist.config_loading import Path_, config_differences, parse_section, read_config
 from palf_dist.search.targets.config import LossWeightsConfig, MetaTrainingConfig, TargetConfig
+from palf_dist.sections import Count, Section
 
 SearcherName = Literal["tuneloss", "optuna", "random"]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
-from palf_dist.config import Positive, Section
+from palf_dist.sections import Positive, Section
 
 
 class _Interval(Section):

@@ -10,9 +10,10 @@ from typing import Annotated, Any, cast, get_args
 
 from pydantic import Field, model_validator
 
-from palf_dist.config import Condition, Count, DataConfig, DatasetSource, Family, Section
+from palf_dist.config import Condition, DataConfig, DatasetSource, Family
 from palf_dist.config_loading import Path_, parse_section, read_config, too_noisy
 from palf_dist.errors import ConfigError, DataError
+from palf_dist.sections import Count, Section
 from palf_dist.tasks.datasets import fetch, list_datasets
 from palf_dist.tasks.files import parquet_files
 from palf_dist.tasks.registry import REGISTRY, find_entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from palf_dist.config import PolicyConfig, RunConfig
 from palf_dist.config_loading import dump_config
-from palf_dist.evaluation.methods import METHODS
+from palf_dist.evaluation.methods import METHODS, TUNED
 from palf_dist.evaluation.report import RESULTS
 from palf_dist.metrics_log import MetricsLog
 from palf_dist.policies.meta_learned import LearnedPolicy, policy_spec
@@ -38,8 +39,12 @@ GAINS = {
     "uniform": 0.5,
     "curriculum": 0.6,
     "ce_rce": 0.9,
+    "generalised_ce": 0.6,
+    "mae": -1.2,
+    "elr": 0.1,
     "ce_early_stopping": -0.1,
 }
+GAINS |= {f"{name}_tuned": GAINS[name] + 0.1 for name, *_ in TUNED}
 """Points against tuned CE, about those of METHODS part 6."""
 
 
@@ -57,7 +62,7 @@ def result_rows(
                 for seed in range(seeds):
                     task = random_generator("task", dataset, int(100 * noise_rate), condition, seed)
                     ease = base - 0.4 * noise_rate**1.5 - (0.06 if condition == "shifted" else 0) + 0.02 * task.normal()
-                    for name in METHODS:
+                    for name, method in METHODS.items():
                         draw = random_generator("gain", dataset, int(100 * noise_rate), condition, seed, name)
                         prior = {"balanced": 0.7, "matched": 0.5, "shifted": 1.8}[condition]
                         gain = GAINS[name] * prior * (0.4 + 2.4 * noise_rate) if GAINS[name] > -50 else GAINS[name]
@@ -73,6 +78,8 @@ def result_rows(
                                 "condition": condition,
                                 "target_prior": "uniform" if condition == "shifted" else "train",
                                 "seed": seed,
+                                "tuned": json.dumps(method.points[-1]) if method.grid else None,
+                                "tuning_accuracy": 0.7 + GAINS[name] / 100 if method.is_static else None,
                                 "train_size": 200,
                                 "accuracy": accuracy,
                                 **measured(accuracy, draw),
@@ -127,7 +134,7 @@ def trajectory(
         "info_nce": -1.5 + 0.8 * np.sin(steps[:, None] / 40) + 0 * late,
         "robust_ce": 0.5 + 3.5 * late * (0.3 + rates),
     }
-    shares = {name: np.exp(logits[name] + 0.1 * random.normal(size=late.shape)) for name in basis}
+    shares = {name: np.exp(logits.get(name, -1.0 + 0 * late) + 0.1 * random.normal(size=late.shape)) for name in basis}
     total = sum(shares.values())
     values = {name: np.full(late.shape, value) for name, value in DEFAULT_HYPERPARAMETERS.items()}
     values |= {name: shares[name] / total if name in basis else 0 * late for name in BASIS_LOSSES}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from palf_dist.evaluation.derived import PICKS, held_out, pick_rows, with_steps
 from palf_dist.evaluation.methods import METHODS, ORACLES
 from palf_dist.evaluation.statistics import task_of
+from palf_dist.evaluation.table import table_notes, to_records
 from tests.evaluation.synthetic import few_rows
 
 STATICS = ("ce", "focal", "s5")
@@ -19,7 +20,7 @@ STATICS = ("ce", "focal", "s5")
 
 def row(method, accuracy, seed=0, dataset="iris", **columns):
     task = {"dataset": dataset, "architecture": "mlp", "noise_rate": 0.3, "condition": "balanced", "seed": seed}
-    return {"method": method, **task, "accuracy": accuracy, **columns}
+    return {"method": method, **task, "accuracy": accuracy} | columns
 
 
 def curve(method, *accuracies, **columns):
@@ -120,11 +121,66 @@ def test_a_single_seed_leaves_nothing_out_and_a_single_loss_nothing_to_pick():
 def test_picks_are_rows_of_the_comparison():
     compared, pairs = held_out(few_rows())
     names = {item.method for item in compared}
-    assert names == {"policy", "ce", "s5", "static_oracle", "static_by_validation"}  # one seed: nothing to leave out
+    picks = {"static_oracle", "static_by_validation", "best_static"}  # one seed: nothing to leave out
+    assert names == {"policy", "ce", "s5"} | picks
     assert {item.reference for item in pairs} == names - {"policy"} and {item.method for item in pairs} == {"policy"}
     by_name = {item.method: item for item in compared}
     against = {item.reference: item.overall.difference.mean for item in pairs}
     gained = by_name["policy"].overall.difference.mean - by_name["static_oracle"].overall.difference.mean
     assert against["static_oracle"] == pytest.approx(gained)
     assert "steps_to_best" in by_name["s5"].others and by_name["ce"].others["reached_best"].overall.value == 100
-    assert PICKS.keys().isdisjoint(METHODS) and PICKS.keys() - set(ORACLES) == {"static_by_validation"}
+    assert PICKS.keys().isdisjoint(METHODS) and PICKS.keys() - set(ORACLES) == {"static_by_validation", "best_static"}
+
+
+def tuned_rows():
+    """Two tasks of each of two architectures; the best of the tuning is s5 on one and the tuned focal on the other."""
+    scores = {"mlp": {"ce": 0.5, "focal_tuned": 0.6, "s5": 0.7}, "conv": {"ce": 0.5, "focal_tuned": 0.8, "s5": 0.7}}
+    chosen = {"mlp": '{"gamma":3.0}', "conv": '{"gamma":0.5}'}
+    return [
+        row(
+            method,
+            0.9 if method == "ce" else 0.4 + 0.1 * seed,
+            seed,
+            architecture=architecture,
+            tuning_accuracy=score,
+            tuned=chosen[architecture] if method == "focal_tuned" else None,
+            seconds=2.0,
+        )
+        for architecture, by_method in scores.items()
+        for method, score in by_method.items()
+        for seed in range(2)
+    ]
+
+
+def test_the_best_static_loss_is_that_of_the_tuning_whatever_the_held_out_rows_say():
+    rows = tuned_rows()
+    found = picked(rows, "best_static")
+    assert len(found) == 4
+    for task, made in found.items():
+        assert made["picked"] == (["s5"] if task.architecture == "mlp" else ["focal_tuned"])
+        assert made["accuracy"] == 0.4 + 0.1 * task.seed and made["seconds"] == 2.0, "one training, not one of each"
+        assert made["tuned"] is None
+    assert picked(rows, "static_oracle")[task]["accuracy"] == 0.9
+    rows[0]["tuning_accuracy"] = None
+    assert len(picked(rows, "best_static")) == 3, "a loss that was not looked at"
+
+
+def test_what_tuning_chose_stands_with_the_results():
+    compared, pairs = held_out([*tuned_rows(), *(row("policy", 0.9, s, architecture="mlp") for s in range(2))])
+    chosen = {item.method: item.chosen for item in compared}
+    assert chosen["focal_tuned"] == ("gamma = 3 (mlp)", "gamma = 0.5 (conv)")
+    assert chosen["best_static"] == ("s5 (mlp)", "focal_tuned (conv)")
+    assert chosen["ce"] == chosen["s5"] == chosen["policy"] == ()
+    assert "best_static" in {item.reference for item in pairs}
+    note = "best tuned static, as chosen on meta-training tasks: s5 (mlp); focal_tuned (conv)."
+    assert note in table_notes(compared)
+    records = {record["method"]: record for record in to_records(compared)}
+    assert records["focal_tuned"]["chosen"] == ["gamma = 3 (mlp)", "gamma = 0.5 (conv)"]
+    assert "chosen" not in records["s5"]
+
+
+def test_losses_that_tie_in_the_tuning_are_both_named():
+    rows = [row("ce", 0.5, tuning_accuracy=0.6, tuned=None)]
+    rows += [row(name, 0.7, tuning_accuracy=0.8, tuned=chosen) for name, chosen in (("s5", None), ("s5_tuned", "{}"))]
+    (made,) = picked(rows, "best_static").values()
+    assert made["picked"] == ["s5", "s5_tuned"] and made["accuracy"] == 0.7

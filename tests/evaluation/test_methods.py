@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from palf_dist.errors import ConfigError
-from palf_dist.evaluation.methods import METHODS, baseline_policy, select_methods
+from palf_dist.evaluation.methods import METHODS, TUNED, baseline_policy, select_methods
 from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS
 
 STATIC = [method for method in METHODS.values() if method.alpha]
@@ -41,7 +41,8 @@ def test_the_constants_of_the_methods_document():
     ce_rce = named("ce_rce")
     assert ce_rce["symmetric_ce"] == 1 and (ce_rce["a"], ce_rce["b"]) == pytest.approx((0.1, 1))
     uniform = named("uniform")
-    assert [uniform[name] for name in BASIS_LOSSES] == pytest.approx([0.2] * 5 + [0])
+    assert [uniform[name] for name in BASIS_LOSSES] == pytest.approx([0.2] * 5 + [0] * 4)
+    assert named("generalised_ce")["q"] == pytest.approx(0.7) and named("elr")["lam"] == 3
     ce = named("ce")
     assert {name: ce[name] for name in DEFAULT_HYPERPARAMETERS} == pytest.approx(DEFAULT_HYPERPARAMETERS)
 
@@ -68,9 +69,10 @@ def test_the_curriculum_follows_the_clock():
 
 
 def test_selection_keeps_the_table_order_and_always_holds_the_reference():
-    by_name = ["policy_schedule", "policy_shuffled", "hedge"]
+    by_name = ["policy_schedule", "policy_shuffled", "hedge", "generalised_ce", "mae", "elr"]
+    by_name += [f"{name}_tuned" for name, *_ in TUNED]
     assert [method.name for method in select_methods()] == [name for name in METHODS if name not in by_name]
-    assert [method.name for method in select_methods(by_name)] == ["policy_schedule", "policy_shuffled", "ce", "hedge"]
+    assert [method.name for method in select_methods(by_name)] == [*by_name[:2], "ce", *by_name[2:]]
     assert [method.name for method in select_methods(["s5", "policy"])] == ["policy", "ce", "s5"]
     assert [method.name for method in select_methods([])] == ["ce"]
 

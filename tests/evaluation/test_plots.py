@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.plots import plot_alpha, plot_held_out, plot_noise, plot_outer_loss, to_png
 from palf_dist.evaluation.statistics import compare
-from palf_dist.types import DEFAULT_HYPERPARAMETERS
+from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
 from tests.evaluation.synthetic import TRAINING, metrics_table, result_rows, trajectory
 
 
@@ -47,7 +47,7 @@ def test_alpha_areas_fill_the_simplex_and_hold_the_means(trajectories):
     axes = visible(plot_alpha(trajectories))
     assert len(axes) == 4 * 3 + 4  # four datasets by three noise levels, and e, la, ew, wd
     for axis in axes[:12]:
-        assert len(axis.collections) == 6
+        assert len(axis.collections) == len(BASIS_LOSSES)
         assert max(vertices[:, 1].max() for vertices in areas(axis)) == pytest.approx(1, abs=1e-5)
     shown = trajectories.filter((pc.field("dataset") == "breast_cancer") & (pc.field("noise_rate") > 0.3))
     last = shown.filter(pc.field("inner_step") == 140)["alpha_ce"].to_numpy()

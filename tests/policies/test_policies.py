@@ -18,6 +18,7 @@ from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPER
 
 ALL = PolicyConfig(basis=BASIS_LOSSES, hyperparameters=HYPERPARAMETERS)
 START = {"e": 0.94, "la": 0.3, "ew": 0.01, "wd": 5.0, "gamma": 4.0, "eps": 0.49, "a": 0.1, "b": 3.0, "tau": 0.07}
+START |= {"q": 0.99, "lam": 0.2}
 
 
 def learned(config: PolicyConfig) -> LearnedPolicy:
@@ -58,8 +59,10 @@ def test_controls_are_a_mixture_and_in_bounds(name: str, seed: int, scale: float
     inactive = [BASIS_LOSSES.index(b) for b in BASIS_LOSSES if b not in policy.active_basis]
     assert (alpha >= 0).all() and (alpha[:, inactive] == 0).all()
     hyper = {h: controls[:, CONTROL_INDEX[h]] for h in HYPERPARAMETERS}
-    assert all(((hyper[h] >= 0) & (hyper[h] <= 1)).all() for h in ("e", "ew", "eps")) and (hyper["e"] <= 0.95).all()
-    assert all((hyper[h] > 0).all() for h in ("la", "wd", "gamma", "a", "b", "tau"))
+    assert (
+        all(((hyper[h] >= 0) & (hyper[h] <= 1)).all() for h in ("e", "ew", "eps", "q")) and (hyper["e"] <= 0.95).all()
+    )
+    assert all((hyper[h] > 0).all() for h in ("la", "wd", "gamma", "a", "b", "tau", "lam"))
 
 
 @pytest.mark.parametrize("kind", ["robust", "validation_free", "recurrent", "schedule", "constant"])

@@ -55,7 +55,7 @@ def test_start_is_kept_and_asks_for_the_newer_format(artefact: PolicyArtefact, t
 
 
 @pytest.mark.parametrize("start", [PolicyStart(), PolicyStart(gamma=3)])
-def test_a_shield_is_kept_and_asks_for_the_newest_format(
+def test_a_shield_is_kept_and_asks_for_a_newer_format(
     start: PolicyStart, artefact: PolicyArtefact, tmp_path: Path
 ) -> None:
     """A release that knows no shield must refuse the file: without it the policy is another one."""
@@ -65,6 +65,27 @@ def test_a_shield_is_kept_and_asks_for_the_newest_format(
     assert card["format_version"] == 3 and card["policy"]["shield"] == 0.25
     loaded = load_policy(tmp_path)
     assert loaded.spec == spec and loaded.policy().shield == 0.25
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PolicyConfig(basis=("ce", "generalised_ce", "mae")),
+        PolicyConfig(kind="schedule", basis=("elr",), hyperparameters=("lam",)),
+        PolicyConfig(start=PolicyStart(q=0.5), shield=0.5),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_later_basis_losses_ask_for_the_newest_format_and_keep_their_names(
+    config: PolicyConfig, tmp_path: Path
+) -> None:
+    spec = policy_spec(config)
+    zero = np.zeros(len(spec.features), np.float32)
+    phi = make_policy(spec, zero, zero + 1).initial() + np.float32(0.1)
+    save_policy(tmp_path, PolicyArtefact(spec, phi, zero, zero + 1))
+    card = json.loads((tmp_path / CARD).read_text())
+    assert card["format_version"] == 4 and tuple(card["policy"]["basis"]) == spec.basis
+    assert load_policy(tmp_path).spec == spec
 
 
 def test_without_a_start_the_file_is_as_it_was_in_format_1(artefact: PolicyArtefact, tmp_path: Path) -> None:
@@ -91,7 +112,7 @@ def test_tampered_tensors_are_refused(artefact: PolicyArtefact, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "newer than 3.*upgrade palf_dist"),
+        ({"format_version": 99}, "newer than 4.*upgrade palf_dist"),
         ({"format": "other"}, "not a palf_dist policy card"),
         ({"policy": {"refresh": 1}}, "not as they were saved together"),
         ({"card": {"ema": 0.1}}, "not as they were saved together"),

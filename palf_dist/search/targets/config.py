@@ -11,21 +11,17 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from palf_dist.config import (
     ConvConfig,
-    Count,
     DatasetSource,
     MLPConfig,
     ModuleConfig,
-    NonNegative,
-    Positive,
     RunConfig,
-    Section,
-    Share,
     TransformerConfig,
 )
 from palf_dist.config_loading import dump_config, leaves, load_config, parse_config
 from palf_dist.errors import ConfigError
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.search.domains import Choice, Domain
+from palf_dist.sections import Count, NonNegative, Positive, Section, Share
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.types import BASIS_LOSSES
 
@@ -39,6 +35,8 @@ SOFTMAX_WEIGHTS = {
     "logit_penalty": (1e-5, 1.0),
 }
 L2_PARTS = {"l2_numeric": (1e-5, 10.0), "l2_categorical": (1e-5, 10.0)}
+NETWORK_LOSSES = tuple(name for name in BASIS_LOSSES if name not in (REFERENCE, "elr"))
+"""Basis losses whose weights can be tuned. elr is left out: without a run's averaged predictions it is ce."""
 NETWORK_WEIGHTS = dict.fromkeys(("focal", "label_smoothing", "symmetric_ce", "robust_ce"), (0.01, 10.0))
 DECAYS = {"sgd": (1e-3, 0.1), "momentum": (0.01, 1.0), "adam": (0.03, 10.0)}
 """Default ranges of the weights; that of a network's weight decay goes by its optimiser."""
@@ -138,7 +136,7 @@ class LossWeightsConfig(Section):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> LossWeightsConfig:
-        known = [*SOFTMAX_WEIGHTS, *L2_PARTS] if self.is_softmax else [*BASIS_LOSSES[1:], "weight_decay"]
+        known = [*SOFTMAX_WEIGHTS, *L2_PARTS] if self.is_softmax else [*NETWORK_LOSSES, "weight_decay"]
         for name in self.weights or ():
             if name not in known:
                 raise ValueError(f"weights.{name}: {self.model.kind} has no such weight; known: {', '.join(known)}")

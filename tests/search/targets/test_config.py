@@ -58,6 +58,10 @@ def test_weights_that_are_tuned(settings: dict[str, Any], expected: set[str]) ->
     [
         ({"weights": {"l3": [0.1, 1]}}, "weights.l3: softmax has no such weight; known: l1, l2,"),
         ({"model": {"kind": "mlp"}, "weights": {"l1": [0.1, 1]}}, "weights.l1: mlp has no such weight; known: focal,"),
+        (
+            {"model": {"kind": "mlp"}, "weights": {"elr": [0.1, 1]}},
+            "weights.elr: mlp has no such weight; known: ",
+        ),
         ({"weights": {"l2": [0.1, 1], "l2_numeric": [0.1, 1]}}, "weights.l2: weighs all columns"),
         ({"weights": {"l1": [1, 0.1]}}, r"weights.l1: [1, 0.1] is no interval"),
         ({"model": {"kind": "mlp"}, "on_the_fly": True}, "on_the_fly: mlp cannot; use model.kind softmax"),

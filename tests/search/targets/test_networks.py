@@ -10,11 +10,12 @@ import torch
 from palf_dist.losses import LossContext, reference_losses
 from palf_dist.policies.static import control_vector
 from palf_dist.search.targets import LossWeightsConfig
+from palf_dist.search.targets.config import NETWORK_LOSSES
 from palf_dist.search.targets.networks import NetworkTrainer
 from palf_dist.search.targets.rows import load_rows
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, NUM_BASIS
 
-ALL = (*BASIS_LOSSES[1:], "weight_decay")
+ALL = (*NETWORK_LOSSES, "weight_decay")
 
 
 def trainer(tmp_path: Path, **settings: Any) -> NetworkTrainer:
@@ -48,7 +49,8 @@ def test_features_and_error_are_the_definitions(tmp_path: Path) -> None:
         rows = slice(start, start + 16)
         labels = group.train.labels[:, rows]
         sums += reference_losses(z[:, rows], labels, h[:, rows], controls, context, BASIS_LOSSES).sum((1, 2))
-    phi = [*(sums / 50).tolist(), float(0.5 * (theta**2).sum())]
+    assert sums[BASIS_LOSSES.index("elr")] == sums[0], "without averaged predictions it is ce"
+    phi = [*(sums[:-1] / 50).tolist(), float(0.5 * (theta**2).sum())]
     np.testing.assert_allclose(snapshot.features, phi, rtol=2e-4)
     p = torch.softmax(group.model.apply(theta, tuple(validation))[0], -1)[0]
     error = 1 - p[torch.arange(40), group.validation.labels[0]].mean()
@@ -59,10 +61,12 @@ def test_features_and_error_are_the_definitions(tmp_path: Path) -> None:
 
 def test_controls_are_the_weights_over_the_sum_of_the_mixture(tmp_path: Path) -> None:
     made = trainer(tmp_path)
-    weights = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 8.0])
+    weights = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 0.5, 0.5, 8.0])
     controls = made.controls(weights)
-    np.testing.assert_allclose(controls[:NUM_BASIS], np.array([1.0, 1.0, 2.0, 3.0, 4.0, 5.0]) / 16, rtol=1e-6)
-    assert float(controls[CONTROL_INDEX["wd"]]) == 0.5
+    np.testing.assert_allclose(
+        controls[:NUM_BASIS], np.array([1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.5, 0.5, 0.0]) / 17, rtol=1e-6
+    )
+    assert float(controls[CONTROL_INDEX["wd"]]) == pytest.approx(8 / 17)
 
 
 def test_one_step_of_gradient_descent_is_along_the_loss(tmp_path: Path) -> None:
