@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from palf_dist.evaluation.derived import BEST_STATIC
 from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.measures import MEASURES, Measure
 from palf_dist.evaluation.methods import LEARNED, METHODS, REFERENCE
@@ -29,6 +30,7 @@ class Figure:
     value: float | None = None
     estimate: Estimate | None = None  # a difference with its uncertainty; points, or the unit of its measure
     of: str | None = None  # the method that the policy is compared with
+    missing: tuple[str, ...] = ()  # labels of others that belong to the comparison and were not there
 
 
 def headline(rows: Sequence[Row], compared: Sequence[Comparison], pairs: Sequence[Comparison]) -> dict[str, Figure]:
@@ -61,7 +63,7 @@ def headline(rows: Sequence[Row], compared: Sequence[Comparison], pairs: Sequenc
             lambda row: not _matched(row),
             MEASURES["balanced_accuracy"],
         ),
-        _best(pairs, "diff_vs_best_static", "static losses", is_static),
+        _best(pairs, "diff_vs_best_static", (BEST_STATIC, LEARNED["constant"].name), BEST_STATIC),
         _against(pairs, LEARNED["schedule"].name, "diff_vs_learned_schedule", "a policy that reads t/T alone"),
         _against(pairs, "static_oracle", "diff_vs_oracle", "the static loss picked on each task's own test rows"),
         _steps_ratio(compared),
@@ -70,32 +72,32 @@ def headline(rows: Sequence[Row], compared: Sequence[Comparison], pairs: Sequenc
     return {figure.name: figure for figure in figures}
 
 
-def is_static(method: str) -> bool:
-    """Whether a method is one static loss, with early stopping or not."""
-    return method in METHODS and bool(METHODS[method].alpha)
-
-
 def best_adaptive(pairs: Sequence[Comparison]) -> Figure:
     """Against the method that does best among those that change their weights on their own."""
-    return _best(
-        pairs,
-        "diff_vs_best_adaptive",
-        "methods with a schedule",
-        lambda method: method in METHODS and METHODS[method].schedule is not None,
-    )
+    learned = LEARNED["schedule"].name
+    names = (*(name for name, method in METHODS.items() if method.schedule is not None), learned)
+    figure = _best(pairs, "diff_vs_best_adaptive", names, learned)
+    return replace(figure, missing=(*figure.missing, "MAML-Loss"))
 
 
 def _matched(row: Row) -> bool:
     return row["target_prior"] == "train"
 
 
-def _best(pairs: Sequence[Comparison], name: str, what: str, chosen: Callable[[str], bool]) -> Figure:
-    """Against the one that is best on the held-out tasks themselves, which nobody could have known before."""
-    known = [item for item in pairs if chosen(item.reference) and not math.isnan(item.overall.difference.mean)]
-    if not known:
-        return Figure(name, f"no {what} among the methods of these runs")
-    best = min(known, key=lambda item: item.overall.difference.mean)
-    return _difference(name, f"the best of the {what} over all tasks", best)
+def _best(pairs: Sequence[Comparison], name: str, methods: Sequence[str], needed: str) -> Figure:
+    """Against the strongest of the methods on the held-out tasks; nothing without the ``needed`` one, since the best of
+    what is weak is no measure."""
+    known = {
+        item.reference: item
+        for item in pairs
+        if item.reference in methods and not math.isnan(item.overall.difference.mean)
+    }
+    if needed not in known:
+        return Figure(name, f"takes the method {label_of(needed)}, which these runs do not have")
+    best = min(known.values(), key=lambda item: item.overall.difference.mean)
+    missing = tuple(label_of(method) for method in methods if method not in known)
+    words = f"the strongest of {', '.join(label_of(method) for method in methods if method in known)}"
+    return replace(_difference(name, words, best), missing=missing)
 
 
 def _against(pairs: Sequence[Comparison], method: str, name: str, meaning: str) -> Figure:

@@ -18,6 +18,7 @@ from palf_dist.policies import CurriculumPolicy, HedgePolicy, OnlineLearnLoss, P
 from palf_dist.policies.static import control_vector
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
+from palf_dist.tasks.inputs import fits
 from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
 
 PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
@@ -215,4 +216,12 @@ def check_methods(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> 
             raise ConfigError(
                 f"evaluation.methods: policy_shuffled needs two tasks in each group, but one of {alone[0].dataset} is "
                 "alone; change tasks.group_size or evaluation.seeds, or leave the method out"
+            )
+    training = [datasets[source.name] for source in config.data.train]
+    tuned = tuned_together(config.evaluation.methods)
+    for index, architecture in enumerate(config.tasks.architectures if tuned else ()):
+        if not any(fits(architecture, dataset) for dataset in training):
+            raise ConfigError(
+                f"evaluation.methods: tasks.architectures.{index} ({architecture.kind}) can read none of the training "
+                "datasets, so no baseline can be tuned for it; leave out the tuned ones or this architecture"
             )

@@ -18,7 +18,7 @@ from palf_dist.config import RunConfig
 from palf_dist.config_loading import leaves
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import plots
-from palf_dist.evaluation.claims import Evidence, findings
+from palf_dist.evaluation.claims import FEWEST_CLUSTERS, Evidence, findings
 from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.headline import Figure, headline
 from palf_dist.evaluation.report import CAPTIONS, comparison_pictures, headline_sentence, last_trajectories
@@ -45,7 +45,7 @@ NOT_OF_A_DESIGN: dict[str, Any] = {
     "data": True,
     "policy": {"seed"},
     "evaluation": {"methods", "noise_rates", "conditions", "suite_conditions", "imbalance", "seeds"},
-    "distributed": True,
+    "distributed": {"workers", "address", "gpus_per_worker", "unit_timeout", "max_attempts"},
     "checkpoint": True,
     "tracking": True,
 }
@@ -105,8 +105,9 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
                 write_atomic(folder / PICTURES / f"{name}.png", pictures[name])
             else:  # of other runs
                 (folder / PICTURES / f"{name}.png").unlink(missing_ok=True)
-        write_atomic(folder / RESULTS_MARKDOWN, page.encode())
+        # Of the two the one that counts the designs comes first.
         write_atomic(folder / RESULTS_JSON, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(folder / RESULTS_MARKDOWN, page.encode())
     except OSError as error:
         raise RunDirectoryError(
             f"--output {folder}: cannot be written ({error.strerror}); name another folder"
@@ -223,8 +224,9 @@ def _page(
         ]
     parts += [
         "## The claims of the paper\n",
-        "By one rule: *reproduced* where the 95 % interval lies above zero and the mean reaches what is claimed; "
-        "*opposite* where the interval lies below zero; else *not reproduced*.\n",
+        "*reproduced* where the 95 % interval lies above zero and the mean reaches what is claimed; *opposite* where "
+        "the interval lies below zero; else *not reproduced*. *not measured* where there is no such figure, or fewer "
+        f"than {FEWEST_CLUSTERS} independent datasets. The claim about every dataset goes by their own intervals.\n",
         markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in claims]), texts=3),
         "## Runs\n",
         markdown_table(_run_cells((*runs.folds, *runs.families)), texts=3),

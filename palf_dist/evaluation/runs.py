@@ -25,6 +25,10 @@ from palf_dist.tasks.registry import REGISTRY
 FREE = (*RESUMABLE, "name", "data.train", "data.held_out")
 """Fields in which the runs of one report may differ."""
 
+FREE_OF_FAMILIES = ("tasks.architectures", "inner.learning_rate", "inner.weight_decay", "evaluation.methods")
+"""Fields in which runs that hold out a family may differ besides: what no training dataset can be read by cannot be
+tuned, or has to be left out. Their table is one of its own."""
+
 COLUMNS = ("method", "dataset", "family", "architecture", "noise_rate", "condition", "seed", "target_prior", "accuracy")
 """Of results.parquet, without which there is no report."""
 
@@ -77,10 +81,14 @@ def read_runs(places: Sequence[str]) -> JoinedRuns:
     belong together, and where a policy was trained on what it judged; ConfigError and PolicyFileError for damaged
     files."""
     runs = _with_learned([_read(place) for place in places])
-    runs.sort(key=lambda run: (run.learned or "", run.judged, run.place))
+    runs.sort(key=lambda run: (run.family or "", run.learned or "", run.judged, run.place))
     first = runs[0]
     for run in runs:
-        free = (*FREE, "policy", "evaluation.methods") if run.learned else FREE
+        free = (
+            *FREE,
+            *(("policy", "evaluation.methods") if run.learned else ()),
+            *(FREE_OF_FAMILIES if run.family else ()),
+        )
         different = config_differences(first.config, run.config, free, (f"in {first.place}", f"in {run.place}"))
         if different:
             raise RunDirectoryError(

@@ -146,8 +146,8 @@ def condition_task(
 
 def check_tasks(config: RunConfig, datasets: Datasets) -> None:
     """Refuse, before any work starts, what a unit would refuse later: raises DataError for an architecture that no
-    training dataset fits, a held-out dataset that no architecture fits, or a dataset too small for the tasks, and
-    ConfigError for an architecture that cannot be built."""
+    training dataset fits although something is to be tuned for it, a held-out dataset that no architecture fits, or a
+    dataset too small for the tasks, and ConfigError for an architecture that cannot be built."""
     judged = {(spec.dataset, spec.condition): spec for specs in evaluation_specs(config, datasets) for spec in specs}
     for spec in judged.values() if config.evaluation.suite_conditions else ():
         draw_rows(datasets[spec.dataset], spec, config.tasks)
@@ -158,14 +158,19 @@ def check_tasks(config: RunConfig, datasets: Datasets) -> None:
             spec = TaskSpec(("check",), dataset.name, size, "uniform", 0.0, ratio, target_prior, 0, "adam")
             draw_rows(dataset, spec, config.tasks)
     training = [datasets[source.name] for source in config.data.train]
+    tuned = "tuned" in (config.inner.learning_rate, config.inner.weight_decay)
     for index, architecture in enumerate(config.tasks.architectures):
         readable = [dataset for dataset in training if fits(architecture, dataset)]
-        if not readable:
+        if not readable and tuned:
             names = ", ".join(f"{dataset.name} ({dataset.family})" for dataset in training)
             raise DataError(
                 f"tasks.architectures.{index}: {architecture.kind} can read none of the training datasets: {names}; "
-                "add a dataset it reads, or leave it out"
+                "add a dataset it reads, leave it out, or give inner.learning_rate and inner.weight_decay, for there "
+                "is nothing to tune them on"
             )
+        readable = readable or [item for item in datasets.values() if fits(architecture, item)]
+        if not readable:  # it is never used
+            continue
         try:
             build_model(architecture, group_shape(architecture, readable), max(map(num_task_classes, readable)))
         except PalfError as error:

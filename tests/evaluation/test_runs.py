@@ -99,6 +99,17 @@ def test_no_dataset_is_judged_twice_in_one_kind_of_hold_out(tmp_path, fold):
     assert "is judged by both" in refused(fold, family, judged_run(tmp_path / "two", rows("iris"), train=("digits",)))
 
 
+def test_a_family_may_be_judged_with_other_architectures_and_values_that_were_not_tuned(tmp_path, fold):
+    other = ("tasks.architectures=[{kind: transformer}]", "inner.learning_rate=0.01", "inner.weight_decay=0.001")
+    methods = "evaluation.methods=[policy, ce, s5]"
+    family = judged_run(tmp_path / "family", rows("iris"), *other, methods, train=("digits",))
+    runs = read_runs([family, fold])
+    assert [run.place for run in runs.families] == [family] and runs.config == read_runs([fold]).config
+    assert "tasks.architectures: [" in refused(fold, judged_run(tmp_path / "other", rows("wine"), *other))
+    steps = judged_run(tmp_path / "steps", rows("iris"), "inner.steps=300", train=("digits",))
+    assert "inner.steps: 150 in" in refused(fold, steps)
+
+
 def test_families_alone_are_no_folds(tmp_path):
     family = judged_run(tmp_path / "family", rows("iris"), train=("digits",))
     assert "all runs hold out a whole family; name the runs of a suite's folds" in refused(family)

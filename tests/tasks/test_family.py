@@ -17,6 +17,7 @@ from torch import nn
 
 from palf_dist.config import RunConfig
 from palf_dist.errors import ConfigError, DataError
+from palf_dist.evaluation.methods import check_methods
 from palf_dist.inner_models import InputShape
 from palf_dist.randomness import random_generator
 from palf_dist.tasks.corruptions import class_transitions, instance_transitions
@@ -279,6 +280,25 @@ def test_what_a_unit_would_refuse_is_refused_before_any_work() -> None:
         check_tasks(run_config((rare,), tasks={"architectures": [*KINDS[:1], module]}), datasets | {"large": rare})
     with pytest.raises(DataError, match=r"tasks\.architectures\.1: conv can read none of the training datasets: large"):
         check_tasks(run_config((LARGE,), tasks={"architectures": KINDS[:2]}), datasets)
+
+
+def test_a_family_is_held_out_where_nothing_has_to_be_tuned_for_it() -> None:
+    """No training dataset is a text, all that is judged is."""
+    given = {"learning_rate": 0.01, "weight_decay": 0.001}
+    few = {"train_size": [30, 30]}
+    run = run_config((COLOURS,), (TEXTS,), tasks={"architectures": KINDS, **few}, inner=given)
+    check_tasks(run, ALL)
+    assert {spec.architecture for specs in evaluation_specs(run, ALL) for spec in specs} == {2}
+    for name in given:
+        half = run_config((COLOURS,), (TEXTS,), tasks={"architectures": KINDS, **few}, inner=given | {name: "tuned"})
+        with pytest.raises(DataError, match=r"architectures\.2: transformer can .* give inner\.learning_rate"):
+            check_tasks(half, ALL)
+    check_methods(run, ALL)
+    tuned = run_config(
+        (COLOURS,), (TEXTS,), tasks={"architectures": KINDS}, inner=given, evaluation={"methods": ["s5_tuned"]}
+    )
+    with pytest.raises(ConfigError, match=r"architectures\.2 \(transformer\) .* no baseline can be tuned for it"):
+        check_methods(tuned, ALL)
 
 
 def small_module(shape: InputShape, num_classes: int) -> nn.Module:
