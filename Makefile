@@ -34,7 +34,7 @@ results: $(STAMP)
 	  else $(BIN)/palf-dist meta-train --config configs/palf12.yaml --suite palf12 --fold $$fold --run-dir $$run $(ARGS); \
 	  fi || exit; \
 	done
-	$(BIN)/palf-dist results runs/palf12/* --output docs
+	$(BIN)/palf-dist results runs/palf12/fold-0 runs/palf12/fold-1 --output docs
 
 test: lint
 	$(BIN)/pytest -m "not slow $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=

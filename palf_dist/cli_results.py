@@ -35,6 +35,11 @@ def results(
         emit(
             {**paths, **said},
             to_rich(made.comparisons),
+            *(
+                f"family  {run['family']}: {run['name']} trained on none of it: no fold, it has a table of its own"
+                for run in made.record["runs"]
+                if run["family"]
+            ),
             *(f"{name:<24} {value:g}" for name, value in figures.items()),
             *(f"plot    {near(path)}" for path in made.pictures),
             f"page    {near(made.markdown)}",

@@ -36,6 +36,8 @@ from palf_dist.evaluation.table import (
     to_pair_records,
     to_records,
 )
+from palf_dist.redaction import redact
+from palf_dist.storage import is_remote, local_path
 
 RESULTS_MARKDOWN, RESULTS_JSON, PICTURES = "results.md", "results.json", "results"
 
@@ -49,7 +51,8 @@ NOT_OF_A_DESIGN: dict[str, Any] = {
     "checkpoint": True,
     "tracking": True,
 }
-"""Fields that do not make another design: what is learned from and judged on, seeds, and where and how it is run."""
+"""Fields that do not make another design: what is learned from and judged on, seeds, and execution settings that do not
+touch a result."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     Designs that an earlier results.json there lists stay in the list. Raises RunDirectoryError as ``read_runs``, for
     an output folder that cannot be written, and for a results.json in it that is none.
     """
-    folder = Path(output).expanduser().absolute()
+    if is_remote(output):
+        raise RunDirectoryError(f"--output {redact(str(output))}: is no local folder; name one")
+    folder = local_path(output)
     published = _published_designs(folder / RESULTS_JSON)
     runs = read_runs(places)
     rows = runs.rows
@@ -81,7 +86,7 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     family_figures = headline(family_rows, family_compared, family_pairs) if family_rows else {}
     trajectories = _trajectories(runs.folds)
     claims = findings(Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories))
-    designs = _with_design(published, runs.config, figures["diff_vs_tuned_ce"])
+    designs = _with_design(published, runs, figures["diff_vs_tuned_ce"])
     record = {
         "headline": {name: number(figure.value) for name, figure in figures.items()}
         | {"held_out_designs": len(designs)},
@@ -92,6 +97,7 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
         "table": to_records(compared),
         "pairs": to_pair_records(pairs),
         "families": to_records(family_compared),
+        "family_headline": {name: number(figure.value) for name, figure in family_figures.items()},
         "runs": [_about(run) for run in (*runs.folds, *runs.families)],
     }
     pictures = comparison_pictures(compared)
@@ -147,23 +153,32 @@ def _published_designs(path: Path) -> list[dict[str, Any]]:
     )
 
 
-def _with_design(published: list[dict[str, Any]], config: RunConfig, figure: Figure) -> list[dict[str, Any]]:
-    """The designs so far and this one, last where it is new. One that is there already has the figure of now."""
-    own = {"digest": design_of(config), "name": config.name, figure.name: number(figure.value)}
-    designs = [own if design["digest"] == own["digest"] else design for design in published]
+def _with_design(published: list[dict[str, Any]], runs: JoinedRuns, figure: Figure) -> list[dict[str, Any]]:
+    """The designs so far and this one, last where it is new. An entry stays unless all but its name is the same: to
+    judge a design again, with another seed or on other datasets, is another look at held-out data."""
+    config = runs.config
+    datasets = sorted({name for run in runs.folds for name in run.judged})
+    looked = {"digest": design_of(config), "seed": config.seed, "datasets": datasets, figure.name: number(figure.value)}
+    own = {"name": config.name, **looked}
+    designs = [own if design == looked | {"name": design["name"]} else design for design in published]
     return designs if own in designs else [*designs, own]
 
 
 def _trajectories(folds: Sequence[JudgedRun]) -> pa.Table | None:
-    """Those of the last outer steps of the runs of the policy, with the number of the run as a column."""
-    runs = [run for run in folds if run.learned is None]
-    found = [(index, last_trajectories(run.place)) for index, run in enumerate(runs)]
-    tables = [
-        table.append_column("run", pa.array(np.full(table.num_rows, index)))
-        for index, table in found
-        if table is not None
-    ]
-    return pa.concat_tables(tables) if tables else None
+    """Those of the last outer steps of the runs of the policy, with the number of the run as a column. Raises
+    RunDirectoryError where the columns of two runs differ."""
+    tables: list[tuple[str, pa.Table]] = []
+    for index, run in enumerate(run for run in folds if run.learned is None):
+        table = last_trajectories(run.place)
+        if table is None:
+            continue
+        if tables and table.schema.names != tables[0][1].schema.names[:-1]:
+            raise RunDirectoryError(
+                f"{run.place}: its trajectories have other columns than those of {tables[0][0]}; name runs of one "
+                "version of palf_dist"
+            )
+        tables.append((run.place, table.append_column("run", pa.array(np.full(table.num_rows, index)))))
+    return pa.concat_tables([table for _, table in tables]) if tables else None
 
 
 def _details(figure: Figure) -> dict[str, Any]:

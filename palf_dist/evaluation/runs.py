@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palf_dist.config import DatasetSource, RunConfig
-from palf_dist.config_loading import RESUMABLE, config_differences, load_config
+from palf_dist.config_loading import RESUMABLE, config_differences, is_search_config, load_config
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation.methods import LEARNED, REFERENCE, select_methods
 from palf_dist.evaluation.statistics import task_of
@@ -111,6 +111,8 @@ def read_runs(places: Sequence[str]) -> JoinedRuns:
 def _read(place: str) -> JudgedRun:
     if not exists(join(place, CONFIG)):
         raise no_run(place)
+    if is_search_config(join(place, CONFIG)):
+        raise RunDirectoryError(f"{place}: holds a search and no meta-training; name a run of palf-dist meta-train")
     config = load_config(join(place, CONFIG))
     if not exists(join(place, RESULTS)):
         raise RunDirectoryError(

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from palf_dist.config_loading import load_config, parse_config
-from palf_dist.evaluation.methods import REFERENCE, select_methods
+from palf_dist.evaluation.claims import PAPER_BASELINES
+from palf_dist.evaluation.methods import REFERENCE, TUNED, select_methods, tuned_together
 from palf_dist.evaluation.quick import CONDITIONS, METHODS, cut
+from palf_dist.preparation import tune_units
 from palf_dist.tasks.suites import load_suite, suite_overrides
-from palf_dist.units import tune_units
 
 PALF12 = Path(__file__).parents[2] / "configs" / "palf12.yaml"
 
@@ -18,6 +19,12 @@ PALF12 = Path(__file__).parents[2] / "configs" / "palf12.yaml"
 @pytest.fixture(scope="module")
 def palf12():
     return load_config(PALF12, suite_overrides(load_suite("palf12"), "0"))
+
+
+def test_the_published_comparison_has_the_tuned_baselines(palf12):
+    tuned = {f"{name}_tuned" for name, *_ in TUNED}
+    assert tuned | {"elr", "generalised_ce", "mae", *PAPER_BASELINES} <= set(palf12.evaluation.methods)
+    assert tuned <= {method.name for method in tuned_together(palf12.evaluation.methods)}
 
 
 def test_the_published_comparison_becomes_a_small_one(palf12):

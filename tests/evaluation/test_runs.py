@@ -8,7 +8,7 @@ import pytest
 
 from palf_dist.errors import PolicyFileError, RunDirectoryError
 from palf_dist.evaluation.runs import read_runs
-from palf_dist.run_directory import RESULTS
+from palf_dist.run_directory import CONFIG, RESULTS
 from tests.evaluation.judged import judged_run, rows_of
 from tests.evaluation.synthetic import few_rows, write_run
 
@@ -44,6 +44,12 @@ def test_a_run_without_results_is_told_how_to_go_on(tmp_path, fold):
     message = refused(fold, bare)
     assert f"{bare}: has not been evaluated" in message and f"palf-dist meta-train --resume {bare}" in message
     assert "holds no run (config.yaml is missing)" in refused(fold, str(tmp_path / "nowhere"))
+
+
+def test_a_search_is_one_message(tmp_path, fold):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / CONFIG).write_text("target: {kind: x}\n")
+    assert "search: holds a search and no meta-training" in refused(fold, str(tmp_path / "search"))
 
 
 def test_damaged_results_and_policies_are_named(tmp_path, fold):
