@@ -113,6 +113,18 @@ def test_a_quick_evaluation_says_so_in_json_too(cli: Command, monkeypatch: pytes
     assert seen == [3, 1]
 
 
+def test_what_holds_out_a_family_is_said(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from palf_dist.evaluation import results, table
+
+    runs = [{"name": "a", "family": None}, {"name": "b", "family": "image"}]
+    record = {"headline": {}, "not_measured": {}, "claims": [], "designs": [], "runs": runs}
+    made = results.Results(Path("r.md"), Path("r.json"), (), (), record)
+    monkeypatch.setattr(results, "make_results", lambda places, folder: made)
+    monkeypatch.setattr(table, "to_rich", lambda comparisons: "")
+    said = " ".join(cli("results", "a", "b", "--output", "docs").out.split())
+    assert said.count("family ") == 1 and "family image: b trained on none of it: no fold" in said
+
+
 def test_a_run_that_is_none_is_one_message(cli: Command) -> None:
     assert "nowhere holds no run" in cli.refused("results", "nowhere", "--output", "docs")
     assert not near(Path("docs").absolute()).exists()
