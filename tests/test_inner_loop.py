@@ -32,7 +32,7 @@ def full_policy(refresh: int = 3) -> tuple[LearnedPolicy, torch.Tensor]:
     return policy, phi + 0.2 * torch.randn_like(phi)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer", "module"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "resnet", "transformer", "module"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
 def test_closed_form_step_equals_the_autograd_step(name: str, optimiser: str) -> None:
     policy, phi = full_policy()

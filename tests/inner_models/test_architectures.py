@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palf_dist.config import ConvConfig, MLPConfig, TransformerConfig
+from palf_dist.architecture_config import ConvConfig, MLPConfig, ResNetConfig, TransformerConfig
 from palf_dist.errors import ConfigError
 from palf_dist.inner_models import InputShape, build_model
 from palf_dist.randomness import random_generator
@@ -28,6 +28,10 @@ CASES = {
     "mlp, only categorical": Case(MLPConfig(hidden=(6,)), InputShape(categorical=3, categories=7)),
     "conv, grey": Case(ConvConfig(channels=(4, 8), groups=2), InputShape(image=(8, 8, 1))),
     "conv, colour, odd": Case(ConvConfig(channels=(8, 4, 20), groups=4), InputShape(image=(9, 7, 3))),
+    "resnet, grey": Case(ResNetConfig(widths=(4, 8), groups=2), InputShape(image=(8, 8, 1))),
+    "resnet, colour, odd": Case(
+        ResNetConfig(widths=(4, 4, 20), blocks=(2, 1, 2), groups=4), InputShape(image=(7, 5, 3))
+    ),
     "transformer": Case(TransformerConfig(width=6, heads=2, feedforward=9), InputShape(tokens=6, vocabulary=11)),
     "transformer, deep, wide": Case(
         TransformerConfig(width=16, heads=4, feedforward=20, layers=3), InputShape(tokens=5, vocabulary=8)
