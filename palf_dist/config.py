@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
+from palf_dist.architecture_config import Architecture, MLPConfig
 from palf_dist.sections import Count, Decay, NonNegative, Positive, Section, Share, distinct
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 
@@ -94,60 +95,6 @@ class ImbalanceConfig(Section):
         if self.low > self.high:
             raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
         return self
-
-
-class MLPConfig(Section):
-    kind: Literal["mlp"] = "mlp"
-    hidden: tuple[Count, ...] = Field(default=(64,), min_length=1)
-    embedding: Count = Field(default=4, description="width of the embedding of each categorical column")
-
-
-class ConvConfig(Section):
-    kind: Literal["conv"] = "conv"
-    channels: tuple[Count, ...] = Field(default=(8, 16), min_length=1)
-    image_size: Annotated[int, Field(strict=True, ge=4)] = Field(
-        default=8, description="images are resized to this side"
-    )
-    groups: Count = Field(default=4, description="groups of GroupNorm; must divide every entry of channels")
-
-    @model_validator(mode="after")
-    def _divides(self) -> ConvConfig:
-        if any(width % self.groups for width in self.channels):
-            raise ValueError(f"groups ({self.groups}) must divide every entry of channels {list(self.channels)}")
-        return self
-
-
-class TransformerConfig(Section):
-    kind: Literal["transformer"] = "transformer"
-    width: Count = 32
-    heads: Count = 2
-    feedforward: Count = 64
-    layers: Count = 1
-    vocabulary: Annotated[int, Field(strict=True, ge=2)] = Field(
-        default=2048, description="hash buckets of words; 0 is padding"
-    )
-    length: Annotated[int, Field(strict=True, ge=2)] = Field(default=32, description="words kept of each text")
-
-    @model_validator(mode="after")
-    def _divides(self) -> TransformerConfig:
-        if self.width % self.heads:
-            raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
-        return self
-
-
-class ModuleConfig(Section):
-    """A user's nn.Module: ``factory`` names a function(input_shape, num_classes) -> nn.Module returning
-    (logits, features) or logits alone. Slower: its second derivatives go through torch.func."""
-
-    kind: Literal["module"] = "module"
-    factory: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function")
-    reads: Literal["numeric", "image", "tokens"] = "numeric"
-    image_size: Annotated[int, Field(strict=True, ge=4)] = 8
-    vocabulary: Annotated[int, Field(strict=True, ge=2)] = 2048
-    length: Annotated[int, Field(strict=True, ge=2)] = 32
-
-
-Architecture = Annotated[MLPConfig | ConvConfig | TransformerConfig | ModuleConfig, Field(discriminator="kind")]
 
 
 class TasksConfig(Section):

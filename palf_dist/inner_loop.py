@@ -37,6 +37,9 @@ from palf_dist.training_state import (
 from palf_dist.types import CONTROL_INDEX, NUM_BASIS, Inputs, Rows, TaskGroup
 
 WD = CONTROL_INDEX["wd"]
+AT_ONCE = 4 * 10**9
+"""Rows x parameters of one forward pass over a split, which keeps all that a derivative would need: 19 MB for each row
+of a ResNet-18. Models of some thousand parameters read any split whole."""
 
 
 @dataclass
@@ -254,8 +257,7 @@ class InnerLoop:
             trace = hessian_trace(group.model, theta, few, few_labels, group.class_mask, self._probes)
         validation = None
         if self._needs_validation:
-            with torch.no_grad():
-                validation = group.model.forward(state.theta.detach(), group.validation.inputs)[0]
+            validation = self.evaluate(state.theta.detach(), group.validation)
         observation = Observation(
             time=state.step / self.steps,
             logits=logits.detach(),
@@ -302,9 +304,12 @@ class InnerLoop:
                     after_step(state, result)
 
     def evaluate(self, theta: Tensor, rows: Rows) -> Tensor:
-        """Logits [G, N, C] on a split."""
+        """Logits [G, N, C] on a split, of a large model piece by piece."""
+        model = self.group.model
+        rows_at_once = max(1, AT_ONCE // model.num_parameters)
+        pieces = zip(*(column.split(rows_at_once, 1) for column in rows.inputs), strict=True)
         with torch.no_grad():
-            return self.group.model.forward(theta, rows.inputs)[0]
+            return torch.cat([model.forward(theta, piece)[0] for piece in pieces], 1)
 
 
 def _appended(past: Tensor | None, now: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ DEFAULT_HYPERPARAMETERS = {
 
 Inputs = tuple[Tensor, ...]
 """What an inner model reads, one tensor per kind of column. mlp: (numeric [G, N, D] float32, categorical [G, N, J]
-int64 codes, 0 = missing or unseen; J may be 0). conv: (images [G, N, H, W, channels] float32,).
+int64 codes, 0 = missing or unseen; J may be 0). conv, resnet: (images [G, N, H, W, channels] float32,).
 transformer: (tokens [G, N, L] int64, 0 = padding,)."""
 
 

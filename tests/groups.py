@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from palf_dist.config import Architecture, ConvConfig, MLPConfig, ModuleConfig, TransformerConfig
+from palf_dist.architecture_config import (
+    Architecture,
+    ConvConfig,
+    MLPConfig,
+    ModuleConfig,
+    ResNetConfig,
+    TransformerConfig,
+)
 from palf_dist.inner_loop import move_group
 from palf_dist.inner_models import build_model
 from palf_dist.inner_models.shapes import InputShape
@@ -29,6 +36,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, InputShape]] = {
     "mlp": (MLPConfig(hidden=(6,)), InputShape(numeric=5)),
     "mlp_deep_categorical": (MLPConfig(hidden=(6, 4), embedding=2), InputShape(numeric=3, categorical=2, categories=7)),
     "conv": (ConvConfig(channels=(4, 4), image_size=6, groups=2), InputShape(image=(6, 6, 1))),
+    "resnet": (ResNetConfig(widths=(4, 8), image_size=5, groups=2), InputShape(image=(5, 5, 2))),
     "transformer": (
         TransformerConfig(width=8, heads=2, feedforward=8, layers=1, vocabulary=12, length=5),
         InputShape(tokens=5, vocabulary=12),

@@ -23,6 +23,7 @@ from palf_dist.types import Unit
 
 MLP = {"kind": "mlp", "hidden": [64]}
 CONV = {"kind": "conv", "channels": [16, 32], "image_size": 16}
+RESNET = {"kind": "resnet", "widths": [8, 16], "image_size": 16}
 TRANSFORMER = {"kind": "transformer", "width": 32, "vocabulary": 512, "length": 32}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,6 +75,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "estimator": {"kind": "unroll"},
         },
     ),
+    "resnet adjoint adam": (
+        "meta_gradient",
+        {"tasks": {"architectures": [RESNET], "group_size": 12}, "inner": {"steps": 20}},
+    ),
     "transformer adjoint adam, palf": (
         "meta_gradient",
         {
@@ -122,7 +127,7 @@ def dataset(name: str, family: str, rows: int = 4000, classes: int = 10) -> Enco
 
 def case(name: str) -> tuple[RunConfig, dict[str, EncodedDataset], Unit]:
     kind, changes = CASES[name]
-    families = {"conv": "image", "transformer": "text"}
+    families = {"conv": "image", "resnet": "image", "transformer": "text"}
     family = families.get(changes["tasks"]["architectures"][0]["kind"], "tabular")
     tasks = {"train_size": [390, 400], **changes["tasks"]}
     config = RunConfig.model_validate({"data": {"train": ["seen"], "held_out": ["unseen"]}, **changes, "tasks": tasks})

@@ -25,6 +25,7 @@ ORDER = (
     "faults",
     "atomic",
     "storage",
+    "architecture_config",
     "config",
     "losses",
     "early_learning",

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palf_dist import config as schema
+from palf_dist.architecture_config import ConvConfig, MLPConfig, ResNetConfig, TransformerConfig
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import config_differences, dump_config, load_config, parse_config
 from palf_dist.errors import ConfigError
@@ -56,12 +57,12 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
             "tasks.architectures.1.chanels: unknown key; did you mean tasks.architectures.1.channels?",
         ),
         (
-            "tasks: {architectures: [{kind: resnet}]}",
-            "tasks.architectures.0.kind: must be 'mlp' or 'conv' or 'transformer' or 'module', not \"resnet\"",
+            "tasks: {architectures: [{kind: rnn}]}",
+            "tasks.architectures.0.kind: must be 'mlp' or 'conv' or 'resnet' or 'transformer' or 'module', not \"rnn\"",
         ),
         (
             "tasks: {architectures: [{hidden: [8]}]}",
-            "tasks.architectures.0.kind: must be 'mlp' or 'conv' or 'transformer' or 'module', not null",
+            "tasks.architectures.0.kind: must be 'mlp' or 'conv' or 'resnet' or 'transformer' or 'module', not null",
         ),
         (
             "tasks: {architectures: [{kind: mlp, hidden: [8, 0]}]}",
@@ -256,9 +257,10 @@ def sections(model: type[schema.Section], **fields: st.SearchStrategy[Any]) -> s
 
 
 ARCHITECTURES = st.one_of(
-    sections(schema.MLPConfig, hidden=SIZES, embedding=COUNTS),
-    sections(schema.ConvConfig, channels=SIZES.map(lambda sizes: [4 * size for size in sizes])),
-    sections(schema.TransformerConfig, layers=COUNTS, length=st.integers(2, 99)),
+    sections(MLPConfig, hidden=SIZES, embedding=COUNTS),
+    sections(ConvConfig, channels=SIZES.map(lambda sizes: [4 * size for size in sizes])),
+    SIZES.map(lambda sizes: ResNetConfig(widths=tuple(4 * size for size in sizes), blocks=tuple(sizes))),
+    sections(TransformerConfig, layers=COUNTS, length=st.integers(2, 99)),
 )
 
 

@@ -101,7 +101,7 @@ def test_parts_join_to_the_whole(kind: str, parts: int) -> None:
             assert b.carried is not None and gap(value, b.carried[name]) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["mlp_deep_categorical", "conv", "transformer"])
+@pytest.mark.parametrize("name", ["mlp_deep_categorical", "conv", "resnet", "transformer"])
 def test_in_float32_parts_differ_by_rounding(name: str) -> None:
     (whole,), (joined,) = (stretches(ESTIMATORS["adjoint"], n, torch.float32, name) for n in (1, 3))
     assert gap(whole.estimate.gradient, joined.estimate.gradient) < 1e-4

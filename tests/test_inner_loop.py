@@ -32,7 +32,7 @@ def full_policy(refresh: int = 3) -> tuple[LearnedPolicy, torch.Tensor]:
     return policy, phi + 0.2 * torch.randn_like(phi)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer", "module"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "resnet", "transformer", "module"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
 def test_closed_form_step_equals_the_autograd_step(name: str, optimiser: str) -> None:
     policy, phi = full_policy()
@@ -175,3 +175,24 @@ def test_the_loop_feeds_the_state_what_it_says() -> None:
     wrong = (averaged.argmax(-1) != group.train.labels) & seen
     torch.testing.assert_close(got["disagreement"], wrong.sum(1).double() / seen.sum(1))
     assert got["time"].tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("name", ["mlp_deep_categorical", "resnet"])
+def test_a_large_model_reads_a_split_piece_by_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _ = full_policy()
+    loop = InnerLoop(make_group(name), policy, InnerConfig())
+    whole, theta, model = loop.evaluate(loop.group.theta0, loop.group.train), loop.group.theta0, loop.group.model
+    sizes: list[int] = []
+    forward = model.forward
+
+    def counted(theta: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        sizes.append(inputs[0].shape[1])
+        return forward(theta, inputs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr("palf_dist.inner_loop.AT_ONCE", 4 * model.num_parameters + 1)
+    torch.testing.assert_close(loop.evaluate(theta, loop.group.train), whole, rtol=1e-12, atol=0)
+    assert sizes == [4, 4, 4, 2]
+    monkeypatch.setattr("palf_dist.inner_loop.AT_ONCE", 1)
+    torch.testing.assert_close(loop.evaluate(theta, loop.group.train), whole, rtol=1e-12, atol=0)
+    assert sizes[4:] == [1] * 14

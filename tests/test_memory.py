@@ -86,7 +86,7 @@ def test_the_rehearsal_of_a_few_steps_tells_the_tensors_of_all(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp adjoint sgd, dense checkpoints", "conv select"])
+@pytest.mark.parametrize("name", ["mlp adjoint sgd, dense checkpoints", "conv select", "resnet adjoint adam"])
 def test_the_estimate_is_what_a_fresh_process_grows_by(name: str) -> None:
     """As far as machines agree: oneDNN chooses a convolution's algorithm, and with it the scratch memory, by the
     processor, and a kernel that reclaims cold pages makes a slow process smaller."""

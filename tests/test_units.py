@@ -25,6 +25,7 @@ from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
 from palf_dist.types import Contribution, TaskGroup
+from tests.tasks.cases import image_dataset
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 
@@ -83,6 +84,25 @@ def test_every_kind_is_a_pure_function_of_its_key(
     assert all(rows[0].keys() >= MEASURES.keys() - paired for row in rows)
     assert all(row["seconds"] > 0 for row in rows)
     assert all(value == value for row in rows for value in row.values()), "what is not defined is None, not NaN"
+
+
+def test_every_kind_of_unit_trains_a_residual_net() -> None:
+    seen, unseen = image_dataset("seen", side=5, channels=3), image_dataset("unseen", side=6)
+    resnet = "{kind: resnet, widths: [4, 8], image_size: 5}"
+    config = load_config(
+        SMOKE, [f"tasks.architectures=[{resnet}]", "data.train=[seen]", "data.held_out=[unseen]", "inner.steps=6"]
+    )
+    datasets = {dataset.name: dataset for dataset in (seen, unseen)}
+    work, phi = units.Runner(config, datasets), units.initial_policy(config)
+    known = preparation.reduce_tune(config, [work.run(u, phi, 0, {}) for u in preparation.tune_units(config)])
+    calibration = [work.run(u, phi, 0, known) for u in preparation.calibrate_units(config)]
+    known |= preparation.reduce_calibrate(config, calibration)
+    step = work.run(units.meta_gradient_units(config, 0)[0], phi, 0, known)
+    assert step.gradient is not None and np.isfinite(step.gradient).all() and np.linalg.norm(step.gradient) > 0
+    asked = [*units.select_units(config, 0), *units.evaluate_units(config, datasets)]
+    rows = units.rows_of([work.run(unit, phi, 0, known) for unit in asked])
+    assert {row["method"] for row in rows if "method" in row} == {"policy", "ce", "s5"}
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
 
 
 def test_online_learnloss_is_a_method_of_the_comparison(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from palf_dist.config import Architecture, ConvConfig, MLPConfig, TransformerConfig
-from palf_dist.inner_models.architectures import conv, mlp, transformer
+from palf_dist.architecture_config import Architecture, ConvConfig, MLPConfig, ResNetConfig, TransformerConfig
+from palf_dist.inner_models.architectures import conv, mlp, resnet, transformer
 from palf_dist.inner_models.module import from_factory
 from palf_dist.inner_models.shapes import InputShape
 from palf_dist.types import InnerModel
@@ -21,6 +21,8 @@ def build_model(architecture: Architecture, input_shape: InputShape, num_classes
         return mlp(architecture, input_shape, num_classes)
     if isinstance(architecture, ConvConfig):
         return conv(architecture, input_shape, num_classes)
+    if isinstance(architecture, ResNetConfig):
+        return resnet(architecture, input_shape, num_classes)
     if isinstance(architecture, TransformerConfig):
         return transformer(architecture, input_shape, num_classes)
     return from_factory(architecture, input_shape, num_classes)

@@ -114,39 +114,49 @@ class Sequential(Layer):
 
 
 class Residual(Layer):
-    """y = x + f(x)."""
+    """y = s(x) + f(x), with f = ``inner`` and s = ``shortcut``; no layers are the identity. x is learned, not data."""
 
-    def __init__(self, inner: Layer) -> None:
-        self.inner = inner
-        self.shapes = inner.shapes
+    def __init__(self, inner: Sequence[Layer], shortcut: Sequence[Layer] = ()) -> None:
+        self.inner, self.shortcut = Sequential(inner), Sequential(shortcut)
+        self.shapes = self.inner.shapes + self.shortcut.shapes
+        self._own = slice(len(self.inner.shapes)), slice(len(self.inner.shapes), None)
 
     def init(self, generator: np.random.Generator) -> list[np.ndarray]:
-        return self.inner.init(generator)
+        return self.inner.init(generator) + self.shortcut.init(generator)
 
     def forward(self, params: Params, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
-        y, tape = self.inner.forward(params, x, mask)
-        return x + y, tape
+        inner, shortcut = self._own
+        y, inner_tape = self.inner.forward(params[inner], x, mask)
+        passed, shortcut_tape = self.shortcut.forward(params[shortcut], x, mask)
+        return passed + y, (inner_tape, shortcut_tape)
 
     def backward(self, params: Params, tape: Any, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        dx, grads = self.inner.backward(params, tape, dy)
-        assert dx is not None
-        return dy + dx, grads
+        inner, shortcut = self._own
+        dx, grads = self.inner.backward(params[inner], tape[0], dy)
+        passed, shortcut_grads = self.shortcut.backward(params[shortcut], tape[1], dy)
+        assert dx is not None and passed is not None
+        return passed + dx, grads + shortcut_grads
 
     def tangent(self, params: Params, tape: Any, v: Params, x_dot: Tensor | None) -> tuple[Tensor, Any]:
-        assert x_dot is not None
-        y_dot, tangent_tape = self.inner.tangent(params, tape, v, x_dot)
-        return x_dot + y_dot, tangent_tape
+        inner, shortcut = self._own
+        y_dot, inner_tape = self.inner.tangent(params[inner], tape[0], v[inner], x_dot)
+        passed, shortcut_tape = self.shortcut.tangent(params[shortcut], tape[1], v[shortcut], x_dot)
+        return passed + y_dot, (inner_tape, shortcut_tape)
 
     def backward_tangent(
         self, params: Params, tape: Any, tangent_tape: Any, v: Params, dy: Tensor, dy_dot: Tensor
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-        dx, dx_dot, grads = self.inner.backward_tangent(params, tape, tangent_tape, v, dy, dy_dot)
-        assert dx is not None and dx_dot is not None
-        return dy + dx, dy_dot + dx_dot, grads
+        (inner, shortcut), (inner_tangent, shortcut_tangent) = self._own, tangent_tape
+        dx, dx_dot, grads = self.inner.backward_tangent(params[inner], tape[0], inner_tangent, v[inner], dy, dy_dot)
+        passed, passed_dot, shortcut_grads = self.shortcut.backward_tangent(
+            params[shortcut], tape[1], shortcut_tangent, v[shortcut], dy, dy_dot
+        )
+        assert dx is not None and dx_dot is not None and passed is not None and passed_dot is not None
+        return passed + dx, passed_dot + dx_dot, grads + shortcut_grads
 
 
 class Linear(Layer):
-    """y = x W' + b on the last axis; W [outputs, inputs] drawn from N(0, gain / inputs), b = 0.
+    """y = x W' + b on the last axis; W [outputs, inputs] drawn from N(0, gain / inputs), b = 0. ``bias`` False: no b.
 
     ``data_blocks``: widths of the blocks of data columns that a first layer reads. Each block is drawn column by
     column from a stream of its own, other layers row by row: columns or classes that pad a task at the end of a block
@@ -161,9 +171,11 @@ class Linear(Layer):
         gain: float = 1.0,
         data_blocks: tuple[int, ...] = (),
         learned: int | None = None,
+        bias: bool = True,
     ) -> None:
         assert not data_blocks or sum(data_blocks) == inputs, (data_blocks, inputs)
-        self.shapes = ((outputs, inputs), (outputs,))
+        self.shapes = ((outputs, inputs), (outputs,)) if bias else ((outputs, inputs),)
+        self.bias = bias
         self.scale = math.sqrt(gain / inputs)
         self.data_blocks = data_blocks
         self.learned = inputs if learned is None else learned
@@ -176,25 +188,24 @@ class Linear(Layer):
             weight = np.concatenate(blocks).T
         else:
             weight = generator.standard_normal((outputs, inputs))
-        return [self.scale * weight, np.zeros(outputs)]
+        return [self.scale * weight, *map(np.zeros, self.shapes[1:])]
 
     def forward(self, params: Params, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
-        weight, bias = params
         rows = as_rows(x)
-        y = as_shape(x.shape, _plus_product(bias[:, None], rows, weight))
+        y = as_shape(x.shape, _plus_product(self._bias(params), rows, params[0]))
         return y, (rows, x.shape)
 
     # x_bar = y_bar W,  W_bar = y_bar' x,  b_bar = sum of y_bar
     def backward(self, params: Params, tape: Any, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         x, shape = tape
         rows = as_rows(dy)
-        grads = [torch.bmm(rows.transpose(1, 2), x), rows.sum(1)]
+        grads = [torch.bmm(rows.transpose(1, 2), x), *self._bias_gradient(rows)]
         return (as_shape(shape, torch.bmm(rows, self._learned(params[0]))) if self.learned else None), grads
 
     # y. = x V' + c + x. W'
     def tangent(self, params: Params, tape: Any, v: Params, x_dot: Tensor | None) -> tuple[Tensor, Any]:
         x, shape = tape
-        y_dot = _plus_product(v[1][:, None], x, v[0])
+        y_dot = _plus_product(self._bias(v), x, v[0])
         rows = None
         if x_dot is not None:
             rows = as_rows(x_dot)
@@ -210,12 +221,18 @@ class Linear(Layer):
         weight_dot = torch.bmm(rows_dot.transpose(1, 2), x)
         if tangent_tape is not None:
             self._learned(weight_dot).add_(torch.bmm(rows.transpose(1, 2), tangent_tape))
-        grads = [weight_dot, rows_dot.sum(1)]
+        grads = [weight_dot, *self._bias_gradient(rows_dot)]
         if not self.learned:
             return None, None, grads
         weight = self._learned(params[0])
         dx_dot = torch.bmm(rows_dot, weight).baddbmm_(rows, self._learned(v[0]))
         return as_shape(shape, torch.bmm(rows, weight)), as_shape(shape, dx_dot), grads
+
+    def _bias(self, params: Params) -> Tensor | None:
+        return params[1][:, None] if self.bias else None
+
+    def _bias_gradient(self, dy: Tensor) -> list[Tensor]:
+        return [dy.sum(1)] if self.bias else []
 
     def _learned(self, weight: Tensor) -> Tensor:
         """The columns of weight [G, outputs, inputs] that meet learned inputs."""
@@ -232,11 +249,14 @@ def as_shape(shape: torch.Size, rows: Tensor) -> Tensor:
     return rows if len(shape) == 3 else rows.view(*shape[:-1], rows.shape[-1])
 
 
-def _plus_product(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def _plus_product(base: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
     """base + x weight', contiguous; base [G, 1 or n, outputs], x [G, n, inputs], weight [G, outputs, inputs]."""
-    if weight.shape[1] < NARROW:
-        return torch.baddbmm(base.transpose(1, 2), weight, x.transpose(1, 2)).transpose(1, 2).contiguous()
-    return torch.baddbmm(base, x, weight.transpose(1, 2))
+    narrow = weight.shape[1] < NARROW
+    left, right = (weight, x.transpose(1, 2)) if narrow else (x, weight.transpose(1, 2))
+    if narrow and base is not None:
+        base = base.transpose(1, 2)
+    y = torch.bmm(left, right) if base is None else torch.baddbmm(base, left, right)
+    return y.transpose(1, 2).contiguous() if narrow else y
 
 
 class LinearMap(Layer, Protocol):

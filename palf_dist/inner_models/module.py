@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from palf_dist.config import ModuleConfig
+from palf_dist.architecture_config import ModuleConfig
 from palf_dist.errors import ConfigError, UnsupportedModuleError
 from palf_dist.inner_models.module_checks import check_derivatives, check_operations, check_parameters
 from palf_dist.inner_models.shapes import InputShape

@@ -1,4 +1,4 @@
-"""Linear maps over positions: the 3 x 3 patches that turn a convolution into a Linear layer, and mean pooling."""
+"""Linear maps over positions: the patches that turn a convolution into a Linear layer, and mean pooling."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from palf_dist.inner_models.layers import LinearMap, Params
 
 
 class Patches(LinearMap):
-    """3 x 3 patches of channels-last images, zero-padded by one pixel and taken every ``stride`` pixels (im2col):
-    [G, B, H, W, channels] to [G, B, H', W', 9 channels]; a Linear layer on them is the convolution."""
+    """Square patches of channels-last images, around every ``stride``-th pixel and zero-padded (im2col): [G, B, H, W,
+    channels] to [G, B, H', W', side^2 channels], ``side`` odd; a Linear layer on them is the convolution."""
 
-    def __init__(self, stride: int) -> None:
-        self.stride = stride
+    def __init__(self, stride: int, side: int = 3) -> None:
+        self.stride, self.side, self.margin = stride, side, side // 2
 
     def forward(self, params: Params, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
         return self.push(x.shape, x), x.shape
 
     def push(self, tape: Any, x_dot: Tensor) -> Tensor:
-        padded = F.pad(x_dot, (0, 0, 1, 1, 1, 1))
-        patches = padded.unfold(2, 3, self.stride).unfold(3, 3, self.stride)  # [G, B, H', W', channels, 3, 3]
+        padded = F.pad(x_dot, (0, 0, *4 * (self.margin,)))
+        patches = padded.unfold(2, self.side, self.stride).unfold(3, self.side, self.stride)
+        # [G, B, H', W', channels, side, side]
         return patches.permute(0, 1, 2, 3, 5, 6, 4).flatten(4)
 
     def pull(self, tape: Any, dy: Tensor) -> Tensor:
         tasks, rows, height, width, channels = tape
-        padded = dy.new_zeros(tasks, rows, height + 2, width + 2, channels)
+        margin = self.margin
+        padded = dy.new_zeros(tasks, rows, height + 2 * margin, width + 2 * margin, channels)
         for tap, part in enumerate(dy.split(channels, -1)):
-            top, left = divmod(tap, 3)
+            top, left = divmod(tap, self.side)
             down, right = top + self.stride * dy.shape[2], left + self.stride * dy.shape[3]
             padded[:, :, top : down : self.stride, left : right : self.stride] += part
-        return padded[:, :, 1:-1, 1:-1]
+        return padded[:, :, margin : margin + height, margin : margin + width]
 
 
 class MeanPool(LinearMap):

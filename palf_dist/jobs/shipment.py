@@ -16,7 +16,8 @@ from typing import Literal
 
 import pyarrow.fs as pafs
 
-from palf_dist.config import DatasetSource, ModuleConfig, RunConfig
+from palf_dist.architecture_config import ModuleConfig
+from palf_dist.config import DatasetSource, RunConfig
 from palf_dist.config_loading import dump_config
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.policies.policy_file import CARD, TENSORS, policy_folder

@@ -5,14 +5,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from palf_dist.config import Architecture, ConvConfig, MLPConfig, ModuleConfig, TransformerConfig
+from palf_dist.architecture_config import (
+    Architecture,
+    ConvConfig,
+    MLPConfig,
+    ModuleConfig,
+    ResNetConfig,
+    TransformerConfig,
+)
 from palf_dist.inner_models.shapes import InputShape
 from palf_dist.tasks.encoded import EncodedDataset
 
 _CLAMP = 6.0  # standardised values beyond it are cut off
 _WORD_BINS = 256  # hash buckets of a text's words in ``read_features``
 
-_READS: dict[type, str] = {MLPConfig: "columns", ConvConfig: "image", TransformerConfig: "tokens"}
+_READS: dict[type, str] = {
+    MLPConfig: "columns",
+    ConvConfig: "image",
+    ResNetConfig: "image",
+    TransformerConfig: "tokens",
+}
 _FAMILIES = {
     "columns": ("tabular", "image"),
     "numeric": ("tabular", "image"),
@@ -38,7 +50,7 @@ def group_shape(architecture: Architecture, datasets: list[EncodedDataset]) -> I
     if reads == "numeric":
         return InputShape(numeric=max(_numeric_width(dataset) + _table_size(dataset) - 1 for dataset in datasets))
     if reads == "image":
-        assert isinstance(architecture, ConvConfig | ModuleConfig)
+        assert isinstance(architecture, ConvConfig | ResNetConfig | ModuleConfig)
         side = architecture.image_size
         return InputShape(image=(side, side, max(_present(dataset.images).shape[3] for dataset in datasets)))
     assert isinstance(architecture, TransformerConfig | ModuleConfig)
@@ -63,7 +75,7 @@ def read_inputs(
         one_hot[np.arange(len(rows))[:, None], codes] = 1.0
         return (np.concatenate([_numeric(dataset, rows, first_train), one_hot[:, 1:]], axis=1),)
     if reads == "image":
-        assert isinstance(architecture, ConvConfig | ModuleConfig)
+        assert isinstance(architecture, ConvConfig | ResNetConfig | ModuleConfig)
         return (_images(_present(dataset.images)[rows], first_train, architecture.image_size),)
     assert isinstance(architecture, TransformerConfig | ModuleConfig)
     words = _present(dataset.words)[rows, : architecture.length].astype(np.int64)

@@ -28,7 +28,7 @@ def elsewhere(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "resnet", "transformer"])
 def test_no_tensor_of_the_hot_path_stays_on_the_cpu(name: str) -> None:
     policy, phi = full_policy()
     policy.shield = 0.5

@@ -37,7 +37,7 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer", "module"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "resnet", "transformer", "module"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
 def test_adjoint_equals_unroll(name: str, optimiser: str) -> None:
     policy, phi = full_policy()
@@ -141,7 +141,7 @@ def test_windows_share_out_the_terms_along_the_run(kind: str, refresh: int, wind
         assert relative(np.mean(gradients, 0), want) <= 1e-9
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "transformer", "module"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_deep_categorical", "conv", "resnet", "transformer", "module"])
 def test_adjoint_equals_unroll_for_the_information_objective(name: str) -> None:
     policy, phi = full_policy()
     loop = InnerLoop(make_group(name), policy, InnerConfig())
@@ -239,7 +239,7 @@ def test_kinds_equal_finite_differences(kind: str) -> None:
 
 
 @pytest.mark.parametrize("outer", [OUTER, INFORMATION], ids=["validation", "information"])
-@pytest.mark.parametrize("name", ["mlp", "conv", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "transformer"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
 def test_both_equal_finite_differences(name: str, optimiser: str, outer: OuterLossConfig) -> None:
     """Without robust_ce and elr nothing is stopped, and the gradient is that of the outer loss itself."""
@@ -320,7 +320,7 @@ def shielded() -> tuple[InnerLoop, torch.Tensor]:
     return InnerLoop(make_group(steps=9), policy, InnerConfig()), phi
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "transformer", "module"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "transformer", "module"])
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
 def test_adjoint_equals_unroll_under_the_shield(name: str, optimiser: str) -> None:
     policy, phi = full_policy(refresh=2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palf_dist.config import Architecture
+from palf_dist.architecture_config import Architecture
 from palf_dist.inner_models import InputShape, build_model
 from palf_dist.inner_models.layered import LayeredModel
 from palf_dist.randomness import random_generator

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from palf_dist.config import ConvConfig, MLPConfig, TransformerConfig
+from palf_dist.architecture_config import ConvConfig, MLPConfig, ResNetConfig, TransformerConfig
 from palf_dist.errors import ConfigError
 from palf_dist.inner_models import InputShape, build_model
 from palf_dist.randomness import random_generator
@@ -28,6 +29,10 @@ CASES = {
     "mlp, only categorical": Case(MLPConfig(hidden=(6,)), InputShape(categorical=3, categories=7)),
     "conv, grey": Case(ConvConfig(channels=(4, 8), groups=2), InputShape(image=(8, 8, 1))),
     "conv, colour, odd": Case(ConvConfig(channels=(8, 4, 20), groups=4), InputShape(image=(9, 7, 3))),
+    "resnet, grey": Case(ResNetConfig(widths=(4, 8), groups=2), InputShape(image=(8, 8, 1))),
+    "resnet, colour, odd": Case(
+        ResNetConfig(widths=(4, 4, 20), blocks=(2, 1, 2), groups=4), InputShape(image=(7, 5, 3))
+    ),
     "transformer": Case(TransformerConfig(width=6, heads=2, feedforward=9), InputShape(tokens=6, vocabulary=11)),
     "transformer, deep, wide": Case(
         TransformerConfig(width=16, heads=4, feedforward=20, layers=3), InputShape(tokens=5, vocabulary=8)
@@ -147,6 +152,8 @@ def test_number_of_parameters() -> None:
     assert CASES["mlp"].model().num_parameters == 6 * 5 + 6 + 3 * 6 + 3
     assert CASES["mlp, columns"].model().num_parameters == 5 * 3 + 6 * 8 + 6 + 4 * 6 + 4 + 3 * 4 + 3
     assert CASES["conv, grey"].model().num_parameters == 4 * 9 + 4 + 8 + 8 * 36 + 8 + 16 + 3 * 8 + 3
+    stem, first, second = 4 * 9 + 8, 2 * (4 * 36 + 8), (8 * 36 + 16) + (8 * 72 + 16) + (8 * 4 + 16)
+    assert CASES["resnet, grey"].model().num_parameters == stem + first + second + 3 * 8 + 3
     block = 2 * 12 + (18 * 6 + 18) + (6 * 6 + 6) + (9 * 6 + 9) + (6 * 9 + 6)
     assert CASES["transformer"].model().num_parameters == 11 * 6 + 6 * 6 + block + 3 * 6 + 3
 
@@ -172,21 +179,90 @@ def test_conv_is_torch_convolution_and_group_norm() -> None:
     assert close(model.forward(theta, (images,))[1][0], expected)
 
 
-def test_transformer_block_is_torchs() -> None:
-    case = Case(TransformerConfig(width=8, heads=2, feedforward=12), InputShape(tokens=5, vocabulary=9))
+class TorchBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, groups: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.first_norm = nn.GroupNorm(groups, outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.second_norm = nn.GroupNorm(groups, outputs)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != outputs:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.GroupNorm(groups, outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first_norm(self.first(x)))
+        return torch.relu(self.second_norm(self.second(hidden)) + self.shortcut(x))
+
+
+def torch_resnet(architecture: ResNetConfig, channels: int, classes: int) -> nn.Sequential:
+    """The same net of torch's own layers, its parameters in the same order."""
+    width, groups = architecture.widths[0], architecture.groups
+    layers = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU()]
+    for stage, (outputs, blocks) in enumerate(zip(architecture.widths, architecture.blocks, strict=True)):
+        for block in range(blocks):
+            layers.append(TorchBlock(width, outputs, groups, stride=2 if stage and not block else 1))
+            width = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)).double()
+
+
+@pytest.mark.parametrize("name", ["resnet, grey", "resnet, colour, odd"])
+def test_resnet_is_of_torchs_layers(name: str) -> None:
+    """Logits, gradient and Hessian-vector product of sum of (logits weighed at random) squared."""
+    case = CASES[name]
+    assert isinstance(case.architecture, ResNetConfig) and case.shape.image is not None
+    model, (images,) = case.model(), case.inputs(1, 3)
+    a = arguments(model, (images,))
+    net = torch_resnet(case.architecture, case.shape.image[2], case.classes)
+    parameters = dict(net.named_parameters())
+
+    def by_name(flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        ours = zip(parameters.items(), views(model, flat), strict=True)
+        return {name: as_torch(part[0], like) for (name, like), part in ours}
+
+    def as_torch(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if like.dim() != 4:
+            return part
+        outputs, inputs, side, _ = like.shape
+        return part.view(outputs, side, side, inputs).permute(0, 3, 1, 2)
+
+    def of_torch(theta: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(net, by_name(theta), images[0].double().permute(0, 3, 1, 2))
+
+    logits, _, tape = model.forward(a.theta, (images,))
+    assert close(logits[0], of_torch(a.theta).detach())
+
+    def loss(theta: torch.Tensor) -> torch.Tensor:
+        return (a.dlogits[0] * of_torch(theta)).square().sum()
+
+    weights = 2 * a.dlogits.square()
+    _, expected = torch.autograd.functional.vhp(loss, a.theta, a.v)
+    assert close(model.backward(a.theta, tape, weights * logits, None), torch.func.grad(loss)(a.theta))
+    logits_dot, _, tangent_tape = model.tangent(a.theta, tape, a.v)
+    given = weights * logits, None, weights * logits_dot, None
+    assert close(model.backward_tangent(a.theta, tape, tangent_tape, a.v, *given), expected)
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+def test_transformer_blocks_are_torchs(layers: int) -> None:
+    architecture = TransformerConfig(width=8, heads=2, feedforward=12, layers=layers)
+    case = Case(architecture, InputShape(tokens=5, vocabulary=9))
     model, (tokens,) = case.model(), case.inputs(1, 3)
     tokens = tokens[:, :2]  # torch has no answer for a text of padding alone
     theta = arguments(model, (tokens,)).theta
     names = ["norm1", "self_attn.in_proj", "self_attn.out_proj", "norm2", "linear1", "linear2"]
     words, positions, *inner = (p[0] for p in views(model, theta)[:-2])
-    block = torch.nn.TransformerEncoderLayer(8, 2, 12, dropout=0, norm_first=True, batch_first=True).double()
-    state: dict[str, torch.Tensor] = {}
-    for index, name in enumerate(names):
-        joint = "_" if name.endswith("in_proj") else "."
-        state |= {f"{name}{joint}weight": inner[2 * index], f"{name}{joint}bias": inner[2 * index + 1]}
-    block.load_state_dict(state)
     real = (tokens[0] != 0)[..., None].double()
-    x = block(words[tokens[0]] * real + positions, src_key_padding_mask=tokens[0] == 0)
+    x = words[tokens[0]] * real + positions
+    for layer in range(layers):
+        block = torch.nn.TransformerEncoderLayer(8, 2, 12, dropout=0, norm_first=True, batch_first=True).double()
+        state: dict[str, torch.Tensor] = {}
+        for index, name in enumerate(names, start=layer * len(names)):
+            joint = "_" if name.endswith("in_proj") else "."
+            state |= {f"{name}{joint}weight": inner[2 * index], f"{name}{joint}bias": inner[2 * index + 1]}
+        block.load_state_dict(state)
+        x = block(x, src_key_padding_mask=tokens[0] == 0)
     assert close(model.forward(theta, (tokens,))[1][0], ((x * real).sum(1) / real.sum(1)).detach())
 
 
@@ -299,6 +375,8 @@ def test_transformer_of_any_size(
         (ConvConfig(), InputShape(numeric=4), "needs images"),
         (TransformerConfig(), InputShape(numeric=4), "needs texts"),
         (ConvConfig(channels=(8, 4), groups=4), InputShape(image=(2, 2, 1)), "after 2 entries"),
+        (ResNetConfig(), InputShape(numeric=4), "resnet needs images"),
+        (ResNetConfig(widths=(8, 4)), InputShape(image=(2, 2, 1)), r"resnet: after 2 entries of widths \[8, 4\]"),
     ],
 )
 def test_input_that_an_architecture_cannot_read(architecture: object, shape: InputShape, named: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from palf_dist.config import MLPConfig, ModuleConfig
+from palf_dist.architecture_config import MLPConfig, ModuleConfig
 from palf_dist.errors import ConfigError, UnsupportedModuleError
 from palf_dist.inner_models import InputShape, build_model
 from palf_dist.inner_models.module import FunctionalModel

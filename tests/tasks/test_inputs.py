@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from palf_dist.config import Architecture, ConvConfig, MLPConfig, ModuleConfig, TransformerConfig
+from palf_dist.architecture_config import (
+    Architecture,
+    ConvConfig,
+    MLPConfig,
+    ModuleConfig,
+    ResNetConfig,
+    TransformerConfig,
+)
 from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_features, read_inputs
 from tests.tasks.cases import image_dataset, text_dataset, toy_dataset
 
@@ -125,6 +132,7 @@ def test_who_reads_what() -> None:
     readers = {
         MLPConfig(): [True, True, False],
         ConvConfig(): [False, True, False],
+        ResNetConfig(): [False, True, False],
         TransformerConfig(): [False, False, True],
         module("numeric"): [True, True, False],
         module("image"): [False, True, False],

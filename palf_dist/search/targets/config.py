@@ -9,14 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from palf_dist.config import (
-    ConvConfig,
-    DatasetSource,
-    MLPConfig,
-    ModuleConfig,
-    RunConfig,
-    TransformerConfig,
-)
+from palf_dist.architecture_config import ConvConfig, MLPConfig, ModuleConfig, ResNetConfig, TransformerConfig
+from palf_dist.config import DatasetSource, RunConfig
 from palf_dist.config_loading import dump_config, leaves, load_config, parse_config
 from palf_dist.errors import ConfigError
 from palf_dist.learnloss.space import WeightSpace
@@ -82,7 +76,8 @@ class SoftmaxConfig(Section):
 
 
 Model = Annotated[
-    SoftmaxConfig | MLPConfig | ConvConfig | TransformerConfig | ModuleConfig, Field(discriminator="kind")
+    SoftmaxConfig | MLPConfig | ConvConfig | ResNetConfig | TransformerConfig | ModuleConfig,
+    Field(discriminator="kind"),
 ]
 
 

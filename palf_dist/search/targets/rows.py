@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palf_dist.config import Architecture, DataConfig, DatasetSource, MLPConfig
+from palf_dist.architecture_config import Architecture, MLPConfig
+from palf_dist.config import DataConfig, DatasetSource
 from palf_dist.errors import ConfigError, DataError
 from palf_dist.randomness import random_generator
 from palf_dist.search.targets.config import LossWeightsConfig, RowsConfig, SoftmaxConfig
@@ -73,7 +74,7 @@ def load_rows(config: LossWeightsConfig) -> SplitRows:
     if not isinstance(config.model, SoftmaxConfig) and not fits(config.model, dataset):
         raise DataError(
             f"target.model.kind: {config.model.kind} cannot read {dataset.name} ({dataset.family}): mlp reads tables "
-            "and images, conv images, transformer texts, softmax all of them"
+            "and images, conv and resnet images, transformer texts, softmax all of them"
         )
     counts = np.bincount(dataset.labels)
     kept = np.flatnonzero(counts >= MIN_CLASS_ROWS)
