@@ -24,6 +24,9 @@ PAGE = ROOT / "docs" / "results_scaling.md"
 WORKERS = (10, 100, 1000, 4000, 10000)
 UNITS = 8
 """Of each simulated worker."""
+SATURATION = (20.0, 8.0, 4.0, 2.0)
+"""Median seconds of a unit: the shorter, the more contributions the same workers make."""
+SATURATION_WORKERS = 4000
 
 Rows = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]
 
@@ -88,6 +91,31 @@ def simulations(workers: Sequence[int], rounds: int) -> Iterable[Simulation]:
             yield simulate(config, datasets, mode=mode, workers=count, rounds=rounds, duplicates=duplicates)
 
 
+def saturation(unit_seconds: Sequence[float], workers: int, rounds: int) -> Iterable[tuple[float, Simulation]]:
+    """Asynchronous mode with more and more contributions a second, until the driver is busy all the time."""
+    config = settings()
+    datasets = load_all(config.data)
+    for seconds in unit_seconds:
+        latencies = Latencies(median=seconds, start=0.0)
+        yield seconds, simulate(config, datasets, mode="async", workers=workers, rounds=rounds, latencies=latencies)
+
+
+def saturation_rows(simulations: Iterable[tuple[float, Simulation]]) -> Rows:
+    head = ("workers", "seconds of a unit", "ideal/s", "contributions/s", "workers' time used", "driver busy")
+    rows = [
+        (
+            f"{item.workers:,}",
+            f"{seconds:g}",
+            f"{item.workers * item.contributions / item.worked:.0f}",
+            f"{item.rate:.0f}",
+            f"{100 * item.efficiency:.0f} %",
+            f"{100 * item.driver_busy:.0f} %",
+        )
+        for seconds, item in simulations
+    ]
+    return head, rows
+
+
 def shown(rows: Rows) -> Table:
     table = Table(*rows[0])
     for row in rows[1]:
@@ -100,7 +128,7 @@ def markdown(rows: Rows) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def page(real: Rows, simulated: Rows, rounds: int) -> str:
+def page(real: Rows, simulated: Rows, saturated: Rows, rounds: int) -> str:
     return f"""# Scaling, as measured
 
 Written by `python -m benchmarks.scaling --write-docs` on {platform.machine()} with {os.cpu_count()} cores. What follows
@@ -119,6 +147,13 @@ The real driver; {Latencies()}. {rounds} units of each worker; in synchronous mo
 there are workers. Trajectories are written by the workers.
 
 {markdown(simulated)}
+
+## Where the driver saturates
+
+Asynchronous mode with shorter and shorter units, {rounds} of each simulated worker. Otherwise as above, but for workers
+that start in no time. Ideal: contributions a second if all were at work all the time.
+
+{markdown(saturated)}
 """
 
 
@@ -139,8 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             status.update(f"{len(done)} simulations are done, the last one with {item.workers:,} workers")
     simulated = simulation_rows(done)
     console.print(shown(simulated))
+    with console.status("where the driver saturates"):
+        most = min(SATURATION_WORKERS, max(options.workers))
+        saturated = saturation_rows(saturation(SATURATION, most, options.units))
+    console.print(shown(saturated))
     if options.write_docs:
-        PAGE.write_text(page(real, simulated, options.units))
+        PAGE.write_text(page(real, simulated, saturated, options.units))
 
 
 if __name__ == "__main__":

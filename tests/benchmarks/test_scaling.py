@@ -36,12 +36,23 @@ def test_late_units_are_issued_twice_only_where_that_is_wanted() -> None:
     assert runs[1].seconds < runs[0].seconds
 
 
-def test_the_page_holds_both_tables() -> None:
+def test_short_units_keep_the_driver_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "settings", small_config)
+    monkeypatch.setattr(scaling, "load_all", lambda data: load_all(small_config().data))
+    (long, relaxed), (short, busy) = scaling.saturation((20.0, 0.001), 8, 6)
+    assert (long, short) == (20.0, 0.001) and relaxed.driver_busy < 0.1 and busy.driver_busy > 5 * relaxed.driver_busy
+    assert busy.rate > 10 * relaxed.rate and busy.efficiency < relaxed.efficiency
+
+
+def test_the_page_holds_all_tables() -> None:
     rows = [Efficiency(0, 2.0, 1.9, 2.1, math.nan), Efficiency(2, 1.25, 1.2, 1.3, 0.8)]
     config = small_config()
     run = simulate(config, load_all(config.data), mode="async", workers=4, rounds=3)
-    page = scaling.page(scaling.efficiency_rows(rows), scaling.simulation_rows([run]), 3)
+    saturated = scaling.saturation_rows([(20.0, run)])
+    page = scaling.page(scaling.efficiency_rows(rows), scaling.simulation_rows([run]), saturated, 3)
     assert "| 2 | 1.25 | 1.20 - 1.30 | 80 % |" in page and "| async | 4 | yes |" in page
+    ideal, rate = (float(cell) for cell in saturated[1][0][2:4])
+    assert ideal >= rate and f"| 4 | 20 | {ideal:.0f} | {rate:.0f} |" in page
 
 
 @pytest.mark.slow

@@ -45,9 +45,11 @@ def until(condition: Callable[[], bool], what: str, process: subprocess.Popen[st
 
 
 def long_config(**distributed: Any) -> RunConfig:
-    """As small_config, with three units in every outer step: one for each host."""
+    """As small_config, with three units in every outer step, one for each host, and one selection score, at the end: a
+    worker that stands still has a unit of the kind that there are enough of to tell that it is late."""
     meta_learner = {"outer_steps": 10, "groups_per_step": 3}
-    return small_config(inner={"steps": 30}, meta_learner=meta_learner, distributed=distributed)
+    evaluation = {"select_every": 10}
+    return small_config(inner={"steps": 30}, meta_learner=meta_learner, evaluation=evaluation, distributed=distributed)
 
 
 class Submitted:
@@ -97,6 +99,8 @@ def test_a_run_that_is_cut_off_frozen_and_killed_ends_as_the_laptops_does(
             here.join("worker-1")
             assert run.process.wait(DEADLINE) == 0
         finally:
+            run.process.kill()
+            run.process.wait()
             print(run.log)
     assert fingerprint(run.run_dir) == fingerprint(tmp_path / "laptop")
     died = [line for line in run.log.splitlines() if line.startswith("! worker ") and " died; " in line]
