@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "results_scaling.md"
 WORKERS = (10, 100, 1000, 4000, 10000)
 UNITS = 8
 """Of each simulated worker."""
-SATURATION = (20.0, 8.0, 4.0, 2.0)
+SATURATION = (20.0, 4.0, 2.0, 1.0, 0.5)
 """Median seconds of a unit: the shorter, the more contributions the same workers make."""
 SATURATION_WORKERS = 4000
 

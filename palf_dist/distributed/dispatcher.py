@@ -138,7 +138,7 @@ class Dispatcher:
         while self._queue and (free := idle.first):
             self._give(self._queue.popleft(), free)
         now = self._fleet.clock()
-        while (free := idle.first) and (late := self._latest(now)):
+        while (free := idle.first) and (late := self._longest_late(now)):
             assert late.issue is not None
             text = f"{describe(late.issue.unit)} has been with {late} for {now - late.since:.0f} s"
             self._on_event(f"{text}, far longer than its kind takes; it is issued a second time")
@@ -165,7 +165,7 @@ class Dispatcher:
         if seat.issue is not None:
             self._alone[seat.issue.unit.kind].discard(seat)
 
-    def _latest(self, now: float) -> Seat | None:
+    def _longest_late(self, now: float) -> Seat | None:
         """The worker whose unit is late, and of those the one that has been at it for longest."""
         firsts = [self._alone[kind].first for kind in self._limits if self._late_from(kind) <= now]
         return min((seat for seat in firsts if seat), key=lambda seat: (seat.since, seat), default=None)
