@@ -17,6 +17,10 @@ class MLPConfig(Section):
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[Count, ...] = Field(default=(64,), min_length=1)
     embedding: Count = Field(default=4, description="width of the embedding of each categorical column")
+    image_size: Side | None = Field(default=None, description="images are resized to this side; none: left as they are")
+    words: Annotated[int, Field(strict=True, ge=2)] | None = Field(
+        default=None, description="hash buckets of the words of texts, each a column; none: texts are not read"
+    )
 
 
 class ConvConfig(Section):

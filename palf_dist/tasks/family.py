@@ -295,5 +295,5 @@ def _unreadable(config: RunConfig, sources: Sequence[DatasetSource], datasets: D
     kinds = ", ".join(architecture.kind for architecture in config.tasks.architectures)
     return DataError(
         f"no architecture of tasks.architectures ({kinds}) can read {', '.join(families)}: mlp reads tables and "
-        "images, conv and resnet images, transformer texts"
+        "images, with words also texts; conv and resnet read images, transformer texts"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from sklearn.feature_extraction.text import TfidfTransformer
 
 from palf_dist.architecture_config import (
     Architecture,
@@ -35,15 +36,17 @@ _FAMILIES = {
 
 def fits(architecture: Architecture, dataset: EncodedDataset) -> bool:
     """True when the architecture can read the dataset."""
+    if isinstance(architecture, MLPConfig) and architecture.words is not None and dataset.family == "text":
+        return True
     return dataset.family in _FAMILIES[_reads(architecture)]
 
 
 def group_shape(architecture: Architecture, datasets: list[EncodedDataset]) -> InputShape:
     """The padded shape that holds the inputs of all the datasets of a group."""
     reads = _reads(architecture)
-    if reads == "columns":
+    if isinstance(architecture, MLPConfig):
         return InputShape(
-            numeric=max(_numeric_width(dataset) for dataset in datasets),
+            numeric=max(_columns_width(architecture, dataset) for dataset in datasets),
             categorical=max(dataset.categorical.shape[1] for dataset in datasets),
             categories=max(_table_size(dataset) for dataset in datasets),
         )
@@ -63,12 +66,13 @@ def read_inputs(
     """Inputs of ``rows`` [n], unpadded, one array per kind of column (types.Inputs without the task axis).
 
     The training rows are those from ``first_train`` on. Numeric columns and pixels: standardised by the training rows
-    (per column; for images per channel), clamped to +-6, 0 where missing or constant. Categories that no training row
-    has: 0. A module that reads ``numeric`` gets the categories one-hot behind the numeric columns.
+    (per column; for resized images per channel), clamped to +-6, 0 where missing or constant. Categories that no
+    training row has: 0. A module that reads ``numeric`` gets the categories one-hot behind the numeric columns, an MLP
+    the words of a text as tf-idf of their hash buckets, each text with a mean square of 1.
     """
     reads = _reads(architecture)
-    if reads == "columns":
-        return _numeric(dataset, rows, first_train), _categorical(dataset, rows, first_train)
+    if isinstance(architecture, MLPConfig):
+        return _columns(architecture, dataset, rows, first_train), _categorical(dataset, rows, first_train)
     if reads == "numeric":
         codes = _categorical(dataset, rows, first_train)
         one_hot = np.zeros((len(rows), _table_size(dataset)), np.float32)
@@ -89,10 +93,7 @@ def read_features(dataset: EncodedDataset, rows: np.ndarray) -> np.ndarray:
     for column, size in zip(dataset.categorical[rows].T, dataset.categorical_sizes, strict=True):
         values.append(column[:, None] == np.arange(1, size + 1))
     if dataset.words is not None:
-        words = dataset.words[rows]
-        bins = np.arange(len(rows))[:, None] * _WORD_BINS + words % _WORD_BINS
-        counts = np.bincount(bins[words > 0], minlength=len(rows) * _WORD_BINS)
-        values.append(counts.reshape(len(rows), _WORD_BINS))
+        values.append(_word_counts(dataset.words[rows], _WORD_BINS))
     return _standardise(np.concatenate(values, axis=1), first_train=0)
 
 
@@ -123,6 +124,31 @@ def _numeric_width(dataset: EncodedDataset) -> int:
 def _table_size(dataset: EncodedDataset) -> int:
     """Rows of the one table that all categorical columns share; row 0 is for missing and unseen."""
     return 1 + sum(dataset.categorical_sizes)
+
+
+def _columns_width(architecture: MLPConfig, dataset: EncodedDataset) -> int:
+    if dataset.images is not None and architecture.image_size is not None:
+        return architecture.image_size**2 * dataset.images.shape[3]
+    words = architecture.words if dataset.words is not None else None
+    return _numeric_width(dataset) + (words or 0)
+
+
+def _columns(architecture: MLPConfig, dataset: EncodedDataset, rows: np.ndarray, first_train: int) -> np.ndarray:
+    """What an MLP reads as numbers [n, D] float32."""
+    if dataset.images is not None and architecture.image_size is not None:
+        return _images(dataset.images[rows], first_train, architecture.image_size).reshape(len(rows), -1)
+    values = _numeric(dataset, rows, first_train)
+    if dataset.words is None or architecture.words is None:
+        return values
+    counts = _word_counts(dataset.words[rows], architecture.words)
+    weights = TfidfTransformer().fit(counts[first_train:]).transform(counts).toarray()  # rows of length 1
+    return np.concatenate([values, (weights * np.sqrt(architecture.words)).astype(np.float32)], axis=1)
+
+
+def _word_counts(words: np.ndarray, bins: int) -> np.ndarray:
+    """How often the words [n, L] of each text fall in each of the hash buckets: [n, bins]."""
+    joint = np.arange(len(words))[:, None] * bins + words % bins
+    return np.bincount(joint[words > 0], minlength=len(words) * bins).reshape(len(words), bins)
 
 
 def _numeric(dataset: EncodedDataset, rows: np.ndarray, first_train: int) -> np.ndarray:

@@ -81,10 +81,10 @@ def image_dataset(name: str = "pictures", rows: int = 300, side: int = 6, channe
     )
 
 
-def text_dataset(name: str = "texts", rows: int = 300) -> EncodedDataset:
+def text_dataset(name: str = "texts", rows: int = 300, **changes: Any) -> EncodedDataset:
     words = np.random.default_rng(2).integers(1, 2**32, size=(rows, WORDS), dtype=np.uint32)
     words[:, 20:] = 0
-    return toy_dataset(name, rows, family="text", words=words)
+    return toy_dataset(name, rows, **{"family": "text", "words": words} | changes)
 
 
 def run_config(

@@ -127,10 +127,43 @@ def test_words_are_hashed_into_the_vocabulary(architecture: TransformerConfig | 
     assert tokens.max() > 0.9 * architecture.vocabulary
 
 
+def test_images_for_a_table_reader_can_be_resized() -> None:
+    dataset = image_dataset(rows=400, channels=3)
+    pixels, codes = read_inputs(MLPConfig(image_size=4), dataset, ROWS, TRAIN)
+    (images,) = read_inputs(ConvConfig(image_size=4), dataset, ROWS, TRAIN)
+    np.testing.assert_array_equal(pixels, images.reshape(200, 48))
+    assert codes.shape == (200, 0)
+    table = read_inputs(MLPConfig(image_size=4), toy_dataset(), ROWS, TRAIN)
+    np.testing.assert_array_equal(table[0], read_inputs(MLPConfig(), toy_dataset(), ROWS, TRAIN)[0])
+
+
+def test_words_for_a_table_reader_are_tf_idf() -> None:
+    dataset = text_dataset(rows=400)
+    values, _ = read_inputs(MLPConfig(words=50), dataset, ROWS, TRAIN)
+    numeric = dataset.numeric.shape[1]
+    assert numeric and values.shape == (200, numeric + 50) and values.dtype == np.float32
+    assert dataset.words is not None
+    counts = np.stack([np.bincount(words[words > 0] % 50, minlength=50) for words in dataset.words[ROWS]])
+    rarity = np.log((1 + 200 - TRAIN) / (1 + (counts[TRAIN:] > 0).sum(0))) + 1
+    expected = counts * rarity
+    expected *= np.sqrt(50 / np.square(expected).sum(1, keepdims=True))
+    np.testing.assert_allclose(values[:, numeric:], expected, rtol=1e-5)
+
+
+def test_a_text_without_words_is_zeros() -> None:
+    dataset = text_dataset(rows=400)
+    assert dataset.words is not None
+    words = dataset.words.copy()
+    words[ROWS[0]] = 0
+    values, _ = read_inputs(MLPConfig(words=50), text_dataset(rows=400, words=words), ROWS, TRAIN)
+    assert np.isfinite(values).all() and not values[0, dataset.numeric.shape[1] :].any()
+
+
 def test_who_reads_what() -> None:
     datasets = [toy_dataset(), image_dataset(), text_dataset()]
     readers = {
         MLPConfig(): [True, True, False],
+        MLPConfig(words=8, image_size=4): [True, True, True],
         ConvConfig(): [False, True, False],
         ResNetConfig(): [False, True, False],
         TransformerConfig(): [False, False, True],

@@ -74,7 +74,7 @@ def load_rows(config: LossWeightsConfig) -> SplitRows:
     if not isinstance(config.model, SoftmaxConfig) and not fits(config.model, dataset):
         raise DataError(
             f"target.model.kind: {config.model.kind} cannot read {dataset.name} ({dataset.family}): mlp reads tables "
-            "and images, conv and resnet images, transformer texts, softmax all of them"
+            "and images, with words also texts; conv and resnet read images, transformer texts, softmax all of them"
         )
     counts = np.bincount(dataset.labels)
     kept = np.flatnonzero(counts >= MIN_CLASS_ROWS)
