@@ -6,9 +6,10 @@ from __future__ import annotations
 import io
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,6 +40,7 @@ SCHEMA = pa.schema(
 
 
 ON_THE_FLY = "on_the_fly"  # kind of a training
+LOOK_SECONDS = 0.2  # between two looks for a Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,24 @@ def run_all(runs: Iterable[Run], folder: Path, processes: int) -> Iterator[str]:
     """Do the runs that are not done; yields a line about each, in the order in which they end."""
     # Every process keeps to one thread: the libraries read this when they are imported, in the new process.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with ProcessPoolExecutor(processes, get_context("spawn"), _quiet) as pool:
-        futures = [pool.submit(_do, run, folder) for run in runs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    interrupted = threading.Event()
+    # No exception: raised in a callback it would be lost, and the death of a process be taken for a fault.
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        with ProcessPoolExecutor(processes, get_context("spawn"), _quiet) as pool:
+            left = {pool.submit(_do, run, folder) for run in runs}
+            try:
+                while left:
+                    done, left = wait(left, LOOK_SECONDS, FIRST_COMPLETED)
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+                    for future in done:
+                        yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def load_curve(run: Run, folder: Path) -> Curve:

@@ -253,7 +253,7 @@ def test_an_interrupted_command_keeps_what_is_done(tmp_path: Path) -> None:
         assert b"1/80" in process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
         said = process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(60) == 130, said
     assert b"interrupted: what is done is in" in said
     done = list(folder.glob("runs/random/*.parquet"))
     assert 1 <= len(done) < 80

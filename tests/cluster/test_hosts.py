@@ -104,7 +104,10 @@ def test_a_run_that_is_cut_off_frozen_and_killed_ends_as_the_laptops_does(
             print(run.log)
     assert fingerprint(run.run_dir) == fingerprint(tmp_path / "laptop")
     died = [line for line in run.log.splitlines() if line.startswith("! worker ") and " died; " in line]
-    assert len(died) >= 2 and "is issued again" in died[0], "the cut or the kill hit nothing"
+    assert len(died) >= 2, "the cut or the kill hit nothing"
+    cut_off = died[0].removeprefix("! ").partition(" died; ")[0]
+    # Where Ray takes long to notice, the unit has gone to another worker before.
+    assert "is issued again" in died[0] or f"has been with {cut_off} for" in run.log, "the cut hit nothing"
     assert "it is issued a second time" in run.log, "nobody minded the worker that stood still"
 
 

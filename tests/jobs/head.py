@@ -116,7 +116,7 @@ class Proxy:
 
     target: int
     port: int = field(default_factory=free_port)
-    accepted: int = 0
+    sent: list[bytes] = field(default_factory=list)  # what clients sent, piece by piece
     _open: list[socket.socket] = field(default_factory=list)
     _server: socket.socket | None = None
 
@@ -141,16 +141,16 @@ class Proxy:
             while True:
                 near, _ = server.accept()
                 far = socket.create_connection(("127.0.0.1", self.target))
-                self.accepted += 1
                 self._open += [near, far]
-                for ends in ((near, far), (far, near)):
+                for ends in ((near, far, self.sent), (far, near, [])):
                     threading.Thread(target=_pump, args=ends, daemon=True).start()
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+def _pump(source: socket.socket, sink: socket.socket, passed: list[bytes]) -> None:
     with suppress(OSError):
         while data := source.recv(65536):
             sink.sendall(data)
+            passed.append(data)
     for end in (source, sink):
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
