@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from palf_dist.config_loading import load_config
 from tests.command import SMOKE, Command
 from tests.test_cli_results import PAGE, SUITE
 
 KNOWN = {
     "palf12": "own.yaml",
-    "groups-16": "no-ce",
-    "groups-64": "no-time",
+    "groups-16": "no-state",
+    "groups-64": "no-state",
     "tasks.architectures=[{kind: mlp, embedding: 2, image_size: 8, words: 256}]": "name=small",
     "tasks.architectures=[{kind: conv}, {kind: transformer}]": "tasks.architectures=[{kind: mlp, hidden: [4]}]",
     "data.held_out=[fashion-mnist, digits, newsgroups, snippets]": "data.held_out=[digits]",
@@ -26,12 +27,14 @@ KNOWN = {
 """What the small suite has in the place of words of the page."""
 
 ABLATIONS = {
-    "leave_out": ["basis"],
     "variants": [
         {"name": "groups-4", "group": "tasks", "set": {"tasks.pool": 4}},
-        {"name": "no-time", "group": "state", "set": {"policy.kind": "constant"}},
+        {"name": "no-state", "group": "policy", "set": {"policy.kind": "constant"}},
     ],
 }
+
+
+K_META = {"name": "k-meta-6", "group": "frequency", "set": {"estimator.window": 6}}
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def small(cli: Command) -> Command:
     Path("configs").mkdir()
     shutil.copy(SMOKE, "configs/palf12.yaml")
     Path("configs/ablations.yaml").write_text(yaml.safe_dump(ABLATIONS))
-    Path("configs/ablations-palf.yaml").write_text(yaml.safe_dump({"leave_out": ["basis"]}))
+    Path("configs/ablations-palf.yaml").write_text(yaml.safe_dump({"variants": [K_META]}))
     return cli
 
 
@@ -59,25 +62,25 @@ def typed(cli: Command, name: str) -> list[str]:
     return printed
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_the_ablations_of_the_page(small: Command) -> None:
     printed = typed(small, "ablations")
-    assert "written docs/ablations.md" in printed[0] and "held-out designs so far: 5" in printed[0]
+    assert "written docs/ablations.md" in printed[0] and "held-out designs so far: 3" in printed[0]
     record = json.loads(Path("docs/ablations.json").read_text())
-    assert set(record["groups"]) == {"basis losses", "tasks", "state"}
+    assert set(record["groups"]) == {"tasks", "policy"}
     (fewer,) = record["groups"]["tasks"]
-    assert fewer["against_base"]["tasks"] == 4 * 3 and fewer["against_base"]["clusters"] == 4, "of both folds"
-    assert sorted(path.name for path in Path("runs/ablations/fold-1").iterdir()) == [
-        *("base", "groups-4", "no-ce", "no-robust_ce", "no-time")
-    ]
-    assert sorted(path.name for path in Path("runs/pools/fold-0").iterdir()) == ["base", "groups-4", "no-ce", "no-time"]
+    assert fewer["against_base"]["tasks"] == 4 * 3 and len(fewer["diff_vs_tuned_ce"]["ci95"]) == 2
+    assert fewer["diff_vs_tuned_ce"]["clusters"] == 4, "of both folds"
+    for folder in ("ablations/fold-0", "ablations/fold-1", "pools/fold-0"):
+        assert {path.name for path in Path("runs", folder).iterdir()} == {"base", "groups-4", "no-state"}
     assert Path("runs/pools/ablations.json").exists() and Path("docs/ablations_tasks.png").exists()
     palf = json.loads(Path("runs/ablations-palf/ablations.json").read_text())
-    assert [each["name"] for each in palf["groups"]["basis losses"]] == [
-        *("no-ce", "no-focal", "no-label_smoothing", "no-symmetric_ce", "no-info_nce")
-    ]
+    assert [each["name"] for each in palf["groups"]["frequency"]] == ["k-meta-6"] and palf["curve"] == []
+    assert load_config("runs/ablations-palf/fold-0/base/config.yaml").policy.kind == "palf"
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 def test_the_transfers_of_the_page(small: Command) -> None:
     for fold in ("0", "1"):
@@ -94,6 +97,14 @@ def test_the_transfers_of_the_page(small: Command) -> None:
     assert small("report", "runs/palf12/horizon-0").code == 0, "it is a run directory"
     message = small.refused("evaluate", "runs/palf12/fold-0/best", "--quick", "--run-dir", "kept")
     assert "--quick gives no results to keep" in message and not Path("kept").exists()
+
+
+def test_a_stop_is_told_with_how_to_go_on(small: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from palf_dist.ablations import runs
+
+    monkeypatch.setattr(runs, "run_designs", lambda *arguments: False)
+    ended = small("ablate", "--config", SMOKE, "--run-dir", "runs", "--ablations", "configs/ablations.yaml", "--json")
+    assert ended.code == 130 and "the same command goes on" in ended.err and ended.out == ""
 
 
 def test_mistakes_are_told_before_any_run(small: Command) -> None:

@@ -43,7 +43,7 @@ def run_designs(
     if unknown := sorted({*(only or ())} - known):
         raise ConfigError(f"--only: there is no {', '.join(unknown)}; there are {', '.join(sorted(known - {BASE}))}")
     wanted = [design for design in designs if only is None or design.name in {BASE, *only}]
-    for design in wanted:
+    for design in designs:  # the report is on all that are finished
         for fold, config in design.configs.items():
             _check_begun(design.folder(run_dir, fold), config)
     left = [

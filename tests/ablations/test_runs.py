@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from palf_dist.ablations.config import Ablations, Design, designs_of
-from palf_dist.ablations.report import make_ablations_report, tasks_seen
+from palf_dist.ablations.report import make_ablations_report
 from palf_dist.ablations.runs import run_designs
 from palf_dist.distributed.cluster import Share
 from palf_dist.distributed.driver import meta_train
@@ -139,16 +139,3 @@ def test_results_of_other_tasks_are_refused(undisturbed: Path, tmp_path: Path) -
     pq.write_table(table.set_column(table.schema.get_field_index("accuracy"), "accuracy", [accuracy]), place)
     with pytest.raises(RunDirectoryError, match="narrow: ce has other results there than in base"):
         make_ablations_report(designs(), tmp_path / "runs", tmp_path / "docs")
-
-
-@pytest.mark.parametrize(
-    ("sections", "seen"),
-    [
-        ({}, 4 * 2 * 2),
-        ({"tasks": {"pool": 3}}, 3 * 2),
-        ({"tasks": {"pool": 99}}, 4 * 2 * 2),
-        ({"estimator": {"window": 5}}, 2 * 2 * 2),
-    ],
-)
-def test_different_tasks_of_a_meta_training(sections: dict[str, Any], seen: int) -> None:
-    assert tasks_seen(small_config(**sections)) == seen
