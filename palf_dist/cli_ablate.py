@@ -55,10 +55,12 @@ def ablate(
         from palf_dist.ablations.config import designs_of, load_ablations
         from palf_dist.ablations.report import make_ablations_report
         from palf_dist.ablations.runs import run_designs
+        from palf_dist.evaluation.designs import published_designs
         from palf_dist.storage import local_path
 
         folder, written = local_path(run_dir), local_path(output_folder or run_dir)
         chosen: Sequence[str | None] = folds or (None,)
+        published_designs(written)  # a file there that is none of ours is not replaced, and not after hours
         bases = {
             "" if fold is None else f"fold-{fold}": load_run_config(
                 config, [*overrides_of_suite(suite, fold), *(overrides or ())], workers, address

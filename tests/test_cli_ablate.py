@@ -115,4 +115,7 @@ def test_mistakes_are_told_before_any_run(small: Command) -> None:
     assert "this needs a local" in small.refused(*start, "configs/ablations.yaml", "--output", "s3://bucket/docs")
     twice = ("--suite", "own.yaml", "--fold", "0", "--fold", "image")
     assert "digits is held out in more than one" in small.refused(*start, "configs/ablations.yaml", *twice)
+    Path("docs").mkdir()
+    Path("docs/results.json").write_text("{torn")
+    assert "is no file of this command" in small.refused(*start, "configs/ablations.yaml", "--output", "docs")
     assert not Path("runs").exists()

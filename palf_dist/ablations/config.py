@@ -52,6 +52,11 @@ class Design:
     changes: Mapping[str, Any] = field(default_factory=dict)
     words: str = "the base configuration"  # what it changes, for people
 
+    @property
+    def config(self) -> RunConfig:
+        """Of the first fold; the others differ in their data."""
+        return next(iter(self.configs.values()))
+
     def folder(self, run_dir: Path, fold: str) -> Path:
         """Its run directory."""
         return run_dir / fold / self.name

@@ -84,7 +84,7 @@ def make_ablations_report(designs: Sequence[Design], run_dir: Path, output: Path
     for design in finished:
         datasets = {row["dataset"] for row in policies[design.name]}
         difference = number(against[design.name].overall.difference.mean)
-        seen = with_look(seen, look(next(iter(design.configs.values())), datasets, difference))
+        seen = with_look(seen, look(design.config, datasets, difference))
     record = {
         "base": _about(finished[0], against),
         "groups": {
@@ -108,6 +108,8 @@ def make_ablations_report(designs: Sequence[Design], run_dir: Path, output: Path
         output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_atomic(output / name, content)
+        if PICTURE not in files:  # of other variants
+            (output / PICTURE).unlink(missing_ok=True)
     except OSError as error:
         raise RunDirectoryError(
             f"--output {output}: cannot be written ({error.strerror}); name another folder"
@@ -184,17 +186,15 @@ def _paired(policies: Mapping[str, Rows], reference: str, names: Sequence[str]) 
 def _curve(designs: Sequence[Design], policies: Mapping[str, Rows], against: Mapping[str, Comparison]) -> list[Point]:
     """The designs that differ from the base in the number of tasks alone, by rising number; none where there are no
     two."""
-    base = next(iter(designs[0].configs.values()))
     free = ("name", "tasks.pool")
-    configs = {design.name: next(iter(design.configs.values())) for design in designs}
-    chosen = [design for design in designs if not config_differences(base, configs[design.name], free)]
-    chosen.sort(key=lambda design: tasks_seen(configs[design.name]))
+    chosen = [design for design in designs if not config_differences(designs[0].config, design.config, free)]
+    chosen.sort(key=lambda design: tasks_seen(design.config))
     points: list[Point] = []
     for design in chosen if len(chosen) > 1 else ():
         gain = None
         if points:
             (gain,) = _paired(policies, points[-1].design.name, [design.name])
-        points.append(Point(tasks_seen(configs[design.name]), design, against[design.name], gain))
+        points.append(Point(tasks_seen(design.config), design, against[design.name], gain))
     return points
 
 
@@ -214,7 +214,7 @@ def _about(design: Design, against: Mapping[str, Comparison]) -> dict[str, Any]:
         "name": design.name,
         "set": dict(design.changes),
         "accuracy": number(overall.value),
-        "meta_training_tasks": tasks_seen(next(iter(design.configs.values()))),
+        "meta_training_tasks": tasks_seen(design.config),
         "diff_vs_tuned_ce": _estimate(overall.difference),
     }
 
@@ -252,7 +252,7 @@ def _page(
     looks: int,
 ) -> str:
     """ablations.md."""
-    base, config = against[BASE], next(iter(designs[0].configs.values()))
+    base, config = against[BASE], designs[0].config
     changes = {design.name: design.words for design in designs}
     parts = [
         f"# Ablations: {config.name}\n",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def run_designs(
     stop = stop or threading.Event()
     with contextlib.ExitStack() as stack:
         if left:
-            stack.enter_context(_one_ray(designs[0].configs))
+            stack.enter_context(_one_ray(designs[0]))
         stack.enter_context(signals_stop(stop, shown))
         for number, (fold, design) in enumerate(left, 1):
             folder = design.folder(run_dir, fold)
@@ -91,14 +91,14 @@ def _check_begun(folder: Path, config: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def _one_ray(bases: Mapping[str, RunConfig]) -> Iterator[None]:
+def _one_ray(base: Design) -> Iterator[None]:
     """Ray for all runs, where they have workers."""
     with contextlib.ExitStack() as stack:
-        distributed = next(iter(bases.values())).distributed
+        distributed = base.config.distributed
         if distributed.workers != 0:
             from palf_dist.distributed.cluster import connect  # importing ray takes a while
 
-            size = sum(size_of(load_all(base.data)) for base in bases.values())
+            size = sum(size_of(load_all(config.data)) for config in base.configs.values())
             stack.enter_context(connect(distributed, size))
         yield
 

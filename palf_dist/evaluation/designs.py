@@ -29,7 +29,7 @@ touch a result."""
 RESULTS_JSON, ABLATIONS_JSON = "results.json", "ablations.json"
 """The files that list designs: each command lists those of both, so that what one has judged counts in the other."""
 
-Design = Mapping[str, Any]
+Look = Mapping[str, Any]
 """One look at held-out data: name, digest, seed, datasets and the policy's difference to tuned CE in points."""
 
 
@@ -42,7 +42,7 @@ def design_of(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def look(config: RunConfig, datasets: Collection[str], difference: float | None) -> Design:
+def look(config: RunConfig, datasets: Collection[str], difference: float | None) -> Look:
     """The entry of a configuration that was judged on these held-out datasets."""
     return {
         "name": config.name,
@@ -53,24 +53,24 @@ def look(config: RunConfig, datasets: Collection[str], difference: float | None)
     }
 
 
-def with_look(designs: Sequence[Design], own: Design) -> list[Design]:
+def with_look(designs: Sequence[Look], own: Look) -> list[Look]:
     """The designs so far and this one, last where it is new. An entry stays unless all but its name is the same: to
     judge a design again, with another seed or on other datasets, is another look at held-out data."""
     found = [own if {**design, "name": None} == {**own, "name": None} else design for design in designs]
     return found if own in found else [*found, own]
 
 
-def published_designs(folder: Path) -> list[Design]:
+def published_designs(folder: Path) -> list[Look]:
     """The designs that the files of earlier commands in ``folder`` list; none where there are no such files. Raises
     RunDirectoryError for a file that is none of theirs."""
-    designs: list[Design] = []
+    designs: list[Look] = []
     for name in (RESULTS_JSON, ABLATIONS_JSON):
         for design in _read(folder / name):
             designs = with_look(designs, design)
     return designs
 
 
-def _read(path: Path) -> list[Design]:
+def _read(path: Path) -> list[Look]:
     try:
         designs = json.loads(path.read_bytes())["designs"]
         if all({"digest", "name"} <= design.keys() for design in designs):

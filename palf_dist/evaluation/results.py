@@ -17,7 +17,7 @@ from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import plots
 from palf_dist.evaluation.claims import FEWEST_CLUSTERS, Evidence, findings
 from palf_dist.evaluation.derived import held_out
-from palf_dist.evaluation.designs import RESULTS_JSON, Design, look, published_designs, with_look
+from palf_dist.evaluation.designs import RESULTS_JSON, Look, look, published_designs, with_look
 from palf_dist.evaluation.headline import Figure, headline
 from palf_dist.evaluation.report import CAPTIONS, comparison_pictures, headline_sentence, last_trajectories
 from palf_dist.evaluation.runs import JoinedRuns, JudgedRun, read_runs
@@ -121,7 +121,7 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
 
 
 def _with_designs(
-    published: Sequence[Design], runs: JoinedRuns, figures: Mapping[str, Figure]
+    published: Sequence[Look], runs: JoinedRuns, figures: Mapping[str, Figure]
 ) -> list[Mapping[str, Any]]:
     """The designs so far, that of the folds, and those of transfers."""
     designs = list(published)
