@@ -19,10 +19,9 @@ KNOWN = {
     "palf12": "own.yaml",
     "groups-16": "no-state",
     "groups-64": "no-state",
-    "tasks.architectures=[{kind: mlp, embedding: 2, image_size: 8, words: 256}]": "name=small",
     "tasks.architectures=[{kind: conv}, {kind: transformer}]": "tasks.architectures=[{kind: mlp, hidden: [4]}]",
     "data.held_out=[fashion-mnist, digits, newsgroups, snippets]": "data.held_out=[digits]",
-    "inner.steps=1500": "inner.steps=30",
+    "inner.steps=2000": "inner.steps=30",
 }
 """What the small suite has in the place of words of the page."""
 

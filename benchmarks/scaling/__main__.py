@@ -137,7 +137,7 @@ from it is in [scaling](scaling.md).
 ## Real workers
 
 Outer steps of configs/quick.yaml with 4 task groups, in alternating rounds; medians. Ideal: w workers take a w-th of
-the time that one process takes.
+the time that one process takes in the same round.
 
 {markdown(real)}
 

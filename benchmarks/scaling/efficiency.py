@@ -14,35 +14,33 @@ from palf_dist.distributed.driver import train_policy
 from palf_dist.run_directory import METRICS
 
 WORKERS = (0, 1, 2)
-ROUNDS = 3
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Seconds of an outer step, the median over all rounds, and the least and the most of the rounds' medians."""
+    """Seconds of an outer step: the median over all rounds, and the least and the most of the rounds' medians."""
 
     workers: int
     seconds: float
     least: float
     most: float
-    share: float  # of the ideal: in-process seconds / (workers * seconds); nan in process
+    share: float  # of the ideal: in-process seconds / (workers * seconds), median of the rounds; nan in process
 
 
 def measure(config: RunConfig, rounds: int = ROUNDS) -> list[Efficiency]:
-    """The three take turns, ``rounds`` times, so that a noisy machine is noisy for all of them."""
+    """The three take turns, ``rounds`` times, and each is compared with its own round: the machine's pace drifts."""
     times: dict[int, list[float]] = {workers: [] for workers in WORKERS}
     for _ in range(rounds):
         for workers in WORKERS:
             times[workers].append(_outer_step(config, workers))
-    alone = median(times[0])
+
+    def share(workers: int) -> float:
+        pairs = zip(times[0], times[workers], strict=True)
+        return median(alone / (workers * seconds) for alone, seconds in pairs) if workers else float("nan")
+
     return [
-        Efficiency(
-            workers,
-            median(seconds),
-            min(seconds),
-            max(seconds),
-            alone / (workers * median(seconds)) if workers else float("nan"),
-        )
+        Efficiency(workers, median(seconds), min(seconds), max(seconds), share(workers))
         for workers, seconds in times.items()
     ]
 
