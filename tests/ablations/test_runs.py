@@ -69,10 +69,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_variant_is_the_run_that_meta_train_gives(undisturbed: Path, tmp_path: Path) -> None:
     """Tuned values are the base's, which are those that it would find itself."""
-    for design in designs():
-        if design.name in ("narrow", "groups-1"):
-            meta_train(design.configs[""], tmp_path / design.name)
-            assert fingerprint(tmp_path / design.name) == fingerprint(undisturbed / design.name)
+    fewest = designs()[-1]
+    meta_train(fewest.configs[""], tmp_path / "run")
+    assert fingerprint(tmp_path / "run") == fingerprint(undisturbed / fewest.name)
 
 
 def test_what_is_finished_is_left(undisturbed: Path) -> None:
