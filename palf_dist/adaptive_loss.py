@@ -97,9 +97,7 @@ class AdaptiveLoss(LateBuffers):
         self.policy = artefact.policy()
         self._digest = hashlib.sha256(b"".join(policy_bytes(artefact))).hexdigest()
         self._step, self._refreshed_at = 0, -1
-        # as many refreshes in a run as the policy had in meta-training, however long the run
-        trained_for = artefact.card.get("inner_steps", total_steps)
-        self.refresh_every = max(1, round(self.policy.refresh * total_steps / trained_for))
+        self.refresh_every = artefact.refresh_in(total_steps)
         self._weight_decay_multiplier = 1.0
         self._context: LossContext | None = None
         self._model_parameters: list[Tensor] = []  # for the Hessian trace

@@ -163,7 +163,7 @@ def _shipment(context: typer.Context, command: list[str], folder: Path) -> Shipm
         policy = options["policy"]
         load_policy(policy)
         settings = load_run_config(config or config_of_policy(policy), overrides, options["workers"], None)
-        return packer.evaluate(settings, policy, as_json)
+        return packer.evaluate(settings, policy, options["run_dir"], as_json)
     given = config is not None or options["resume"] is None
     if name == "meta-train":
         run = load_run_config(config, overrides, options["workers"], None) if given else None

@@ -109,6 +109,9 @@ class TasksConfig(Section):
     architectures: tuple[Architecture, ...] = Field(default=(MLPConfig(),), min_length=1)
     optimisers: tuple[Literal["sgd", "momentum", "adam"], ...] = Field(default=("adam",), min_length=1)
     group_size: Count = Field(default=24, description="tasks that train side by side in one unit of work")
+    pool: Count | None = Field(
+        default=None, description="groups of tasks that meta-training ever sees, in turn; none: new ones all the time"
+    )
 
     @model_validator(mode="after")
     def _order(self) -> TasksConfig:

@@ -53,10 +53,22 @@ def meta_gradient_units(config: RunConfig, outer_step: int) -> list[Unit]:
     """The units whose contributions make one outer step. Windowed estimators add which window of which inner run."""
     settings = ""
     if config.estimator.window is not None:
-        windows = -(-config.inner.steps // config.estimator.window)
-        settings = canonical({"run": outer_step // windows, "window": outer_step % windows})
+        run, window = divmod(outer_step, windows(config))
+        settings = canonical({"run": run, "window": window})
     groups = range(config.meta_learner.groups_per_step)
     return [Unit("meta_gradient", outer_step, group, settings) for group in groups]
+
+
+def windows(config: RunConfig) -> int:
+    """Outer steps that an inner run takes."""
+    return -(-config.inner.steps // (config.estimator.window or config.inner.steps))
+
+
+def drawn_as(config: RunConfig, run: int, group: int) -> tuple[int, int]:
+    """Which inner run and group of a meta-training without a pool has the tasks that this one trains on: the first
+    ``tasks.pool`` groups of tasks in turn, so that a larger pool holds a smaller one."""
+    pool, at_once = config.tasks.pool, config.meta_learner.groups_per_step
+    return (run, group) if pool is None else divmod((run * at_once + group) % pool, at_once)
 
 
 def select_units(config: RunConfig, outer_step: int) -> list[Unit]:
@@ -185,7 +197,7 @@ class Runner:
         if window is not None:
             run, start = settings["run"], settings["window"] * window
             stop = min(stop, start + window)
-        group = self._group(("meta_gradient", config.seed, run, unit.group), prepared)
+        group = self._group(("meta_gradient", config.seed, *drawn_as(config, run, unit.group)), prepared)
         policy = learned_policy(config, prepared)
         keys = (config.seed, unit.outer_step, unit.group)
 

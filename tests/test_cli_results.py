@@ -70,6 +70,7 @@ def test_the_published_table_and_the_quick_look(cli: Command) -> None:
     assert set(policy["by_dataset"]) == set(SUITE["datasets"]) and policy["tasks"] == 4 * 3
     assert record["headline"]["diff_vs_tuned_ce"] == policy["diff_vs_ce"]
     unknown = {"diff_vs_best_static", "diff_vs_learned_schedule", "overhead_percent"}
+    unknown |= {"diff_architecture_transfer", "diff_horizon_transfer"}
     assert {name for name, value in record["headline"].items() if value is None} == unknown
     assert "held_out_designs         1" in said["results"].out and "page    docs/results.md" in said["results"].out
     assert "figures are no results" in " ".join(said["evaluate"].out.split())
@@ -101,7 +102,7 @@ def test_a_quick_evaluation_says_so_in_json_too(cli: Command, monkeypatch: pytes
 
     seen = []
 
-    def evaluate_policy(config: Any, policy: Any) -> list[dict[str, Any]]:
+    def evaluate_policy(config: Any, policy: Any, run_dir: Any) -> list[dict[str, Any]]:
         seen.append(config.evaluation.seeds)
         return few_rows()
 

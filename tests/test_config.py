@@ -25,8 +25,8 @@ def refused(text: str, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-RUN_CONFIGS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith("tune-")]
-"""The others are configurations of searches."""
+RUN_CONFIGS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith(("tune-", "ablations"))]
+"""The others are configurations of searches, and variants."""
 
 
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.name)

@@ -86,8 +86,9 @@ class MetaTraining:
         checkpoint: Checkpoint | None,
         *,
         compared: bool = True,
+        tuned: Mapping[str, Any] | None = None,
     ) -> None:
-        """``compared``: the held-out comparison follows."""
+        """``compared``: the held-out comparison follows. ``tuned``: see ``phases.prepare``."""
         self._session, self._place, self._tracker = session, place, tracker
         self._run_dir = place.folder
         self._config = session.config
@@ -99,7 +100,7 @@ class MetaTraining:
         self._best_written: Best | None = None
         self._issued = 0  # asynchronous mode: units issued since the run began
         if checkpoint is None:
-            self.prepared: dict[str, Any] = phases.prepare(session, compared=compared)
+            self.prepared: dict[str, Any] = phases.prepare(session, compared=compared, tuned=tuned)
         else:
             self._restore(checkpoint)
         self._log = MetricsLog(place.folder, next_step=self.learner.version)
@@ -247,6 +248,7 @@ class MetaTraining:
             "trained_on": [source.name for source in config.data.train],
             "origins": sorted({origin for source in config.data.train for origin in datasets[source.name].origins}),
             "held_out": [source.name for source in config.data.held_out],
+            "architectures": [item.model_dump(mode="json") for item in config.tasks.architectures],
             "inner_steps": config.inner.steps,
             "ema": config.inner.ema,
         }

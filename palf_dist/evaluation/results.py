@@ -3,7 +3,6 @@ claims. results.md and results.json are written by this module alone, never by h
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from palf_dist.atomic import write_atomic
-from palf_dist.config import RunConfig
-from palf_dist.config_loading import leaves
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import plots
 from palf_dist.evaluation.claims import FEWEST_CLUSTERS, Evidence, findings
 from palf_dist.evaluation.derived import held_out
+from palf_dist.evaluation.designs import RESULTS_JSON, Look, look, published_designs, with_look
 from palf_dist.evaluation.headline import Figure, headline
 from palf_dist.evaluation.report import CAPTIONS, comparison_pictures, headline_sentence, last_trajectories
 from palf_dist.evaluation.runs import JoinedRuns, JudgedRun, read_runs
@@ -36,23 +34,11 @@ from palf_dist.evaluation.table import (
     to_pair_records,
     to_records,
 )
+from palf_dist.evaluation.transfer import Transfer, compare_transfer, transfer_figures, transfer_page
 from palf_dist.redaction import redact
 from palf_dist.storage import is_remote, local_path
 
-RESULTS_MARKDOWN, RESULTS_JSON, PICTURES = "results.md", "results.json", "results"
-
-NOT_OF_A_DESIGN: dict[str, Any] = {
-    "name": True,
-    "seed": True,
-    "data": True,
-    "policy": {"seed"},
-    "evaluation": {"methods", "noise_rates", "conditions", "suite_conditions", "imbalance", "seeds"},
-    "distributed": {"workers", "address", "gpus_per_worker", "unit_timeout", "max_attempts"},
-    "checkpoint": True,
-    "tracking": True,
-}
-"""Fields that do not make another design: what is learned from and judged on, seeds, and execution settings that do not
-touch a result."""
+RESULTS_MARKDOWN, PICTURES = "results.md", "results"
 
 
 @dataclass(frozen=True)
@@ -70,23 +56,27 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     """Join the runs at ``places``, paths or URIs, into results.md, results.json and the folder of pictures ``results``
     in the folder ``output``. Equal runs give equal bytes, whatever their order.
 
-    Designs that an earlier results.json there lists stay in the list. Raises RunDirectoryError as ``read_runs``, for
-    an output folder that cannot be written, and for a results.json in it that is none.
+    Designs that an earlier results.json or ablations.json there lists stay in the list. Raises RunDirectoryError as
+    ``read_runs``, for an output folder that cannot be written, and for such a file in it that is none.
     """
     if is_remote(output):
         raise RunDirectoryError(f"--output {redact(str(output))}: is no local folder; name one")
     folder = local_path(output)
-    published = _published_designs(folder / RESULTS_JSON)
+    published = published_designs(folder)
     runs = read_runs(places)
     rows = runs.rows
     compared, pairs = held_out(rows)
-    figures = headline(rows, compared, pairs)
+    transfers = {
+        kind: compare_transfer(kind, judged[0].config, judged[0].card, [row for run in judged for row in run.rows])
+        for kind, judged in runs.transfers.items()
+    }
+    figures = headline(rows, compared, pairs) | transfer_figures(transfers)
     family_rows = runs.family_rows
     family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
     family_figures = headline(family_rows, family_compared, family_pairs) if family_rows else {}
     trajectories = _trajectories(runs.folds)
     claims = findings(Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories))
-    designs = _with_design(published, runs, figures["diff_vs_tuned_ce"])
+    designs = _with_designs(published, runs, figures)
     record = {
         "headline": {name: number(figure.value) for name, figure in figures.items()}
         | {"held_out_designs": len(designs)},
@@ -98,12 +88,15 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
         "pairs": to_pair_records(pairs),
         "families": to_records(family_compared),
         "family_headline": {name: number(figure.value) for name, figure in family_figures.items()},
-        "runs": [_about(run) for run in (*runs.folds, *runs.families)],
+        "transfers": {kind: to_records(transfer.compared) for kind, transfer in transfers.items()},
+        "runs": [_about(run) for run in runs.all],
     }
     pictures = comparison_pictures(compared)
     if trajectories is not None:
         pictures["alpha"] = plots.to_png(plots.plot_alpha(trajectories))
-    page = _page(runs, figures, (compared, pairs), (family_compared, family_pairs), claims, designs, list(pictures))
+    page = _page(
+        runs, figures, (compared, pairs), (family_compared, family_pairs), transfers, claims, designs, list(pictures)
+    )
     try:
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
         for name in CAPTIONS:
@@ -127,41 +120,18 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     )
 
 
-def design_of(config: RunConfig) -> str:
-    """Digest of all that makes a design of a configuration. Fields at their default are left out, so that a design
-    stays the same when a later version has more fields."""
-    fields = leaves(config.model_dump(mode="json", exclude=NOT_OF_A_DESIGN, exclude_defaults=True))
-    # The kinds of architectures tell them apart, also the one that is the default of its own section.
-    fields["tasks.architectures"] = [item.model_dump(mode="json") for item in config.tasks.architectures]
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _published_designs(path: Path) -> list[dict[str, Any]]:
-    """The designs of an earlier results.json; none where there is no such file."""
-    try:
-        designs = json.loads(path.read_bytes())["designs"]
-        if all({"digest", "name"} <= design.keys() for design in designs):
-            return designs
-        problem = "its designs have no digest and name"
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise RunDirectoryError(
-        f"{path}: is no file of this command ({problem}), and the designs that it counts would be lost; restore it, or "
-        "name another --output"
-    )
-
-
-def _with_design(published: list[dict[str, Any]], runs: JoinedRuns, figure: Figure) -> list[dict[str, Any]]:
-    """The designs so far and this one, last where it is new. An entry stays unless all but its name is the same: to
-    judge a design again, with another seed or on other datasets, is another look at held-out data."""
-    config = runs.config
-    datasets = sorted({name for run in runs.folds for name in run.judged})
-    looked = {"digest": design_of(config), "seed": config.seed, "datasets": datasets, figure.name: number(figure.value)}
-    own = {"name": config.name, **looked}
-    designs = [own if design == looked | {"name": design["name"]} else design for design in published]
-    return designs if own in designs else [*designs, own]
+def _with_designs(
+    published: Sequence[Look], runs: JoinedRuns, figures: Mapping[str, Figure]
+) -> list[Mapping[str, Any]]:
+    """The designs so far, that of the folds, and those of transfers."""
+    designs = list(published)
+    for name, judged in (
+        ("diff_vs_tuned_ce", runs.folds),
+        *((f"diff_{kind}_transfer", judged) for kind, judged in runs.transfers.items()),
+    ):
+        datasets = {dataset for run in judged for dataset in run.judged}
+        designs = with_look(designs, look(judged[0].config, datasets, number(figures[name].value)))
+    return designs
 
 
 def _trajectories(folds: Sequence[JudgedRun]) -> pa.Table | None:
@@ -201,6 +171,7 @@ def _about(run: JudgedRun) -> dict[str, Any]:
         "policy": run.config.policy.kind,
         "held_out": run.judged,
         "family": run.family,
+        "transfer": run.transfer,
         "trained_on": run.card["trained_on"],
         "outer_step": run.card.get("outer_step"),
         "selection_score": run.card.get("selection_score"),
@@ -213,6 +184,7 @@ def _page(
     figures: Mapping[str, Figure],
     tables: tuple[Sequence[Comparison], Sequence[Comparison]],
     family_tables: tuple[Sequence[Comparison], Sequence[Comparison]],
+    transfers: Mapping[str, Transfer],
     claims: Sequence[Mapping[str, str]],
     designs: Sequence[Mapping[str, Any]],
     pictures: Sequence[str],
@@ -238,13 +210,14 @@ def _page(
             to_markdown(*family_tables),
         ]
     parts += [
+        *transfer_page(transfers),
         "## The claims of the paper\n",
         "*reproduced* where the 95 % interval lies above zero and the mean reaches what is claimed; *opposite* where "
         "the interval lies below zero; else *not reproduced*. *not measured* where there is no such figure, or fewer "
         f"than {FEWEST_CLUSTERS} independent datasets. The claim about every dataset goes by their own intervals.\n",
         markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in claims]), texts=3),
         "## Runs\n",
-        markdown_table(_run_cells((*runs.folds, *runs.families)), texts=3),
+        markdown_table(_run_cells(runs.all), texts=3),
     ]
     return "\n".join(parts)
 
@@ -269,7 +242,7 @@ def _run_cells(runs: Sequence[JudgedRun]) -> Cells:
         score = about["selection_score"]
         rows.append(
             [
-                about["name"],
+                f"{about['name']} ({about['transfer']} transfer)" if about["transfer"] else about["name"],
                 about["policy"],
                 ", ".join(about["held_out"]),
                 f"{len(about['trained_on'])} datasets",

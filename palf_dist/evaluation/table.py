@@ -93,7 +93,7 @@ def to_measure_cells(comparisons: Sequence[Comparison]) -> Cells:
     parts = measure_columns(comparisons)
     header = ["method", *(name for name, _ in parts), "bootstrap", "p (Holm)", "won-tied-lost"]
     rows = [
-        [label_of(item.method), *(_cell(item, slices[index]) for _, slices in parts), *_certainty(item)]
+        [label_of(item.method), *(_cell(item, slices[index]) for _, slices in parts), *certainty(item)]
         for index, item in enumerate(comparisons)
     ]
     return header, rows
@@ -103,8 +103,7 @@ def to_pair_cells(pairs: Sequence[Comparison]) -> Cells:
     """One method against each other one (``compare_each``)."""
     header = ["against", "difference", "95 % interval", "bootstrap", "p (Holm)", "won-tied-lost"]
     rows = [
-        [label_of(item.reference), signed(item.overall.difference), _interval(item), *_certainty(item)]
-        for item in pairs
+        [label_of(item.reference), signed(item.overall.difference), _interval(item), *certainty(item)] for item in pairs
     ]
     return header, rows
 
@@ -278,7 +277,7 @@ def _rich_table(title: str, comparisons: Sequence[Comparison], parts: Sequence[C
     return table
 
 
-def _certainty(item: Comparison) -> list[str]:
+def certainty(item: Comparison) -> list[str]:
     """Bootstrap interval, corrected p-value and tally."""
     low, high = item.bootstrap
     if item.method == item.reference or math.isnan(low):

@@ -82,14 +82,15 @@ class Packer:
             arguments += ["--time-budget", time_budget]
         return self._shipment("tune", [*arguments, *_json(as_json)], config.name if config else "resume", where)
 
-    def evaluate(self, config: RunConfig, policy: str, as_json: bool) -> Shipment:
-        """``policy``: a policy file or its folder, which goes along."""
+    def evaluate(self, config: RunConfig, policy: str, run_dir: str | None, as_json: bool) -> Shipment:
+        """``policy``: a policy file or its folder, which goes along. ``run_dir``: None where nothing is kept."""
         source = policy_folder(policy)
         (self.folder / POLICY).mkdir()
         for name in (TENSORS, CARD):
             (self.folder / POLICY / name).write_bytes(read_file(join(source, name)))
-        arguments = [POLICY, *self._write(self._run_config(config)), *_json(as_json)]
-        return self._shipment("evaluate", arguments, f"{config.name}-evaluate", None)
+        kept, where = ([], None) if run_dir is None else self._run(run_dir, None)
+        arguments = [POLICY, *self._write(self._run_config(config)), *kept, *_json(as_json)]
+        return self._shipment("evaluate", arguments, f"{config.name}-evaluate", where)
 
     def configuration(self, config: RunConfig | SearchConfig) -> list[str]:
         """The options that name a configuration which goes along by itself, without its data."""

@@ -135,12 +135,13 @@ def test_a_policy_goes_along(packer: Packer, tmp_path: Path) -> None:
     best.mkdir()
     for name in ("policy.safetensors", "policy.json", "notes.txt"):
         (best / name).write_text(name)
-    made = packer.evaluate(load_config(SMOKE), str(best), as_json=False)
-    assert made.arguments == ("policy", "--config", "config.yaml")
+    made = packer.evaluate(load_config(SMOKE), str(best), None, as_json=False)
+    assert made.arguments == ("policy", "--config", "config.yaml") and made.run_dir is None
     assert shipped(packer) == ["config.yaml", "policy/policy.json", "policy/policy.safetensors"]
     shutil.rmtree(packer.folder)
     packer.folder.mkdir()
-    packer.evaluate(load_config(SMOKE), str(best / "policy.safetensors"), as_json=False)
+    kept = packer.evaluate(load_config(SMOKE), str(best / "policy.safetensors"), "s3://bucket/kept", as_json=False)
+    assert kept.arguments[-2:] == ("--run-dir", "s3://bucket/kept") and kept.run_dir == "s3://bucket/kept"
     assert (packer.folder / "policy" / "policy.json").read_text() == "policy.json"
 
 
