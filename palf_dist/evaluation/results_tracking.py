@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections import Counter
@@ -11,11 +12,15 @@ from typing import Any
 
 from palf_dist.config import TrackingConfig
 from palf_dist.config_loading import parse_section
-from palf_dist.evaluation.results import Results
+from palf_dist.evaluation.results import PICTURES, Results
 from palf_dist.redaction import redact
 from palf_dist.sections import Section
+from palf_dist.storage import first_line
 from palf_dist.tracking import MLflowTracker
 
+logger = logging.getLogger("palf_dist.tracking")
+
+AGAIN = "call palf-dist results again once that is mended"
 TIMEOUT = 60.0
 """Seconds to deliver in: MLflow takes ten of them to start, and as long again to make a new database."""
 
@@ -36,31 +41,34 @@ def tracking_of(made: Results, given: Mapping[str, Any]) -> TrackingConfig:
 
 
 def track_results(made: Results, places: Sequence[str], tracking: TrackingConfig) -> str | None:
-    """Log ``made``, of the runs at ``places``; the id of the new MLflow run. None where tracking is off, and where
-    MLflow has not taken all of it in ``TIMEOUT`` seconds, which is a warning: the files are what counts."""
+    """Log ``made``, of the runs at ``places``; the id of the new MLflow run. None where tracking is off, and with a
+    warning where MLflow has not taken all of it in ``TIMEOUT`` seconds or there is no room for a copy of the files:
+    these themselves are what counts."""
     if not tracking.enabled:
         return None
-    with tempfile.TemporaryDirectory(prefix="palf-results-") as name:
-        # A copy, since the folder of the records is thrown away, and what is delivered has to lie in it.
-        folder = Path(name)
-        files = [Path(shutil.copy(path, folder)) for path in (made.markdown, made.json)]
-        pictures = folder / "results"
-        pictures.mkdir()
-        for path in made.pictures:
-            shutil.copy(path, pictures)
-        tracker = MLflowTracker(
-            folder,
-            tracking,
-            f"{made.config.name} results",
-            made.config.model_dump(mode="json"),
-            undelivered="call palf-dist results again once MLflow answers",
-        )
-        tracker.set_tags({"palf_dist.run_dir": redact(", ".join(places))})
-        tracker.log_metrics(metrics(made.record), 0)
-        for path in (*files, pictures):
-            tracker.log_artifact(path)
-        left = tracker.close(timeout=TIMEOUT)
-        return None if left else tracker.run_id
+    try:
+        with tempfile.TemporaryDirectory(prefix="palf-results-") as folder:
+            return _track(made, places, tracking, Path(folder))
+    except OSError as error:
+        logger.warning("MLflow is not given the results (%s); %s", first_line(error), AGAIN)
+        return None
+
+
+def _track(made: Results, places: Sequence[str], tracking: TrackingConfig, folder: Path) -> str | None:
+    # From a copy, since what is delivered has to lie beside its records, which are thrown away.
+    files = [Path(shutil.copy(path, folder)) for path in (made.markdown, made.json)]
+    pictures = folder / PICTURES
+    pictures.mkdir()
+    for path in made.pictures:
+        shutil.copy(path, pictures)
+    params = made.config.model_dump(mode="json")
+    tracker = MLflowTracker(folder, tracking, f"{made.config.name} results", params, undelivered=AGAIN)
+    tracker.set_tags({"palf_dist.run_dir": redact(", ".join(places))})
+    tracker.log_metrics(metrics(made.record), 0)
+    for path in (*files, pictures):
+        tracker.log_artifact(path)
+    left = tracker.close(timeout=TIMEOUT)
+    return None if left else tracker.run_id
 
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:

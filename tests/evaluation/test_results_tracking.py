@@ -71,8 +71,19 @@ def test_without_mlflow_it_is_a_warning(
     monkeypatch.setattr(results_tracking, "TIMEOUT", 1.0)
     made = small(tmp_path, headline={"diff_vs_tuned_ce": 1.5})
     assert track_results(made, ["runs/a"], TrackingConfig(uri=DEAD)) is None
-    assert "not delivered; call palf-dist results again once MLflow answers" in caplog.text
+    assert "not delivered; call palf-dist results again" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
+
+
+def test_without_room_for_a_copy_it_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*paths: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results_tracking.shutil, "copy", full)
+    assert track_results(small(tmp_path), ["runs/a"], TrackingConfig(uri=DEAD)) is None
+    assert "MLflow is not given the results (No space left on device); call palf-dist" in caplog.text
 
 
 def test_tracking_that_is_off_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
