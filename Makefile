@@ -12,7 +12,7 @@ MARKS := $(if $(OFFLINE),and not network)
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
-	@echo "make results      the published table: docs/results.md from both folds of the suite palf12, in runs/palf12; goes on where it was stopped"
+	@echo "make results      the published table: docs/results.md, and the README's, from both folds of the suite palf12, in runs/palf12; goes on where it was stopped"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
 	@echo "make bench        all benchmarks, one after the other: hours"
 	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
@@ -35,13 +35,14 @@ results: $(STAMP)
 	  fi || exit; \
 	done
 	$(BIN)/palf-dist results runs/palf12/fold-0 runs/palf12/fold-1 --output docs
+	$(BIN)/python -m benchmarks.readme
 
 test: lint
 	$(BIN)/pytest -m "not slow $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
 bench: $(STAMP)
-	for name in hedge_regret learnloss_lp learnloss_certificates classifier online_learnloss scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
+	for name in hedge_regret learnloss_lp learnloss_certificates classifier online_learnloss overhead scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 bench-tuneloss: $(STAMP)
 	$(BIN)/python -m benchmarks.tuneloss $(ARGS)

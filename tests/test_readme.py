@@ -16,6 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import readme
 from palf_dist.config import PolicyConfig
 from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
@@ -28,6 +29,13 @@ POLICY = "runs/first/best"
 
 def blocks(language: str) -> list[str]:
     return [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+def test_the_table_of_the_readme_is_that_of_the_published_results() -> None:
+    """Before there are any the README says so."""
+    published = ROOT / readme.PAGE
+    wanted = readme.block_of(published.read_text()) if published.exists() else "\nNot measured yet.\n"
+    assert readme.block_of((ROOT / readme.README).read_text()) == wanted
 
 
 @pytest.fixture

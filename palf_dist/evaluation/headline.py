@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from palf_dist.evaluation.derived import BEST_STATIC
+from palf_dist.config import NoiseKind, RunConfig
+from palf_dist.evaluation.conditions import imbalanced
+from palf_dist.evaluation.derived import BEST_STATIC, PICKED_STATIC, pick_rows
 from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.measures import MEASURES, Measure
 from palf_dist.evaluation.methods import LEARNED, METHODS, REFERENCE
@@ -18,7 +20,15 @@ POLICY = "policy"
 HIGH_NOISE = 0.3
 """Noise rates from which on noise counts as high."""
 
+UNSEEN_KINDS: tuple[NoiseKind, ...] = ("pair_flip", "class_dependent", "instance_dependent")
+"""Kinds of label noise that a policy can be judged on without having met them in meta-training."""
+
+OWN_SCHEDULE, LEARNED_SCHEDULE = "policy_schedule", LEARNED["schedule"].name
+STATICS = (BEST_STATIC, LEARNED["constant"].name)
+"""What can be the best static loss, chosen without a look at held-out rows."""
+
 Row = Mapping[str, Any]
+Chosen = Callable[[Row], bool]
 
 
 @dataclass(frozen=True)
@@ -28,16 +38,25 @@ class Figure:
     name: str
     meaning: str
     value: float | None = None
-    estimate: Estimate | None = None  # a difference with its uncertainty; points, or the unit of its measure
+    estimate: Estimate | None = None  # a difference with its uncertainty
     of: str | None = None  # the method that the policy is compared with
     missing: tuple[str, ...] = ()  # labels of others that belong to the comparison and were not there
+    unit: str = "points"  # of the estimate
 
 
-def headline(rows: Sequence[Row], compared: Sequence[Comparison], pairs: Sequence[Comparison]) -> dict[str, Figure]:
-    """All figures but ``held_out_designs``, by name; ``compared`` and ``pairs`` are what ``derived.held_out`` makes of
-    ``rows``."""
+def headline(
+    rows: Sequence[Row], compared: Sequence[Comparison], pairs: Sequence[Comparison], config: RunConfig
+) -> dict[str, Figure]:
+    """The figures that follow from the rows of runs of one configuration, by name; ``compared`` and ``pairs`` are what
+    ``derived.held_out`` makes of ``rows``."""
+    skewed = imbalanced(config.evaluation)
+
+    def is_balanced(row: Row) -> bool:
+        return _matched(row) and row["condition"] not in skewed
+
     overall = _against(pairs, REFERENCE, "diff_vs_tuned_ce", "all tasks")
     se = overall.estimate.se if overall.estimate else math.nan
+    as_the_data = "tasks with the data's own class frequencies in training and test"
     figures = [
         overall,
         Figure("se_clustered", "its standard error, clustered by dataset", se)
@@ -60,23 +79,36 @@ def headline(rows: Sequence[Row], compared: Sequence[Comparison], pairs: Sequenc
             rows,
             "diff_shifted_prior",
             "balanced accuracy on tasks with imbalanced training and balanced test rows",
-            lambda row: not _matched(row),
-            MEASURES["balanced_accuracy"],
+            lambda row: not _matched(row) and row["condition"] in skewed,
+            measure=MEASURES["balanced_accuracy"],
         ),
-        _best(pairs, "diff_vs_best_static", (BEST_STATIC, LEARNED["constant"].name), BEST_STATIC),
-        _against(pairs, LEARNED["schedule"].name, "diff_vs_learned_schedule", "a policy that reads t/T alone"),
+        *(_unseen(rows, kind, config) for kind in UNSEEN_KINDS),
+        _best(pairs, "diff_vs_best_static", STATICS, BEST_STATIC),
+        _best(
+            _pairs_on(rows, lambda row: _matched(row) and row["condition"] in skewed, STATICS),
+            "diff_vs_best_static_imbalanced",
+            STATICS,
+            BEST_STATIC,
+            " on tasks with equally imbalanced training and test rows",
+        ),
+        _against(pairs, OWN_SCHEDULE, "diff_vs_own_schedule", "its own controls, averaged over tasks"),
+        _slice(rows, "diff_vs_own_schedule_balanced", as_the_data, is_balanced, OWN_SCHEDULE),
+        _against(pairs, LEARNED_SCHEDULE, "diff_vs_learned_schedule", "a policy that reads t/T alone"),
+        _slice(rows, "diff_vs_learned_schedule_balanced", as_the_data, is_balanced, LEARNED_SCHEDULE),
+        _against(pairs, "policy_shuffled", "diff_vs_shuffled", "its own controls for another task"),
+        _against(
+            pairs, PICKED_STATIC, "diff_vs_picked_static", "the static loss picked on each task's noisy validation rows"
+        ),
         _against(pairs, "static_oracle", "diff_vs_oracle", "the static loss picked on each task's own test rows"),
         _steps_ratio(compared),
-        Figure("overhead_percent", "the seconds of an evaluation are those of a busy machine; it takes a benchmark"),
     ]
     return {figure.name: figure for figure in figures}
 
 
 def best_adaptive(pairs: Sequence[Comparison]) -> Figure:
     """Against the method that does best among those that change their weights on their own."""
-    learned = LEARNED["schedule"].name
-    names = (*(name for name, method in METHODS.items() if method.schedule is not None), learned)
-    figure = _best(pairs, "diff_vs_best_adaptive", names, learned)
+    names = (*(name for name, method in METHODS.items() if method.schedule is not None), LEARNED_SCHEDULE)
+    figure = _best(pairs, "diff_vs_best_adaptive", names, LEARNED_SCHEDULE)
     return replace(figure, missing=(*figure.missing, "MAML-Loss"))
 
 
@@ -84,7 +116,19 @@ def _matched(row: Row) -> bool:
     return row["target_prior"] == "train"
 
 
-def _best(pairs: Sequence[Comparison], name: str, methods: Sequence[str], needed: str) -> Figure:
+def _unseen(rows: Sequence[Row], kind: NoiseKind, config: RunConfig) -> Figure:
+    name, words = f"diff_unseen_noise_{kind}", kind.replace("_", "-")
+    if config.tasks.noise.kind == kind:
+        return Figure(name, f"meta-training has {words} noise, so it is not unseen")
+    return _slice(
+        rows,
+        name,
+        f"tasks with {words} noise, which meta-training has none of, and the class frequencies of training in the test",
+        lambda row: _matched(row) and row.get("noise_kind") == kind and row["noise_rate"] > 0,
+    )
+
+
+def _best(pairs: Sequence[Comparison], name: str, methods: Sequence[str], needed: str, where: str = "") -> Figure:
     """Against the strongest of the methods on the held-out tasks; nothing without the ``needed`` one, since the best of
     what is weak is no measure."""
     known = {
@@ -93,10 +137,10 @@ def _best(pairs: Sequence[Comparison], name: str, methods: Sequence[str], needed
         if item.reference in methods and not math.isnan(item.overall.difference.mean)
     }
     if needed not in known:
-        return Figure(name, f"takes the method {label_of(needed)}, which these runs do not have")
+        return Figure(name, f"takes the method {label_of(needed)}{where}, which these runs do not have")
     best = min(known.values(), key=lambda item: item.overall.difference.mean)
     missing = tuple(label_of(method) for method in methods if method not in known)
-    words = f"the strongest of {', '.join(label_of(method) for method in methods if method in known)}"
+    words = f"the strongest of {', '.join(label_of(method) for method in methods if method in known)}{where}"
     return replace(_difference(name, words, best), missing=missing)
 
 
@@ -111,14 +155,25 @@ def _slice(
     rows: Sequence[Row],
     name: str,
     meaning: str,
-    chosen: Callable[[Row], bool],
+    chosen: Chosen,
+    method: str = REFERENCE,
     measure: Measure = MEASURES["accuracy"],
 ) -> Figure:
-    """Against the reference on some of the tasks."""
-    two = [row for row in rows if row["method"] in (POLICY, REFERENCE) and chosen(row)]
-    if not two:
+    """Against one method on some of the tasks."""
+    if not any(row["method"] == POLICY and chosen(row) for row in rows):
         return Figure(name, f"there are none: {meaning}")
-    return _difference(name, meaning, compare_each(two, POLICY, measure)[0])
+    return _against(_pairs_on(rows, chosen, (method,), measure), method, name, meaning)
+
+
+def _pairs_on(
+    rows: Sequence[Row], chosen: Chosen, methods: Sequence[str], measure: Measure = MEASURES["accuracy"]
+) -> list[Comparison]:
+    """The policy against each of these methods, as far as they are there, on some of the tasks."""
+    some = [row for row in rows if chosen(row)]
+    if BEST_STATIC in methods:
+        some += pick_rows(some)
+    two = [row for row in some if row["method"] in (POLICY, *methods)]
+    return compare_each(two, POLICY, measure) if any(row["method"] == POLICY for row in two) else []
 
 
 def _difference(name: str, meaning: str, item: Comparison) -> Figure:
@@ -140,4 +195,4 @@ def _steps_ratio(compared: Sequence[Comparison]) -> Figure:
     meaning = (
         "steps to the reference's best accuracy on the task, all steps where never reached, over the reference's own"
     )
-    return Figure(name, meaning, value / (value - difference.mean), difference, REFERENCE)
+    return Figure(name, meaning, value / (value - difference.mean), difference, REFERENCE, unit="inner steps")

@@ -110,13 +110,17 @@ def to_pair_cells(pairs: Sequence[Comparison]) -> Cells:
 
 def to_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] = ()) -> str:
     """Markdown tables with all columns, the policy in bold, and the notes below each; ``pairs`` as a last one."""
-    bold = [is_policy(item.method) for item in comparisons]
-    parts = [
-        markdown_table(to_cells(comparisons), bold),
-        _markdown_notes(table_notes(comparisons)),
-        markdown_table(to_measure_cells(comparisons), bold),
-        _markdown_notes(measure_notes(comparisons)),
-    ]
+    return "\n".join([to_main_markdown(comparisons), to_other_markdown(comparisons, pairs)])
+
+
+def to_main_markdown(comparisons: Sequence[Comparison]) -> str:
+    """The first table of ``to_markdown``, by accuracy, with its notes."""
+    return "\n".join([_bold_table(to_cells(comparisons), comparisons), _markdown_notes(table_notes(comparisons))])
+
+
+def to_other_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] = ()) -> str:
+    """What comes after it in ``to_markdown``."""
+    parts = [_bold_table(to_measure_cells(comparisons), comparisons), _markdown_notes(measure_notes(comparisons))]
     if pairs:
         title = f"The {label_of(pairs[0].method)} against each of the others, in points of accuracy:\n"
         parts += [title, markdown_table(to_pair_cells(pairs))]
@@ -283,14 +287,18 @@ def certainty(item: Comparison) -> list[str]:
     if item.method == item.reference or math.isnan(low):
         return [NOTHING] * 3
     tally = item.tally
-    p = (
-        NOTHING
-        if math.isnan(item.adjusted_p)
-        else "<.001"
-        if item.adjusted_p < 0.001
-        else f"{item.adjusted_p:.3f}".lstrip("0")
-    )
-    return [f"{low:+.2f} to {high:+.2f}", p, f"{tally.wins}-{tally.ties}-{tally.losses}"]
+    return [f"{low:+.2f} to {high:+.2f}", p_value(item.adjusted_p), f"{tally.wins}-{tally.ties}-{tally.losses}"]
+
+
+def p_value(p: float) -> str:
+    """As ".034"."""
+    if math.isnan(p):
+        return NOTHING
+    return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0")
+
+
+def _bold_table(cells: Cells, comparisons: Sequence[Comparison]) -> str:
+    return markdown_table(cells, [is_policy(item.method) for item in comparisons])
 
 
 def markdown_table(table: Cells, bold: Sequence[bool] | None = None, texts: int = 1) -> str:

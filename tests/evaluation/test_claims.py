@@ -11,8 +11,9 @@ import pytest
 from palf_dist.config_loading import parse_config
 from palf_dist.evaluation.claims import CLAIMS, Evidence, findings, judge, phase_gains
 from palf_dist.evaluation.derived import held_out
-from palf_dist.evaluation.headline import headline
+from palf_dist.evaluation.headline import Figure, headline
 from palf_dist.evaluation.inference import clustered_mean
+from palf_dist.evaluation.overhead import overhead_figure
 from palf_dist.randomness import random_generator
 from tests.evaluation.synthetic import TRAINING, few_rows, trajectory
 
@@ -23,9 +24,11 @@ def config(*overrides):
     return parse_config("data: {train: [digits], held_out: [iris, wine]}", "a", overrides)
 
 
-def evidence(rows, *overrides, trajectories=None):
+def evidence(rows, *overrides, trajectories=None, overhead=None):
     compared, pairs = held_out(rows)
-    figures = headline(rows, compared, pairs)
+    figures = headline(rows, compared, pairs, config(*overrides)) | {
+        "overhead_percent": overhead or overhead_figure(None)
+    }
     return Evidence(config(*overrides), figures, {}, rows, compared, pairs, trajectories)
 
 
@@ -83,11 +86,21 @@ def test_nothing_measured_is_no_verdict():
     assert found([row for row in rows if row["dataset"] == "a"], "more robust: label")["verdict"] == "not measured"
 
 
+@pytest.mark.parametrize(("percent", "verdict"), [(3.2, "reproduced"), (3.3, "not reproduced")])
+def test_additional_time_is_at_most_what_is_claimed(percent, verdict):
+    entry = found(with_gain(1.0), "3.2 %", overhead=Figure("overhead_percent", "percent, conv", percent))
+    assert entry["verdict"] == verdict and entry["measured"] == f"{percent} percent, conv"
+
+
 def test_imbalanced_conditions_are_those_of_the_suite():
     rows = [{**row, "condition": "skewed"} for row in with_gain(1.0)]
     suite = "evaluation.suite_conditions=[{name: skewed, imbalance: 10.0}, {name: as-is}]"
     entry = found(rows, "more robust: class imbalance", suite)
     assert entry["verdict"] == "reproduced" and "+1.00 (.08) points of balanced accuracy" in entry["measured"]
+    none = "evaluation.suite_conditions=[{name: matched}, {name: as-is}]"  # of the name of one without a suite
+    rows = [{**row, "condition": "matched"} for row in rows]
+    assert found(rows, "more robust: class imbalance", none)["verdict"] == "not measured"
+    rows = [{**row, "condition": "skewed"} for row in rows]
     assert found(rows, "more robust: class imbalance")["verdict"] == "not measured"
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import results
+from palf_dist.evaluation.overhead import OVERHEAD_JSON
 from palf_dist.evaluation.report import make_report
-from palf_dist.evaluation.results import _trajectories, make_results
+from palf_dist.evaluation.results import BLOCK, _trajectories, make_results
 from palf_dist.evaluation.runs import read_runs
 from tests.evaluation.judged import FEW, FOLDS, judged_folds, judged_run, rows_of
 from tests.evaluation.synthetic import few_rows
@@ -49,7 +50,11 @@ def test_the_joined_report_is_that_of_one_run_over_all_rows(made, tmp_path):
     table = json.loads((one.folder / "table.json").read_text())
     assert made.record["table"] == table["held_out"] and made.record["pairs"] == table["pairs"]
     page = made.markdown.read_text()
-    assert (one.folder / "table.md").read_text() in page
+    _, start, rest = page.partition(BLOCK[0] + "\n")
+    block, end, after = rest.partition(BLOCK[1] + "\n")
+    assert start and end and (one.folder / "table.md").read_text() in block + after, "and nothing is between its parts"
+    assert block.startswith("**The meta-learned policy reaches") and "| **meta-learned policy** |" in block
+    assert "published here so far, this one among them: 1." in block
     for name in ("held_out", "noise"):
         assert (made.markdown.parent / "results" / f"{name}.png").read_bytes() == (
             one.folder / f"{name}.png"
@@ -78,6 +83,8 @@ def test_the_headline_is_what_numpy_finds(made):
     statics = ["ce", "s5", "focal"]
     best = "s5"  # by ``tuning_accuracy``
     oracle = wide[statics].max(axis=1)
+    looks = frame.pivot(index=KEYS, columns="method", values="validation_accuracy")[statics]
+    picked = wide[statics].where(looks.eq(looks.max(axis=1), axis=0)).mean(axis=1)
 
     def steps(row: pd.Series, target: float) -> float:
         return next((s for s, a in zip(row.curve_steps, row.curve_accuracy, strict=True) if a >= target), 150)
@@ -96,10 +103,22 @@ def test_the_headline_is_what_numpy_finds(made):
         "diff_at_no_noise": clustered(ahead[(condition == "balanced") & (noise == 0)])[0],
         "diff_at_high_noise": clustered(ahead[(condition == "balanced") & (noise >= 0.3)])[0],
         "diff_shifted_prior": clustered((balanced["policy"] - balanced["ce"])[condition == "shifted"])[0],
+        "diff_unseen_noise_pair_flip": None,
+        "diff_unseen_noise_class_dependent": None,
+        "diff_unseen_noise_instance_dependent": None,
         "diff_vs_best_static": clustered(wide["policy"] - wide[best])[0],
+        "diff_vs_best_static_imbalanced": None,
+        "diff_vs_own_schedule": clustered(wide["policy"] - wide["policy_schedule"])[0],
+        "diff_vs_own_schedule_balanced": clustered((wide["policy"] - wide["policy_schedule"])[condition == "balanced"])[
+            0
+        ],
         "diff_vs_learned_schedule": None,
+        "diff_vs_learned_schedule_balanced": None,
+        "diff_vs_shuffled": None,
+        "diff_vs_picked_static": clustered(wide["policy"] - picked)[0],
         "diff_vs_oracle": clustered(wide["policy"] - oracle)[0],
         "steps_to_ce_best_ratio": taken["policy"] / taken["ce"],
+        "datasets_below_ce_as_is": None,
         "overhead_percent": None,
         "diff_architecture_transfer": None,
         "diff_horizon_transfer": None,
@@ -115,6 +134,8 @@ def test_the_headline_is_what_numpy_finds(made):
     shifted = clustered((balanced["policy"] - balanced["ce"])[condition == "shifted"])[1]
     assert details["diff_shifted_prior"]["se"] == pytest.approx(shifted, abs=1e-4)
     assert details["diff_at_no_noise"]["tasks"] == ((condition == "balanced") & (noise == 0)).sum() == 8
+    assert details["diff_vs_tuned_ce"]["unit"] == "points"
+    assert details["steps_to_ce_best_ratio"]["unit"] == "inner steps"
     page = made.markdown.read_text()
     assert (
         f"| `diff_vs_tuned_ce` | all tasks, against tuned CE | {mean:+.2f} (" in page
@@ -212,12 +233,45 @@ def test_families_and_a_learned_schedule_are_measured_where_there_are_runs_of_th
     assert record["families"][0]["method"] == "ce"
     assert {run["family"] for run in record["runs"]} == {None, "image"}
     page = made.markdown.read_text()
+    alone = page[page.index("## Families never seen") : page.index("## The claims of the paper")]
+    ahead = record["family_headline"]["diff_vs_tuned_ce"]
+    assert f"| `diff_vs_tuned_ce` | all tasks, against tuned CE | {ahead:+.2f} |" in alone
+    (target,) = (each for each in record["targets"] if "families never seen" in each["target"])
+    assert target["verdict"] == "not measured" and target["measured"].startswith(f"{ahead:+.2f}")
     assert "## Families never seen" in page and "learned schedule (t/T only)" in page
     (claim,) = (each for each in record["claims"] if "families never seen" in each["claim"])
     assert claim["verdict"] == "not measured" and "1 independent datasets" in claim["measured"]
     assert (
         record["family_headline"]["diff_vs_tuned_ce"] == methods["policy"]["by_dataset"]["fashion_mnist"]["diff_vs_ce"]
     )
+
+
+def test_datasets_as_they_are_and_the_overhead_are_on_the_page(tmp_path):
+    conditions = "evaluation.suite_conditions=[{name: balanced}]"
+    rows = [row for row in few_rows() if row["noise_rate"] == 0]
+    worse = [
+        row
+        | {"origin": row["dataset"], "seed": seed, "accuracy": 0.7 - (row["method"] == "policy") * (0.1 + seed / 99)}
+        for row in rows
+        for seed in range(3)
+    ]
+    run = judged_run(tmp_path / "run", worse, conditions)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    model = {"percent": 4.25, "ci95": [3.0, 5.0], "seconds": 0.1}
+    (docs / OVERHEAD_JSON).write_text(json.dumps({"rounds": 31, "steps": 150, "models": {"MLP": model}}))
+    made = make_results([run], docs)
+    record, page = made.record, made.markdown.read_text()
+    assert record["as_is"]["significantly_below"] == ["iris", "wine"] and record["headline"]["overhead_percent"] == 4.25
+    assert record["headline"]["datasets_below_ce_as_is"] == 2
+    section = page[page.index("## Datasets as they are") : page.index("## The claims of the paper")]
+    assert "The unit here is the task" in section and "\n| wine | -11.01 (" in section
+    assert "(p < 0.05 by Holm over the datasets): iris, wine | 2 |" in page
+    assert "| 3.2 % of additional training time (5.2) | 4.2 percent of additional training time, MLP" in page
+    assert "\n| tuned CE, matched prior | +3.0 or more | " in page
+    (docs / OVERHEAD_JSON).write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"results_overhead\.json: is no file of"):
+        make_results([run], docs)
 
 
 def test_what_the_rows_do_not_hold_is_null_with_a_reason(tmp_path):
