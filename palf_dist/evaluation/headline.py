@@ -74,10 +74,9 @@ def headline(rows: Sequence[Row], compared: Sequence[Comparison], pairs: Sequenc
 
 def best_adaptive(pairs: Sequence[Comparison]) -> Figure:
     """Against the method that does best among those that change their weights on their own."""
+    schedules = (name for name, method in METHODS.items() if method.schedule is not None)
     learned = LEARNED["schedule"].name
-    names = (*(name for name, method in METHODS.items() if method.schedule is not None), learned)
-    figure = _best(pairs, "diff_vs_best_adaptive", names, learned)
-    return replace(figure, missing=(*figure.missing, "MAML-Loss"))
+    return _best(pairs, "diff_vs_best_adaptive", (*schedules, learned, LEARNED["maml"].name), learned)
 
 
 def _matched(row: Row) -> bool:
