@@ -151,7 +151,7 @@ def plot_alpha(trajectories: pa.Table) -> Figure:
         title += f"\n{(~finite).sum()} of {len(finite)} rows are not finite and left out"
     parts[0].suptitle(title, **TITLE)
     handles = [Patch(color=BASIS_COLOURS[name], label=name.replace("_", " ")) for name in basis]
-    rows = math.ceil(len(basis) / MAX_NAMES)
+    rows = math.ceil(len(basis) / MAX_NAMES) or 1
     parts[0].legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(basis) / rows))
     if moved:
         _plot_hyperparameters(parts[1], data, level, moved, (line_rows, line_columns))
