@@ -114,6 +114,7 @@ def meta_train(
     """
     with output(as_json) as emit:
         from palf_dist.distributed.driver import meta_train as train
+        from palf_dist.policies.meta_learned import needs_parameters
         from palf_dist.run_directory import CONFIG
         from palf_dist.storage import is_uri
 
@@ -146,7 +147,7 @@ def meta_train(
             raise typer.Exit(130)
         assert result.report is not None and result.policy is not None, "a run that was not interrupted has both"
         hint = ["\nin your own training loop:\n" + indent(usage(near(result.policy)), "    ")]
-        if settings.policy.shield is not None:  # AdaptiveLoss refuses it
+        if needs_parameters(settings.policy):  # AdaptiveLoss refuses it
             hint = []
         mlflow = result.mlflow_run_id or "not reached yet; palf-dist report delivers what is left"
         emit(

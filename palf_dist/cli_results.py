@@ -19,8 +19,8 @@ def results(
 ) -> None:
     """Join the held-out comparisons of several runs, one for each fold of a suite, into one report.
 
-    Besides, runs that hold out a family, and runs of a learned schedule or of learned constants (policy.kind). It is
-    logged to MLflow where the runs were; --set takes fields of tracking.
+    Besides, runs that hold out a family, and runs of a learned schedule, of learned constants or of MAML-Loss
+    (policy.kind). It is logged to MLflow where the runs were; --set takes fields of tracking.
     """
     with output(as_json) as emit:
         from palf_dist.evaluation.results import make_results

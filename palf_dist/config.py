@@ -11,9 +11,18 @@ from palf_dist.sections import Count, Decay, NonNegative, Positive, Section, Sha
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 
 BasisName = Literal[
-    "ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce", "generalised_ce", "mae", "elr"
+    "ce",
+    "focal",
+    "label_smoothing",
+    "symmetric_ce",
+    "info_nce",
+    "robust_ce",
+    "generalised_ce",
+    "mae",
+    "elr",
+    "bootstrap",
 ]
-HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau", "q", "lam"]
+HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau", "q", "lam", "beta"]
 Family = Literal["image", "text", "tabular"]
 NoiseKind = Literal["uniform", "pair_flip", "class_dependent", "instance_dependent"]
 MOST_WRONG = 0.5  # no class or example is mislabelled as often by the last two: its true label stays the likeliest
@@ -160,6 +169,7 @@ class PolicyStart(Section):
     tau: Positive | None = None
     q: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=1)] | None = None
     lam: Positive | None = None
+    beta: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=1)] | None = None
 
 
 assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
@@ -168,7 +178,9 @@ assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
 class PolicyConfig(Section):
     """Who sets the controls. Each kind is a preset: fields left out take its values; see docs/method.md."""
 
-    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "palf", "widened"] = "robust"
+    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "maml", "palf", "widened"] = (
+        "robust"
+    )
     features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
     basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
     hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")

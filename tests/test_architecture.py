@@ -48,6 +48,7 @@ ORDER = (
     "tasks",
     "outer_loss",
     "shield",
+    "adaptation",
     "inner_loop",
     "trajectory",
     "estimators",

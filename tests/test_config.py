@@ -130,6 +130,11 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
             "policy.kind: robust",
         ),
         (
+            "policy: {kind: maml, features: [time]}",
+            "policy.features: a maml policy reads its own validation loss alone; leave it out, or choose policy.kind: "
+            "robust",
+        ),
+        (
             "policy: {kind: validation_free, features: [loss_gap]}",
             "policy.features: loss_gap read validation rows, which policy.kind: validation_free rules out; leave them "
             "out, or choose policy.kind: robust",

@@ -183,7 +183,7 @@ def test_what_tuning_needs_of_memory_holds_for_every_static_loss(config: RunConf
     work = Work("baseline", 0, "adam")
     assert works(everything, datasets)[work] == config.tasks.group_size
     found = need(everything, datasets, work)
-    for name in ("focal_tuned", "elr_tuned", "s5_tuned"):
+    for name in ("focal_tuned", "elr_tuned", "bootstrap_tuned", "s5_tuned"):
         alone = need(comparing(config, name), datasets, work)
         assert 0 < alone.work <= found.work and alone.data == found.data
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palf_dist.adaptation import WD
 from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
-from palf_dist.inner_loop import WD, InnerLoop, InnerState, StepResult
+from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.inner_optimisers import Slots
 
 
@@ -27,7 +28,7 @@ class StepTrace:
     slots: Slots
     own_probability: Tensor  # [G, B]
     seen: Tensor  # [G, B]
-    averaged: Tensor | None  # [G, B, C], where elr is active
+    averaged: Tensor | None  # [G, B, C], where a basis loss reads them
     segment: int  # index of the refresh that set the controls
 
 

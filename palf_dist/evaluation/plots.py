@@ -27,7 +27,10 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
 )
 GREY = "#999999"
-BASIS_COLOURS = dict(zip(BASIS_LOSSES, (BLUE, SKY, GREEN, YELLOW, PURPLE, ORANGE, VERMILION, GREY, BLACK), strict=True))
+BROWN = "#8C6D31"
+BASIS_COLOURS = dict(
+    zip(BASIS_LOSSES, (BLUE, SKY, GREEN, YELLOW, PURPLE, ORANGE, VERMILION, GREY, BLACK, BROWN), strict=True)
+)
 POLICY_COLOUR, OTHER_COLOUR = VERMILION, "#555555"
 
 NOISE_LEVELS: tuple[tuple[str, float, float, str, str], ...] = (
@@ -55,7 +58,11 @@ HYPERPARAMETER_LABELS = {
     "tau": "tau: temperature",
     "q": "q: exponent of generalised CE",
     "lam": "lam: early-learning term",
+    "beta": "beta: given label of bootstrapping",
 }
+
+MAX_NAMES = 9
+"""Basis losses that a line of the alpha figure's legend has room for."""
 
 MAX_DATASETS = 4
 """Rows of the alpha figure; the datasets with the most tasks are shown."""
@@ -144,7 +151,8 @@ def plot_alpha(trajectories: pa.Table) -> Figure:
         title += f"\n{(~finite).sum()} of {len(finite)} rows are not finite and left out"
     parts[0].suptitle(title, **TITLE)
     handles = [Patch(color=BASIS_COLOURS[name], label=name.replace("_", " ")) for name in basis]
-    parts[0].legend(handles=handles, loc="outside lower center", ncols=len(basis))
+    rows = math.ceil(len(basis) / MAX_NAMES) or 1
+    parts[0].legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(basis) / rows))
     if moved:
         _plot_hyperparameters(parts[1], data, level, moved, (line_rows, line_columns))
     return figure

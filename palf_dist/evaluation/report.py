@@ -39,6 +39,7 @@ from palf_dist.evaluation.table import (
     to_pair_records,
     to_records,
 )
+from palf_dist.policies.meta_learned import needs_parameters
 from palf_dist.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -188,6 +189,7 @@ def _page(
     pictures: dict[str, bytes],
 ) -> str:
     policy = f"{BEST}/policy.safetensors"
+    has_use = (run_dir / policy).exists() and not needs_parameters(config.policy)
     looks = [
         "policy" if is_policy(item.method) else "reference" if item.method == REFERENCE else "" for item in comparisons
     ]
@@ -207,7 +209,7 @@ def _page(
         headline=headline_sentence(comparisons),
         facts=_facts(config, metrics, card),
         tables=tables,
-        usage=usage(join(location, policy)) if (run_dir / policy).exists() and config.policy.shield is None else None,
+        usage=usage(join(location, policy)) if has_use else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
         configuration=dump_config(config),
     )

@@ -188,7 +188,7 @@ def _check_complete(run: JudgedRun) -> None:
 
 
 def _with_learned(runs: list[JudgedRun]) -> list[JudgedRun]:
-    """Runs of a learned schedule or of learned constants are methods to compare with, beside runs of another policy."""
+    """Runs of policies of ``LEARNED`` are methods to compare with, beside runs of another policy."""
     if all(run.config.policy.kind in LEARNED for run in runs):
         return runs
     kinds = [run.config.policy.kind for run in runs]
@@ -214,7 +214,7 @@ def _check_judged_once(runs: Iterable[JudgedRun]) -> None:
 
 
 def _check_same_tasks(runs: Sequence[JudgedRun]) -> None:
-    """Runs of a learned schedule or learned constants have to have judged under the same tuned values: the reference
+    """Runs of ``LEARNED`` have to have judged under the same tuned values: the reference
     then has the same results, byte for byte."""
     reference = {task_of(row): row["accuracy"] for run in runs if not run.learned for row in _of(run, REFERENCE)}
     for run in runs:

@@ -57,11 +57,11 @@ def test_the_page_is_self_contained_and_holds_all_parts(report):
     assert re.search(r"torch \d", page)
 
 
-def test_a_policy_that_no_loop_takes_is_shown_without_one(tmp_path):
-    """AdaptiveLoss refuses policies with a shield."""
+@pytest.mark.parametrize("setting", ["shield=0.5", "kind=maml"])
+def test_a_policy_that_no_loop_takes_is_shown_without_one(setting, tmp_path):
     run = write_run(tmp_path / "run", outer_steps=1, trajectories=0, results=few_rows())
     assert "AdaptiveLoss" in make_report(run).page.read_text()
-    (run / CONFIG).write_text(dump_config(load_config(run / CONFIG, ["policy.shield=0.5"])))
+    (run / CONFIG).write_text(dump_config(load_config(run / CONFIG, [f"policy.{setting}"])))
     assert "AdaptiveLoss" not in make_report(run).page.read_text()
 
 
