@@ -114,9 +114,9 @@ def to_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] =
     bold = [is_policy(item.method) for item in comparisons]
     parts = [
         markdown_table(to_cells(comparisons), bold),
-        _markdown_notes(table_notes(comparisons)),
+        markdown_notes(table_notes(comparisons)),
         markdown_table(to_measure_cells(comparisons), bold),
-        _markdown_notes(measure_notes(comparisons)),
+        markdown_notes(measure_notes(comparisons)),
     ]
     if pairs:
         title = f"The {label_of(pairs[0].method)} against each of the others, in points of accuracy:\n"
@@ -303,7 +303,8 @@ def markdown_table(table: Cells, bold: Sequence[bool] | None = None, texts: int 
     return "\n".join(lines) + "\n"
 
 
-def _markdown_notes(notes: Sequence[str]) -> str:
+def markdown_notes(notes: Sequence[str]) -> str:
+    """The notes below a table, as a Markdown list."""
     return "".join(f"- {note}\n" for note in notes)
 
 
