@@ -71,6 +71,12 @@ def test_the_published_table_and_the_quick_look(cli: Command) -> None:
     assert record["headline"]["diff_vs_tuned_ce"] == policy["diff_vs_ce"]
     unknown = {"diff_vs_best_static", "diff_vs_learned_schedule", "overhead_percent"}
     assert {name for name, value in record["headline"].items() if value is None} == unknown
+    explained = record["interpretation"]
+    assert explained["inner_runs"] == 2 * 4 * 2 * 2 and explained["left_out"] == 0, "folds, outer steps, groups, tasks"
+    assert {*explained["not_measured"]} == {"phases"}, "three refreshes are too few"
+    assert {"time", "entropy", "noise_rate"} < {*explained["importance"]["features"]}
+    pictures = {path.stem for path in Path("docs/results").iterdir()}
+    assert pictures == {"held_out", "noise", "alpha", "controls", "importance"}
     assert "held_out_designs         1" in said["results"].out and "page    docs/results.md" in said["results"].out
     assert "figures are no results" in " ".join(said["evaluate"].out.split())
     assert "noise-0.4" in said["evaluate"].out

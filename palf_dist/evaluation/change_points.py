@@ -117,7 +117,7 @@ def fit(curve: np.ndarray, lines: np.ndarray) -> Fit:
 
 def bent_lines(moments: int) -> np.ndarray:
     """Orthonormal bases [bends, 3, moments] of the lines with one bend, at each inner moment: with three numbers per
-    control and one place they have as many parameters as three constants, but for one place."""
+    control and one place they have as many parameters as three constants, less one."""
     time = np.arange(moments, dtype=np.float64)
     designs = [np.stack([np.ones(moments), time, np.maximum(time - bend, 0)], 1) for bend in time[1:-1]]
     return np.linalg.qr(np.stack(designs))[0].transpose(0, 2, 1)

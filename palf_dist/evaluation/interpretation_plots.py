@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import Any
+from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
@@ -89,7 +89,7 @@ def plot_controls(item: Interpretation) -> Figure:
     return figure
 
 
-def _curves(axis: Axes, times: np.ndarray, curves: dict[str, Curve] | Any, control: int) -> None:
+def _curves(axis: Axes, times: np.ndarray, curves: Mapping[str, Curve], control: int) -> None:
     for at, _ in PAPER_PHASES[1:]:
         axis.axvline(100 * at, color=GREY, linewidth=0.8, linestyle=":")
     for index, (label, curve) in enumerate(curves.items()):
@@ -138,16 +138,15 @@ def _label(control: str) -> str:
 def plot_phases(item: Interpretation) -> Figure:
     """The mean of each control over the run, from its own mean and in its spread over tasks and time; the two change
     points with their 95 % intervals, and the paper's. All tasks, then each family."""
-    panels = {label: item.curves["family"].get(label) for label in item.phases} | {ALL: item.curves[ALL][ALL]}
-    if len(item.phases) == 2:  # a single family is all there is
-        panels = {ALL: panels[ALL]}
+    panels: Mapping[str, Curve] = {ALL: item.curves[ALL][ALL], **item.curves["family"]}
+    if len(panels) == 2:  # a single family is all there is
+        panels = item.curves[ALL]
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(9, 2.7 * rows + 1.1))
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     looks = _control_looks(item.runs.names)
     for axis, (label, curve) in zip(axes, panels.items(), strict=False):
-        assert curve is not None
         _boundaries(axis, item.phases[label])
         mean = curve.array("mean")
         scaled = (mean - mean.mean(0)) / item.runs.spread
@@ -204,7 +203,7 @@ def plot_importance(importance: Importance) -> Figure:
     order = ranking(importance)
     values = [draws.mean(0)[order] for draws in (importance.among, importance.along)]
     highest = max(float(each.max()) for each in values)
-    figure = Figure(figsize=(3.2 + 1.05 * len(importance.controls), 1.9 + 0.3 * len(order)))
+    figure = Figure(figsize=(max(6.5, 3.2 + 1.05 * len(importance.controls)), 1.9 + 0.3 * len(order)))
     axes = figure.subplots(1, 2, sharey=True)
     titles = ("the value of another task,\nat the same inner step", "the value of the same task,\nat another refresh")
     for axis, shares, title in zip(axes, values, titles, strict=True):

@@ -116,9 +116,10 @@ def _curve_notes(item: Interpretation) -> list[str]:
     notes = [
         "Means over inner runs of the last outer steps of meta-training, on its own datasets, in "
         f"{', '.join(PHASE_NAMES)} of the run, the phases of the paper. Mixture weights by the name of their basis "
-        "loss. What the policy leaves where it is has no column.",
+        "loss. What the policy leaves where it is has no column. Groups differ in more than in what they are named "
+        "for: what an architecture reads is of one family, say.",
     ]
-    notes += [f"Not measured are the {what}: {reason}." for what, reason in item.not_measured.items()]
+    notes += [f"Not measured: {what} ({reason})." for what, reason in item.not_measured.items()]
     if item.runs.left_out:
         notes.append(f"{item.runs.left_out} inner runs are left out, as they are not whole or not finite.")
     return notes
@@ -164,8 +165,8 @@ def _importance_cells(importance: Importance) -> Cells:
 def _importance_notes() -> list[str]:
     return [
         "Mean absolute change of what the policy asks for, in standard deviations of each control over the recorded "
-        "states, when it is given a feature's values of another task at the same inner steps (*among tasks*), or of "
-        "the same task at other refreshes (*along the run*): the mean over the controls, then both for each control. "
+        "states, when it is given a feature's values of another task at the same inner steps (among tasks), or of "
+        "the same task at other refreshes (along the run): the mean over the controls, then both for each control. "
         "Of two mixture weights one is there, as the other is its mirror.",
         f"Mean over {SEEDS} random permutations; in brackets the standard deviation from one permutation to another, "
         "which says nothing of other tasks or policies. Time is the same for all tasks, and what is known of a task "

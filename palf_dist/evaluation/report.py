@@ -220,13 +220,16 @@ def _page(
         )
     for item in interpretation_tables(interpretation) if interpretation else ():
         tables.append(_table(item.title, item.cells, [""] * len(item.cells[1]), item.notes))
+    facts = _facts(config, metrics, card)
+    if interpretation is not None and not interpretation.curves:
+        facts["what the policy does"] = f"not measured: {interpretation.not_measured['curves']}"
     return render_page(
         "report.html.j2",
         pictures,
         CAPTIONS,
         name=config.name,
         headline=headline_sentence(comparisons),
-        facts=_facts(config, metrics, card),
+        facts=facts,
         tables=tables,
         usage=usage(join(location, policy)) if (run_dir / policy).exists() and config.policy.shield is None else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),

@@ -138,7 +138,7 @@ def test_several_policies_are_averaged() -> None:
 def test_why_there_is_no_importance(policy: PolicyArtefact | None, reason: str) -> None:
     item = of(policy=policy)
     assert item.importance is None and reason in item.not_measured["importance"] and item.phases
-    assert "Not measured are the importance: " in "".join(section(item)) and to_record(item)["importance"] is None
+    assert "Not measured: importance (" in "".join(section(item)) and to_record(item)["importance"] is None
 
 
 def test_a_policy_without_a_state_and_one_that_stays_where_it_is() -> None:

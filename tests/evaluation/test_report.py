@@ -62,7 +62,7 @@ def test_the_page_says_what_the_policy_does(report):
     page = report.page.read_text()
     assert "<h2>What the policy sets</h2>" in page and "<h2>Phases of the run</h2>" in page
     assert "<td>noise above 0.3</td>" in page and "<td>image</td>" in page
-    assert "Not measured are the importance: the trajectories do not hold what the policy reads: entropy" in page
+    assert "Not measured: importance (the trajectories do not hold what the policy reads: entropy" in page
 
 
 def test_a_policy_that_no_loop_takes_is_shown_without_one(tmp_path):
@@ -88,6 +88,13 @@ def test_a_partial_run_says_what_is_not_there_yet(tmp_path):
     page = report.page.read_text()
     assert "no held-out results yet" in page and "No policy has been selected yet" in page and "3 of 100" in page
     assert "6 applied, 0 reissued, 0 refused<" in page
+
+
+def test_a_policy_that_does_nothing_is_said_to(tmp_path):
+    run = write_run(tmp_path / "run", outer_steps=1, trajectories=1)
+    (run / CONFIG).write_text(dump_config(load_config(run / CONFIG, ["inner.steps=300"])))
+    page = make_report(run).page.read_text()
+    assert "not measured: no inner run of the trajectories is whole and finite (40 are not)" in page
 
 
 def test_a_run_that_has_only_begun(tmp_path, run_dir):
