@@ -76,6 +76,12 @@ def test_the_published_table_and_the_quick_look(cli: Command) -> None:
     assert not known & set(record["not_measured"])
     assert re.search(r"\nheld_out_designs +1\n", said["results"].out) and "mlflow  off" in said["results"].out
     assert "page    docs/results.md" in said["results"].out
+    explained = record["interpretation"]
+    assert explained["inner_runs"] == 2 * 4 * 2 * 2 and explained["left_out"] == 0, "folds, outer steps, groups, tasks"
+    assert {*explained["not_measured"]} == {"phases"}, "three refreshes are too few"
+    assert {"time", "entropy", "noise_rate"} < {*explained["importance"]["features"]}
+    pictures = {path.stem for path in Path("docs/results").iterdir()}
+    assert pictures == {"held_out", "noise", "alpha", "controls", "importance"}
     assert "figures are no results" in " ".join(said["evaluate"].out.split())
     assert "noise-0.4" in said["evaluate"].out
 

@@ -2,15 +2,15 @@
 
 A verdict follows from a mean with its 95 % interval (Student's t, clustered by dataset) by one rule: "reproduced" where
 the interval lies above zero and the mean reaches what is claimed, "opposite" where the interval lies below zero, "not
-reproduced" otherwise, and "not measured" where there is no such figure or too little to judge it by. Two claims have
-rules of their own: that about every single dataset, by the intervals of the datasets, and that about time, which a
-benchmark measures.
+reproduced" otherwise, and "not measured" where there is no such figure or too little to judge it by. The claims about
+every single dataset, about distinct phases and about features have rules of their own, by intervals as well, and that
+about time goes by a benchmark.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,15 +18,18 @@ import numpy as np
 import pyarrow as pa
 
 from palf_dist.config import RunConfig
+from palf_dist.evaluation.change_points import PAPER_PHASES, Phases
 from palf_dist.evaluation.conditions import imbalanced
 from palf_dist.evaluation.headline import POLICY, Figure, best_adaptive
 from palf_dist.evaluation.inference import Estimate, clustered_mean
+from palf_dist.evaluation.inner_runs import dataset_facts
+from palf_dist.evaluation.interpretation import ALL, Interpretation
+from palf_dist.evaluation.interpretation_tables import in_words, ranking
 from palf_dist.evaluation.measures import MEASURES
 from palf_dist.evaluation.methods import LEARNED, PAPER_BASIS, REFERENCE, is_claimed
-from palf_dist.evaluation.statistics import Comparison, clusters_of, compare_each
+from palf_dist.evaluation.statistics import Comparison, compare_each
 from palf_dist.evaluation.table import interval, label_of, signed
 from palf_dist.policies import policy_spec
-from palf_dist.tasks.registry import REGISTRY
 
 Verdict = Literal["reproduced", "not reproduced", "opposite", "not measured"]
 
@@ -39,11 +42,11 @@ PAPER_BASELINES = (
 )
 """The baselines of the paper that are methods here. InfoNCE alone trains no output layer."""
 
-PHASES = ((0.0, 0.2), (0.2, 0.8), (0.8, 1.0))
-"""Shares of the run: exploration, exploitation and refinement, as section 6 has them."""
-
 PHASE_WEIGHTS = (("focal", "info_nce"), ("ce", "label_smoothing"), ("label_smoothing", "symmetric_ce"))
 """The basis losses that are said to gain weight in each phase."""
+
+PAPER_INFORMATIVE = ("gradient_norm", "entropy")
+"""The state features that are said to be the most informative."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Evidence:
     compared: Sequence[Comparison]
     pairs: Sequence[Comparison]
     trajectories: pa.Table | None  # of the last outer steps of meta-training
+    interpretation: Interpretation | None = None  # of these
 
 
 @dataclass(frozen=True)
@@ -198,14 +202,15 @@ def _other_families(evidence: Evidence) -> Finding:
 
 
 def phase_gains(trajectories: pa.Table, steps: int, clusters: Mapping[str, str]) -> list[Estimate]:
-    """For each of ``PHASES``, in percent, the weight of its ``PHASE_WEIGHTS`` there above that before it; of the first
-    phase, above that after it. Means over tasks, clustered by ``clusters`` of their datasets; ``steps``: of an inner
-    run. None at all where the policy was not asked in every phase. The column ``run`` tells several runs apart."""
+    """For each of ``PAPER_PHASES``, in percent, the weight of its ``PHASE_WEIGHTS`` there above that before it; of the
+    first phase, above that after it. Means over tasks, clustered by ``clusters`` of their datasets; ``steps``: of an
+    inner run. None at all where the policy was not asked in every phase. The column ``run`` tells several runs
+    apart."""
     alpha = sorted({f"alpha_{name}" for names in PHASE_WEIGHTS for name in names})
     keys = ["run", "outer_step", "group", "task", "dataset"]
     frame = trajectories.select([*keys, "inner_step", *alpha]).to_pandas().dropna()
-    frame["phase"] = np.searchsorted([stop * steps for _, stop in PHASES[:-1]], frame["inner_step"], side="right")
-    if set(frame["phase"]) != set(range(len(PHASES))):
+    frame["phase"] = np.searchsorted([stop * steps for _, stop in PAPER_PHASES[:-1]], frame["inner_step"], side="right")
+    if set(frame["phase"]) != set(range(len(PAPER_PHASES))):
         return []
     means = frame.groupby([*keys, "phase"])[alpha].mean().unstack("phase").dropna()
     gains = []
@@ -217,19 +222,6 @@ def phase_gains(trajectories: pa.Table, steps: int, clusters: Mapping[str, str])
     return gains
 
 
-def _clusters_of_training(evidence: Evidence, names: Iterable[str]) -> dict[str, str]:
-    """As ``clusters_of``, for datasets that are trained on: those that another fold judges are in the rows, and of the
-    others the registry or their path has the origin."""
-    paths = {source.name: source.path for source in evidence.config.data.train}
-    known = {row["dataset"]: row.get("origin") for row in evidence.rows}
-
-    def origin(name: str) -> object:
-        path = paths.get(name)
-        return known.get(name) or path or (REGISTRY[name].origin if name in REGISTRY else name)
-
-    return clusters_of({"dataset": name, "origin": origin(name)} for name in sorted(names))
-
-
 def _phases(evidence: Evidence) -> Finding:
     basis = policy_spec(evidence.config.policy).basis
     missing = sorted({name for names in PHASE_WEIGHTS for name in names} - set(basis))
@@ -237,19 +229,78 @@ def _phases(evidence: Evidence) -> Finding:
         return Finding(f"nothing: this policy mixes {', '.join(basis)}, without {', '.join(missing)}", "not measured")
     if evidence.trajectories is None:
         return Finding("nothing: these runs have no trajectories", "not measured")
-    clusters = _clusters_of_training(evidence, evidence.trajectories["dataset"].unique().to_pylist())
+    names = evidence.trajectories["dataset"].unique().to_pylist()
+    facts = dataset_facts(names, evidence.config.data.train, evidence.rows)
+    clusters = {name: fact.cluster for name, fact in facts.items()}
     gains = phase_gains(evidence.trajectories, evidence.config.inner.steps, clusters)
     if not gains:
         return Finding("nothing: the policy was not asked in every phase", "not measured")
     verdicts = {judge(gain) for gain in gains}
     words = ", ".join(
         f"{' + '.join(label_of(name) for name in names)} {signed(gain)} in {start:.0%} to {stop:.0%}"
-        for (start, stop), names, gain in zip(PHASES, PHASE_WEIGHTS, gains, strict=True)
+        for (start, stop), names, gain in zip(PAPER_PHASES, PHASE_WEIGHTS, gains, strict=True)
     )
     verdict: Verdict = (
         verdicts.pop() if len(verdicts) == 1 else "not measured" if "not measured" in verdicts else "not reproduced"
     )
     return Finding(f"percent of weight gained: {words}", verdict)
+
+
+def _three_phases(evidence: Evidence) -> Finding:
+    """Of all controls that the policy moves, whatever losses it mixes. Reproduced: three constants explain more of the
+    mean controls over time than a line with one bend does, and the paper's boundaries lie within the intervals of the
+    two change points. Opposite: they explain less, so that the change is gradual."""
+    item = evidence.interpretation
+    if item is None:
+        return Finding("nothing: these runs have no trajectories", "not measured")
+    if ALL not in item.phases:
+        return Finding(f"nothing: {item.not_measured['phases']}", "not measured")
+    phases = item.phases[ALL]
+    if phases.clusters < FEWEST_CLUSTERS:
+        few = f"{phases.clusters} independent datasets, and a verdict takes {FEWEST_CLUSTERS}"
+        return Finding(f"{in_words(phases)}; {few}", "not measured")
+    return Finding(in_words(phases), _phase_verdict(phases))
+
+
+def _phase_verdict(phases: Phases) -> Verdict:
+    low, high = phases.ahead
+    if high < 0:
+        return "opposite"
+    return "reproduced" if low > 0 and all(phases.agree) else "not reproduced"
+
+
+def _informative(evidence: Evidence) -> Finding:
+    """By permutation importance. Reproduced: the lesser of the two moves the controls more than any other feature;
+    opposite: the greater of the two less than each other feature."""
+    item = evidence.interpretation
+    if item is None or item.importance is None:
+        reason = item.not_measured["importance"] if item else "these runs have no trajectories"
+        return Finding(f"nothing: {reason}", "not measured")
+    importance = item.importance
+    first = ", ".join(importance.features[index].replace("_", " ") for index in ranking(importance)[:3])
+    words = f"the controls are moved most by {first}"
+    if missing := [name for name in PAPER_INFORMATIVE if name not in importance.features]:
+        return Finding(f"{words}; this policy does not read {', '.join(missing)}", "not measured")
+    named = [index for index, name in enumerate(importance.features) if name in PAPER_INFORMATIVE]
+    others = np.delete(importance.by_run, named, axis=1)
+    if not others.shape[1]:
+        return Finding(f"{words}; this policy reads nothing else", "not measured")
+    total = importance.by_run.mean(0)
+    weaker, stronger = sorted(named, key=lambda index: total[index])
+    rivals = np.delete(total, named)
+    ahead, behind = (
+        clustered_mean(importance.by_run[:, own] - others[:, rival], item.runs.clusters.tolist())
+        for own, rival in ((weaker, rivals.argmax()), (stronger, rivals.argmin()))
+    )
+    if reason := _too_little(ahead):
+        return Finding(f"{words}; {reason}", "not measured")
+    verdict: Verdict = "reproduced" if ahead.low > 0 else "opposite" if behind.high < 0 else "not reproduced"
+    name = importance.features[weaker].replace("_", " ")
+    return Finding(
+        f"{words}; {name} against the strongest other feature {signed(ahead)} standard deviations, 95 % interval "
+        f"{interval(ahead)}",
+        verdict,
+    )
 
 
 CLAIMS = (
@@ -274,6 +325,7 @@ CLAIMS = (
         _nothing("docs/results_hedge.md tells which rate holds, for the Hedge policy"),
     ),
     Claim("converges to a stationary point with probability 1 (theorem 1)", _nothing("no finite run can show it")),
+    Claim("three distinct phases, with boundaries at 20 % and 80 % of the run (6)", _three_phases),
     Claim(
         "phases: focal and InfoNCE in 0-20 % of the run, cross-entropy and label smoothing in 20-80 %, label smoothing "
         "and symmetric cross-entropy in 80-100 % (6)",
@@ -293,8 +345,9 @@ CLAIMS = (
         _nothing("takes runs without these losses"),
     ),
     Claim(
-        "gradient norm and prediction entropy are the most informative features (5.3)",
-        _nothing("takes runs without each feature"),
+        "gradient norm and prediction entropy are the most informative features (5.3, from runs without each; here: "
+        "those that move the controls most)",
+        _informative,
     ),
     Claim(
         "updating the policy every 100 iterations is best (5.3)",

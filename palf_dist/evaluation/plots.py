@@ -112,7 +112,7 @@ def plot_alpha(trajectories: pa.Table) -> Figure:
         figure.text(0.5, 0.5, f"none of {len(finite)} trajectory rows is finite", ha="center", va="center")
         return figure
     data = {name: column[finite] for name, column in data.items()}
-    level = _noise_level(data["noise_rate"])
+    level = noise_level(data["noise_rate"])
     names, counts = np.unique(data["dataset"].astype(str), return_counts=True)
     datasets = sorted(names[np.argsort(-counts, kind="stable")][:MAX_DATASETS])
     basis = [name for name in BASIS_LOSSES if f"alpha_{name}" in data and data[f"alpha_{name}"].max() > 1e-3]
@@ -319,7 +319,7 @@ def _is_plotted(column: str) -> bool:
     return column in {"dataset", "noise_rate", "inner_step", *HYPERPARAMETERS} or column.startswith("alpha_")
 
 
-def _noise_level(rates: np.ndarray) -> np.ndarray:
+def noise_level(rates: np.ndarray) -> np.ndarray:
     """Index into ``NOISE_LEVELS`` of each rate."""
     return np.searchsorted([high for _, _, high, _, _ in NOISE_LEVELS[:-1]], rates)
 

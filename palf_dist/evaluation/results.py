@@ -21,6 +21,11 @@ from palf_dist.evaluation.claims import FEWEST_CLUSTERS, Evidence, findings
 from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.designs import RESULTS_JSON, Look, look, published_designs, with_look
 from palf_dist.evaluation.headline import Figure, headline
+from palf_dist.evaluation.inner_runs import dataset_facts
+from palf_dist.evaluation.interpretation import Interpretation, interpret
+from palf_dist.evaluation.interpretation_plots import pictures as interpretation_pictures
+from palf_dist.evaluation.interpretation_tables import section
+from palf_dist.evaluation.interpretation_tables import to_record as interpretation_record
 from palf_dist.evaluation.overhead import overhead_figure, read_overheads
 from palf_dist.evaluation.report import CAPTIONS, comparison_pictures, headline_sentence, last_trajectories
 from palf_dist.evaluation.runs import JoinedRuns, JudgedRun, read_runs
@@ -41,8 +46,10 @@ from palf_dist.evaluation.table import (
 )
 from palf_dist.evaluation.targets import judge_targets, target_cells
 from palf_dist.evaluation.transfer import Transfer, compare_transfer, transfer_figures, transfer_page
+from palf_dist.policies.policy_file import load_policy
 from palf_dist.redaction import redact
-from palf_dist.storage import is_remote, local_path
+from palf_dist.run_directory import BEST
+from palf_dist.storage import is_remote, join, local_path
 
 RESULTS_MARKDOWN, PICTURES = "results.md", "results"
 BLOCK = ("<!-- results -->", "<!-- end of results -->")
@@ -88,7 +95,10 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
     family_figures = headline(family_rows, family_compared, family_pairs, runs.config) if family_rows else {}
     trajectories = _trajectories(runs.folds)
-    claims = findings(Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories))
+    interpretation = None if trajectories is None else _interpretation(runs, trajectories)
+    claims = findings(
+        Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories, interpretation)
+    )
     targets = judge_targets(figures, family_figures)
     designs = _with_designs(published, runs, figures)
     record = {
@@ -104,12 +114,16 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
         "pairs": to_pair_records(pairs),
         "families": to_records(family_compared),
         "family_headline": {name: number(figure.value) for name, figure in family_figures.items()},
+        "interpretation": None if interpretation is None else interpretation_record(interpretation),
         "transfers": {kind: to_records(transfer.compared) for kind, transfer in transfers.items()},
         "runs": [_about(run) for run in runs.all],
     }
     pictures = comparison_pictures(compared)
     if trajectories is not None:
         pictures["alpha"] = plots.to_png(plots.plot_alpha(trajectories))
+    explained = {} if interpretation is None else interpretation_pictures(interpretation)
+    shown = (list(pictures), list(explained))
+    pictures |= explained
     page = _page(
         runs,
         (figures, family_figures),
@@ -120,7 +134,8 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
         targets,
         claims,
         designs,
-        list(pictures),
+        interpretation,
+        shown,
     )
     try:
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
@@ -177,6 +192,14 @@ def _trajectories(folds: Sequence[JudgedRun]) -> pa.Table | None:
     return pa.concat_tables([table for _, table in tables]) if tables else None
 
 
+def _interpretation(runs: JoinedRuns, trajectories: pa.Table) -> Interpretation:
+    """Of the trajectories that ``_trajectories`` gives."""
+    folds = [run for run in runs.folds if run.learned is None]
+    sources = [source for run in folds for source in run.config.data.train]
+    facts = dataset_facts(trajectories["dataset"].unique().to_pylist(), sources, runs.rows)
+    return interpret(trajectories, runs.config, facts, [load_policy(join(run.place, BEST)) for run in folds])
+
+
 def _details(figure: Figure) -> dict[str, Any]:
     estimate = figure.estimate
     assert estimate is not None
@@ -216,9 +239,11 @@ def _page(
     targets: Sequence[Mapping[str, Any]],
     claims: Sequence[Mapping[str, str]],
     designs: Sequence[Mapping[str, Any]],
-    pictures: Sequence[str],
+    interpretation: Interpretation | None,
+    pictures: tuple[Sequence[str], Sequence[str]],
 ) -> str:
-    """results.md."""
+    """results.md. ``pictures``: names of those of the comparison, and of the interpretation."""
+    compared, explained = ([f"![{name}]({PICTURES}/{name}.png)\n\n{CAPTIONS[name]}\n" for name in p] for p in pictures)
     parts = [
         f"# Results: {runs.config.name}\n",
         "Written by `palf-dist results`, never by hand; [evaluation.md](evaluation.md) explains every figure, and "
@@ -236,7 +261,10 @@ def _page(
         f"measurements. *not measured* also with fewer than {FEWEST_CLUSTERS} independent datasets.\n",
         markdown_table(target_cells(targets), texts=4),
         *(["## Datasets as they are\n", f"{CAVEAT}\n", markdown_table(as_is.cells())] if as_is.differences else []),
-        *(f"![{name}]({PICTURES}/{name}.png)\n\n{CAPTIONS[name]}\n" for name in pictures),
+        *compared,
+        "## What the policy does\n",
+        *section(interpretation),
+        *explained,
     ]
     if runs.families:
         families = ", ".join(sorted({run.family or "" for run in runs.families}))
@@ -252,8 +280,8 @@ def _page(
         "## The claims of the paper\n",
         "*reproduced* where the 95 % interval lies above zero and the mean reaches what is claimed; *opposite* where "
         "the interval lies below zero; else *not reproduced*. *not measured* where there is no such figure, or fewer "
-        f"than {FEWEST_CLUSTERS} independent datasets. The claim about every dataset goes by their own intervals, "
-        "that about time by the benchmark of overhead alone.\n",
+        f"than {FEWEST_CLUSTERS} independent datasets. The claims about every dataset, distinct phases and features "
+        "have rules of their own, and that about time goes by the benchmark of overhead alone.\n",
         markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in claims]), texts=3),
         "## Runs\n",
         markdown_table(_run_cells(runs.all), texts=3),

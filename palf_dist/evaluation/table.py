@@ -115,12 +115,12 @@ def to_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] =
 
 def to_main_markdown(comparisons: Sequence[Comparison]) -> str:
     """The first table of ``to_markdown``, by accuracy, with its notes."""
-    return "\n".join([_bold_table(to_cells(comparisons), comparisons), _markdown_notes(table_notes(comparisons))])
+    return "\n".join([_bold_table(to_cells(comparisons), comparisons), markdown_notes(table_notes(comparisons))])
 
 
 def to_other_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] = ()) -> str:
     """What comes after it in ``to_markdown``."""
-    parts = [_bold_table(to_measure_cells(comparisons), comparisons), _markdown_notes(measure_notes(comparisons))]
+    parts = [_bold_table(to_measure_cells(comparisons), comparisons), markdown_notes(measure_notes(comparisons))]
     if pairs:
         title = f"The {label_of(pairs[0].method)} against each of the others, in points of accuracy:\n"
         parts += [title, markdown_table(to_pair_cells(pairs))]
@@ -310,7 +310,8 @@ def markdown_table(table: Cells, bold: Sequence[bool] | None = None, texts: int 
     return "\n".join(lines) + "\n"
 
 
-def _markdown_notes(notes: Sequence[str]) -> str:
+def markdown_notes(notes: Sequence[str]) -> str:
+    """The notes below a table, as a Markdown list."""
     return "".join(f"- {note}\n" for note in notes)
 
 

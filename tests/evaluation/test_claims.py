@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from palf_dist.config_loading import parse_config
+from palf_dist.evaluation.change_points import Phases
 from palf_dist.evaluation.claims import CLAIMS, Evidence, findings, judge, phase_gains
 from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.headline import Figure, headline
+from palf_dist.evaluation.importance import Importance
 from palf_dist.evaluation.inference import clustered_mean
+from palf_dist.evaluation.inner_runs import InnerRuns
+from palf_dist.evaluation.interpretation import Interpretation
 from palf_dist.evaluation.overhead import overhead_figure
 from palf_dist.randomness import random_generator
 from tests.evaluation.synthetic import TRAINING, few_rows, trajectory
@@ -24,12 +29,12 @@ def config(*overrides):
     return parse_config("data: {train: [digits], held_out: [iris, wine]}", "a", overrides)
 
 
-def evidence(rows, *overrides, trajectories=None, overhead=None):
+def evidence(rows, *overrides, trajectories=None, overhead=None, interpretation=None):
     compared, pairs = held_out(rows)
     figures = headline(rows, compared, pairs, config(*overrides)) | {
         "overhead_percent": overhead or overhead_figure(None)
     }
-    return Evidence(config(*overrides), figures, {}, rows, compared, pairs, trajectories)
+    return Evidence(config(*overrides), figures, {}, rows, compared, pairs, trajectories, interpretation)
 
 
 def found(rows, start, *overrides, **more):
@@ -228,6 +233,76 @@ def test_phases():
     assert found(with_gain(0.0), start, kind)["measured"] == "nothing: these runs have no trajectories"
     robust = found(with_gain(0.0), start, trajectories=table)
     assert robust["verdict"] == "not measured" and "mixes ce, robust_ce, without focal, info_nce" in robust["measured"]
+
+
+def three_phases(*, clusters=6, ahead=(0.1, 0.2), second=(0.8, 0.8)):
+    phases = Phases((0.2, 0.8), ((0.2, 0.2), second), 1 / 15, 0.9, 0.75, ahead, 60, clusters)
+    nothing = np.empty((0, 15, 1))
+    runs = InnerRuns(np.arange(15) / 15, ("e",), nothing, np.ones(1), (), nothing, np.empty(0), np.empty(0), {}, 0)
+    return Interpretation(runs, phases={"all": phases}, not_measured={"importance": "no policy"})
+
+
+@pytest.mark.parametrize(
+    ("item", "verdict", "words"),
+    [
+        (three_phases(), "reproduced", "boundaries at 20 % (20 to 20 %) and 80 % (80 to 80 %) of the run"),
+        (three_phases(second=(0.3, 0.6)), "not reproduced", "80 % (30 to 60 %)"),
+        (three_phases(ahead=(-0.1, 0.2)), "not reproduced", "75 % (difference -10 to +20 %)"),
+        (three_phases(ahead=(-0.2, -0.1)), "opposite", "a line with one bend"),
+        (three_phases(clusters=4), "not measured", "4 independent datasets, and a verdict takes 5"),
+        (
+            Interpretation(None, not_measured={"phases": "too few", "importance": "no policy"}),
+            "not measured",
+            "nothing: too few",
+        ),
+        (None, "not measured", "nothing: these runs have no trajectories"),
+    ],
+)
+def test_three_phases(item, verdict, words):
+    entry = found(with_gain(0.0), "three distinct phases", interpretation=item)
+    assert entry["verdict"] == verdict and words in entry["measured"]
+
+
+def moved_by(**sizes):
+    """An interpretation in which each feature moves the controls by so much, of six datasets with a bit of scatter."""
+    scatter = 0.1 * random_generator("moved").normal(size=(12, len(sizes)))
+    by_run = np.array([*sizes.values()]) + scatter
+    draws = by_run.mean(0)[None, :, None].repeat(10, 0) / 2
+    runs = replace(three_phases().runs, clusters=np.array([*"aabbccddeeff"]))
+    return Interpretation(
+        runs, phases=three_phases().phases, importance=Importance(tuple(sizes), ("e",), draws, draws, by_run)
+    )
+
+
+INFORMATIVE = "gradient norm and prediction entropy"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "verdict"),
+    [
+        ({"time": 1.0, "entropy": 4.0, "loss": 2.0, "gradient_norm": 3.0}, "reproduced"),
+        ({"time": 1.0, "entropy": 4.0, "loss": 2.0, "gradient_norm": 2.0}, "not reproduced"),
+        ({"time": 3.0, "entropy": 4.0, "loss": 2.0, "gradient_norm": 1.0}, "not reproduced"),
+        ({"time": 3.0, "entropy": 0.5, "loss": 2.0, "gradient_norm": 1.0}, "opposite"),
+        ({"time": 3.0, "entropy": 0.5, "loss": 2.0}, "not measured"),
+        ({"entropy": 0.5, "gradient_norm": 2.0}, "not measured"),
+    ],
+)
+def test_the_most_informative_features(sizes, verdict):
+    entry = found(with_gain(0.0), INFORMATIVE, interpretation=moved_by(**sizes))
+    assert entry["verdict"] == verdict
+    first = max(sizes, key=sizes.get).replace("_", " ")
+    assert entry["measured"].startswith(f"the controls are moved most by {first}, ")
+
+
+def test_few_datasets_or_none_tell_of_no_feature():
+    item = moved_by(time=1.0, entropy=4.0, gradient_norm=3.0)
+    few = replace(item, runs=replace(item.runs, clusters=np.array([*"aaabbbcccddd"])))
+    entry = found(with_gain(0.0), INFORMATIVE, interpretation=few)
+    assert entry["verdict"] == "not measured" and "4 independent datasets" in entry["measured"]
+    nothing = replace(item, importance=None, not_measured={"importance": "no states"})
+    assert found(with_gain(0.0), INFORMATIVE, interpretation=nothing)["measured"] == "nothing: no states"
+    assert found(with_gain(0.0), INFORMATIVE)["verdict"] == "not measured"
 
 
 def test_every_claim_has_an_entry_of_three_texts():

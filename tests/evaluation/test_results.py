@@ -60,7 +60,8 @@ def test_the_joined_report_is_that_of_one_run_over_all_rows(made, tmp_path):
             one.folder / f"{name}.png"
         ).read_bytes()
         assert f"](results/{name}.png)" in page
-    assert {path.name for path in made.pictures} == {"held_out.png", "noise.png", "alpha.png"}
+    explained = {"alpha.png", "controls.png", "phases.png"}
+    assert {path.name for path in made.pictures} == {"held_out.png", "noise.png", *explained}
     assert json.loads(made.json.read_text()) == made.record
 
 
