@@ -98,7 +98,8 @@ def run_all(runs: Iterable[Run], folder: Path, processes: int) -> Iterator[str]:
     # Every process keeps to one thread: the libraries read this when they are imported, in the new process.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     interrupted = threading.Event()
-    # No exception: raised in a callback it would be lost, and the death of a process be taken for a fault.
+    # No exception, which Python drops where it comes in a callback: its processes, which die of the same signal, would
+    # then be taken for broken ones.
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
         with ProcessPoolExecutor(processes, get_context("spawn"), _quiet) as pool:

@@ -36,9 +36,8 @@ _FAMILIES = {
 
 def fits(architecture: Architecture, dataset: EncodedDataset) -> bool:
     """True when the architecture can read the dataset."""
-    if isinstance(architecture, MLPConfig) and architecture.words is not None and dataset.family == "text":
-        return True
-    return dataset.family in _FAMILIES[_reads(architecture)]
+    reads_texts = isinstance(architecture, MLPConfig) and architecture.words is not None
+    return dataset.family in _FAMILIES[_reads(architecture)] or (reads_texts and dataset.family == "text")
 
 
 def group_shape(architecture: Architecture, datasets: list[EncodedDataset]) -> InputShape:
@@ -66,9 +65,9 @@ def read_inputs(
     """Inputs of ``rows`` [n], unpadded, one array per kind of column (types.Inputs without the task axis).
 
     The training rows are those from ``first_train`` on. Numeric columns and pixels: standardised by the training rows
-    (per column; for resized images per channel), clamped to +-6, 0 where missing or constant. Categories that no
-    training row has: 0. A module that reads ``numeric`` gets the categories one-hot behind the numeric columns, an MLP
-    the words of a text as tf-idf of their hash buckets, each text with a mean square of 1.
+    (per column; images per channel, but per pixel where they are flat and not resized), clamped to +-6, 0 where missing
+    or constant. Categories that no training row has: 0. A module that reads ``numeric`` gets the categories one-hot
+    behind the numeric columns, an MLP the words of a text as tf-idf of their hash buckets with a mean square of 1.
     """
     reads = _reads(architecture)
     if isinstance(architecture, MLPConfig):

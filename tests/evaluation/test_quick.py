@@ -11,7 +11,9 @@ from palf_dist.evaluation.claims import PAPER_BASELINES
 from palf_dist.evaluation.methods import LEARNED, REFERENCE, TUNED, select_methods, tuned_together
 from palf_dist.evaluation.quick import CONDITIONS, METHODS, cut
 from palf_dist.preparation import tune_units
+from palf_dist.tasks.inputs import fits
 from palf_dist.tasks.suites import load_suite, suite_overrides
+from tests.tasks.cases import image_dataset, text_dataset, toy_dataset
 
 PALF12 = Path(__file__).parents[2] / "configs" / "palf12.yaml"
 
@@ -27,6 +29,14 @@ def test_the_published_comparison_has_the_tuned_baselines(palf12):
         palf12.evaluation.methods
     )
     assert tuned <= {method.name for method in tuned_together(palf12.evaluation.methods)}
+
+
+def test_the_published_network_reads_every_family(palf12):
+    """So that a run can hold out a whole family: what is judged has been tuned and trained on the others."""
+    (network,) = palf12.tasks.architectures
+    datasets = {dataset.family: dataset for dataset in (toy_dataset(), image_dataset(), text_dataset())}
+    assert {*load_suite("palf12").families} == {*datasets}
+    assert all(fits(network, dataset) for dataset in datasets.values())
 
 
 def test_the_published_comparison_becomes_a_small_one(palf12):

@@ -74,7 +74,8 @@ def test_palf12_is_what_it_says() -> None:
         "target_prior": "train",
         "train_size": None,
     }
-    assert [conditions[f"noise-{rate}"].noise_rate for rate in (0.2, 0.4)] == [0.2, 0.4]
+    noisy = [conditions[f"noise-{rate}"] for rate in (0.2, 0.4)]
+    assert [(item.noise_rate, item.train_size) for item in noisy] == [(0.2, 1000), (0.4, 1000)]
     priors = [conditions[f"imbalance-{prior}"].target_prior for prior in ("matched", "shifted")]
     assert priors == ["train", "uniform"]
 
