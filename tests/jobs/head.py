@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -39,7 +40,7 @@ class Head:
 def started(cache: Path) -> Iterator[Head]:
     """A head with two CPUs whose jobs run this code; every process of it has ended afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="palf-head-", dir="/tmp"))  # Ray's sockets need a short path
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent, client = free_ports(4)
     head = Head(f"http://127.0.0.1:{dashboard}", port, secrets.token_hex(32), folder)
     token = folder / "token"
     token.touch(0o600)
@@ -54,7 +55,7 @@ def started(cache: Path) -> Iterator[Head]:
     }
     options = f"--head --block --port={port} --dashboard-host=127.0.0.1 --dashboard-port={dashboard} --num-cpus=2"
     # Both have a default, which another Ray of this machine may have; without its agent a head takes no jobs.
-    options += f" --dashboard-agent-listen-port={free_port()} --ray-client-server-port={free_port()}"
+    options += f" --dashboard-agent-listen-port={agent} --ray-client-server-port={client}"
     options += f" --temp-dir={folder}/r --object-store-memory=100000000 --disable-usage-stats"
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -89,13 +90,19 @@ def processes(word: str) -> list[psutil.Process]:
     return found
 
 
-def free_port() -> int:
-    """A port that Ray does not want for its workers."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = int(server.getsockname()[1])
-        if port > 20000:
-            return port
+def free_ports(count: int) -> list[int]:
+    """So many different ports that nobody listens on.
+
+    They lie between Ray's worker ports and those that the kernel gives away by itself, so that nothing takes one
+    between this call and its use.
+    """
+    found: list[int] = []
+    for port in random.sample(range(20_001, 32_768), 1_000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def _wait_for(head: Head, process: subprocess.Popen[bytes]) -> None:
@@ -115,7 +122,7 @@ class Proxy:
     """A TCP proxy in front of a server; ``cut`` breaks every connection and refuses new ones until ``mend``."""
 
     target: int
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=lambda: free_ports(1)[0])
     sent: list[bytes] = field(default_factory=list)  # what clients sent, piece by piece
     _open: list[socket.socket] = field(default_factory=list)
     _server: socket.socket | None = None
