@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from palf_dist.config import NoiseKind, RunConfig
 from palf_dist.evaluation.conditions import imbalanced
 from palf_dist.evaluation.derived import BEST_STATIC, PICKED_STATIC, pick_rows
 from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.measures import MEASURES, Measure
 from palf_dist.evaluation.methods import LEARNED, METHODS, REFERENCE
-from palf_dist.evaluation.statistics import Comparison, compare_each
+from palf_dist.evaluation.statistics import Comparison, Task, clusters_of, compare_each, task_of
 from palf_dist.evaluation.table import label_of
 
 POLICY = "policy"
@@ -42,6 +44,7 @@ class Figure:
     of: str | None = None  # the method that the policy is compared with
     missing: tuple[str, ...] = ()  # labels of others that belong to the comparison and were not there
     unit: str = "points"  # of the estimate
+    clusters: int | None = None  # independent datasets behind a value that has no estimate
 
 
 def headline(
@@ -101,6 +104,7 @@ def headline(
         ),
         _against(pairs, "static_oracle", "diff_vs_oracle", "the static loss picked on each task's own test rows"),
         _steps_ratio(compared),
+        _mean_steps_ratio(rows),
     ]
     return {figure.name: figure for figure in figures}
 
@@ -196,3 +200,31 @@ def _steps_ratio(compared: Sequence[Comparison]) -> Figure:
         "steps to the reference's best accuracy on the task, all steps where never reached, over the reference's own"
     )
     return Figure(name, meaning, value / (value - difference.mean), difference, REFERENCE, unit="inner steps")
+
+
+def _mean_steps_ratio(rows: Sequence[Row]) -> Figure:
+    """By the curves of the mean accuracy: each task's own best is partly luck, which comes early in some runs."""
+    name = "steps_to_ce_best_mean_ratio"
+    curves: dict[str, dict[Task, Row]] = {POLICY: {}, REFERENCE: {}}
+    for row in rows:
+        if row["method"] in curves and row.get("curve_accuracy") is not None:
+            curves[row["method"]][task_of(row)] = row
+    tasks = curves[POLICY].keys() & curves[REFERENCE].keys()
+    lengths = {tuple(curves[method][task]["curve_steps"]) for method in curves for task in tasks}
+    if not tasks:
+        return Figure(name, "the rows of these runs have no learning curves")
+    if len(lengths) > 1:
+        return Figure(name, "the learning curves of these runs have moments that differ")
+    steps = lengths.pop()
+    mean = {m: np.mean([curves[m][task]["curve_accuracy"] for task in sorted(tasks)], axis=0) for m in curves}
+    best = int(np.argmax(mean[REFERENCE]))
+    if best == 0:
+        return Figure(name, "tuned CE is never better than before its first step")
+    reached = np.flatnonzero(mean[POLICY] >= mean[REFERENCE][best])
+    taken = steps[reached[0]] if len(reached) else steps[-1]
+    meaning = (
+        "steps to the best mean accuracy over all tasks that tuned CE has along the run, over its own: "
+        f"{taken if len(reached) else f'never in {taken}'} of {steps[best]}"
+    )
+    rows_of_tasks = (curves[POLICY][task] for task in tasks)
+    return Figure(name, meaning, taken / steps[best], clusters=len(set(clusters_of(rows_of_tasks).values())))

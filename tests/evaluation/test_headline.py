@@ -126,6 +126,7 @@ def test_each_figure_is_of_the_tasks_that_it_names() -> None:
         "diff_shifted_prior",
         "diff_unseen_noise_instance_dependent",
         "steps_to_ce_best_ratio",
+        "steps_to_ce_best_mean_ratio",
     }
     assert found["diff_unseen_noise_instance_dependent"].meaning.startswith("there are none: tasks with instance-dep")
 
@@ -170,3 +171,31 @@ def test_differences_of_steps_are_in_steps() -> None:
     figure = figures([curve(row) for row in made(("policy", "ce"))])["steps_to_ce_best_ratio"]
     assert figure.value == pytest.approx(1 / 3) and figure.unit == "inner steps"
     assert figure.estimate is not None and math.isclose(figure.estimate.mean, -60)
+
+
+def test_steps_by_the_mean_curve() -> None:
+    """Two tasks, whose best moments under CE are 50 and 150; that of their mean, .65, is 150."""
+    curves = {
+        ("ce", 0): [0.1, 0.7, 0.5, 0.5],
+        ("ce", 1): [0.1, 0.3, 0.4, 0.8],
+        ("policy", 0): [0.1, 0.5, 0.6, 0.6],
+        ("policy", 1): [0.1, 0.3, 0.9, 0.9],
+    }
+    tasks = [row for row in made(("policy", "ce")) if row["condition"] == "as-is"]
+    some = [row for row in tasks if row["dataset"] == tasks[0]["dataset"]]
+    rows = [
+        {**row, "curve_steps": [0, 50, 100, 150], "curve_accuracy": curves[row["method"], row["seed"]]}
+        for row in some
+        if row["seed"] < 2
+    ]
+    name = "steps_to_ce_best_mean_ratio"
+    assert len(rows) == 4
+    found = figures(rows)[name]
+    assert found.value == pytest.approx(100 / 150) and "100 of 150" in found.meaning and found.clusters == 1
+    never = [{**row, "curve_accuracy": [0.0] * 4} if row["method"] == "policy" else row for row in rows]
+    assert figures(never)[name].value == 1 and "never in 150 of 150" in figures(never)[name].meaning
+    other = [{**row, "curve_steps": [0, 60, 100, 150]} if row["seed"] == 0 else row for row in rows]
+    assert "differ" in figures(other)[name].meaning and figures(other)[name].value is None
+    flat = [{**row, "curve_accuracy": [0.5] * 4} for row in rows]
+    assert "never better than before" in figures(flat)[name].meaning
+    assert "no learning curves" in figures(some)[name].meaning
