@@ -83,7 +83,7 @@ def test_a_run_on_s3_is_the_run(object_store: ObjectStore, undisturbed: Path, tm
     record = json.loads(cli("report", uri, "--json").out)
     assert record["page"] == result.report.page
     pictures = {"held_out", "noise", "alpha", "controls", "importance", "outer_loss"}
-    assert {Path(picture).stem for picture in record["pictures"]} == pictures
+    assert set(record["pictures"]) == {join(uri, f"report/{name}.png") for name in pictures}
     assert "report/index.html" in Storage(uri).names("report")
     shown = cli("evaluate", str(result.policy), "--workers", "0", "--json")
     assert json.loads(shown.out)["held_out"] == record["held_out"], shown.err
