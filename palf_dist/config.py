@@ -207,6 +207,11 @@ class EstimatorConfig(Section):
     window: Count | None = Field(default=None, description="inner steps of a truncated window; none: the whole run")
     pairs: Count = Field(default=4, description="antithetic pairs of es and pes")
     sigma: Positive = Field(default=0.05, description="standard deviation of the perturbations of es and pes")
+    task_clip: Positive | None = Field(
+        default=None,
+        description="largest norm of one task's gradient with respect to its controls, of adjoint and one_step; none: "
+        "no limit",
+    )
 
 
 class OuterLossConfig(Section):

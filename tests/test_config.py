@@ -93,6 +93,10 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
         ("tracking: {enabled: 1}", "tracking.enabled: must be a valid boolean, not 1"),
         ("tracking: null", "tracking: must be a section of 'key: value' lines, not null"),
         ("name: a/b", "name: String should match pattern '^[\\w.-]+$', not \"a/b\""),
+        (
+            "estimator: {kind: es, task_clip: 1.0}",
+            "estimator.task_clip: es has no gradients of single tasks; leave it out",
+        ),
         ("estimator: {window: 200}", "estimator.window: must be at most inner.steps (150), not 200; or leave it out"),
         (
             "estimator: {window: 50}\ndistributed: {mode: async}",
