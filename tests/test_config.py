@@ -95,7 +95,7 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
         ("name: a/b", "name: String should match pattern '^[\\w.-]+$', not \"a/b\""),
         (
             "estimator: {kind: es, task_clip: 1.0}",
-            "estimator.task_clip: es has no gradients of single tasks; leave it out",
+            "estimator.task_clip: es has no gradients of single tasks; leave it out, or choose estimator.kind: adjoint",
         ),
         ("estimator: {window: 200}", "estimator.window: must be at most inner.steps (150), not 200; or leave it out"),
         (
