@@ -34,6 +34,7 @@ from palf_dist.cli_shared import (
     output,
     overrides_of_suite,
     refuse_differences,
+    refuse_quick_results,
     resumed_config,
 )
 from palf_dist.cli_tune import tune
@@ -185,15 +186,13 @@ def evaluate(
     """
     with output(as_json) as emit:
         from palf_dist.distributed.driver import evaluate_policy
-        from palf_dist.errors import ConfigError
         from palf_dist.evaluation.derived import held_out
         from palf_dist.evaluation.quick import NO_RESULTS, cut
         from palf_dist.evaluation.table import to_records, to_rich
         from palf_dist.policies.policy_file import load_policy
 
         overrides = [*overrides_of_suite(suite, fold), *(overrides or ())]
-        if quick and run_dir is not None:
-            raise ConfigError(f"--run-dir {run_dir}: --quick gives no results to keep; leave one of them out")
+        refuse_quick_results(quick, run_dir)
         load_policy(policy)  # a damaged file is the first thing to say
         settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
         comparisons, _ = held_out(evaluate_policy(cut(settings) if quick else settings, policy, run_dir=run_dir))

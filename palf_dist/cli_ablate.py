@@ -36,7 +36,7 @@ def ablate(
         list[str] | None, typer.Option("--only", metavar="NAME", help="One variant, not all; may be repeated.")
     ] = None,
     output_folder: Annotated[
-        str | None, typer.Option("--output", metavar="DIR", help="Where ablations.md and .json go; default: --run-dir.")
+        str | None, typer.Option("--output", metavar="DIR", help="Where the page and its JSON go; default: --run-dir.")
     ] = None,
     workers: Workers = None,
     address: Address = None,
@@ -53,7 +53,7 @@ def ablate(
     """
     with output(as_json) as emit:
         from palf_dist.ablations.config import designs_of, load_ablations
-        from palf_dist.ablations.report import make_ablations_report
+        from palf_dist.ablations.report import make_ablations_report, report_name
         from palf_dist.ablations.runs import run_designs
         from palf_dist.evaluation.designs import published_designs
         from palf_dist.storage import local_path
@@ -71,7 +71,7 @@ def ablate(
         if not run_designs(designs, folder, only):
             print("interrupted and saved; the same command goes on", file=sys.stderr)
             raise typer.Exit(130)
-        made = make_ablations_report(designs, folder, written)
+        made = make_ablations_report(designs, folder, written, report_name(ablations))
         table = Table("variant", "group", "points against the base", "se", "p (Holm)")
         for group, variants in made.record["groups"].items():
             for variant in variants:

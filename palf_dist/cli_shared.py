@@ -126,6 +126,14 @@ def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-trai
     return config
 
 
+def refuse_quick_results(quick: bool, run_dir: str | None) -> None:
+    """Raises ConfigError where a quick evaluation would be kept."""
+    from palf_dist.errors import ConfigError
+
+    if quick and run_dir is not None:
+        raise ConfigError(f"--run-dir {run_dir}: --quick gives no results to keep; leave one of them out")
+
+
 def refuse_differences(resume: str, differences: list[str]) -> None:
     """Raises ConfigError where a resumed run's configuration is not the one that it began with."""
     from palf_dist.errors import ConfigError

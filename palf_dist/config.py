@@ -309,7 +309,9 @@ class EvaluationConfig(Section):
         default=10.0, description="largest : smallest class frequency of matched and shifted tasks"
     )
     seeds: Count = Field(default=2, description="tasks of each dataset, noise rate and condition")
-    select_every: Count = Field(default=20, description="outer steps between two selection scores")
+    select_every: Count = Field(
+        default=20, description="outer steps between two selection scores; all windows of an inner run are one"
+    )
     select_tasks: Count = Field(default=48, description="fresh tasks of the training datasets for the selection score")
 
     _no_twins = field_validator("noise_rates", "conditions", "suite_conditions")(distinct)

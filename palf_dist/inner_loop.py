@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palf_dist.adaptation import WD, look_ahead_slope
+from palf_dist.adaptation import look_ahead_slope, pieces
 from palf_dist.config import InnerConfig
 from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
 from palf_dist.loss_head import Evaluation, HeadTape, LossHead
@@ -36,11 +36,7 @@ from palf_dist.training_state import (
     hutchinson_probes,
     neighbour_agreement,
 )
-from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, Inputs, Rows, TaskGroup
-
-AT_ONCE = 4 * 10**9
-"""Rows x parameters of one forward pass over a split, which keeps all that a derivative would need: 19 MB for each row
-of a ResNet-18. Models of some thousand parameters read any split whole."""
+from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, WD, Inputs, Rows, TaskGroup
 
 
 @dataclass
@@ -326,11 +322,8 @@ class InnerLoop:
 
     def evaluate(self, theta: Tensor, rows: Rows) -> Tensor:
         """Logits [G, N, C] on a split, of a large model piece by piece."""
-        model = self.group.model
-        rows_at_once = max(1, AT_ONCE // model.num_parameters)
-        pieces = zip(*(column.split(rows_at_once, 1) for column in rows.inputs), strict=True)
         with torch.no_grad():
-            return torch.cat([model.forward(theta, piece)[0] for piece in pieces], 1)
+            return torch.cat([self.group.model.forward(theta, some.inputs)[0] for some in pieces(self.group, rows)], 1)
 
 
 def _appended(past: Tensor | None, now: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ FIRST_CONTROLS = FIRST_BASIS + FIRST_HYPERPARAMETERS
 """The columns before generalised_ce and those after it came."""
 
 CONTROL_INDEX = {name: index for index, name in enumerate(CONTROLS)}
+WD = CONTROL_INDEX["wd"]
 NUM_BASIS = len(BASIS_LOSSES)
 BASIS_PARTS = (slice(0, len(FIRST_BASIS)), slice(len(FIRST_BASIS), 9), slice(9, NUM_BASIS))
 """Columns of alpha that are summed by themselves, one part for each time that some came: mixtures of those before keep
@@ -84,6 +85,11 @@ class Rows:
             return column.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)
 
         return tuple(gather(column) for column in self.inputs), gather(self.labels)
+
+    def pieces(self, size: int) -> list[Rows]:
+        """The same rows, of every task ``size`` at a time."""
+        columns = zip(*(column.split(size, 1) for column in (self.labels, self.mask, *self.inputs)), strict=True)
+        return [Rows(tuple(inputs), labels, mask) for labels, mask, *inputs in columns]
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from palf_dist.adaptation import WD, look_ahead_slope
+from palf_dist.adaptation import _validation_gradient, look_ahead_slope
 from palf_dist.config import EstimatorConfig, InnerConfig, OuterLossConfig, PolicyConfig
 from palf_dist.estimators import make_estimator
 from palf_dist.inner_loop import InnerLoop, InnerState
 from palf_dist.losses import reference_mixture
 from palf_dist.policies import AdaptingPolicy, LearnedPolicy, make_policy, policy_spec
-from palf_dist.types import CONTROLS, TaskGroup
+from palf_dist.types import CONTROLS, WD, TaskGroup
 from tests.groups import make_group
 from tests.test_inner_loop import full_policy
 
@@ -83,6 +83,35 @@ def test_the_slope_is_autograds(name: str, optimiser: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
     still = {CONTROLS[index] for index in (want == 0).all(0).nonzero()[:, 0].tolist()}
     assert still <= {"e", "la", "ew", "tau"} - {"e"}, "all controls take part, as far as their losses can"
+
+
+def test_a_large_model_reads_the_validation_rows_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same gradient, of tasks with fewer rows than others too."""
+    group = make_group("conv")
+    policy, phi = full_policy()
+    loop = InnerLoop(group, policy, InnerConfig())
+    state = after(loop, phi, 1)
+    assert state.controls is not None
+    controls, context = state.controls, loop.context(*loop._remember(state, *forward_of(loop, state)))
+    whole = _validation_gradient(group, state.theta, controls, context)
+    sizes: list[int] = []
+    forward = group.model.forward
+
+    def counted(theta: Tensor, inputs: tuple[Tensor, ...]) -> Any:
+        sizes.append(inputs[0].shape[1])
+        return forward(theta, inputs)
+
+    monkeypatch.setattr(group.model, "forward", counted)
+    monkeypatch.setattr("palf_dist.adaptation.AT_ONCE", 2 * group.model.num_parameters)
+    parts = _validation_gradient(group, state.theta, controls, context)
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-13)
+    assert len(sizes) > 1 and max(sizes) == 2 and sum(sizes) == group.validation.labels.shape[1]
+
+
+def forward_of(loop: InnerLoop, state: InnerState) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the next minibatch."""
+    inputs, labels = loop.minibatch(state.step)
+    return loop.group.model.forward(state.theta, inputs)[0], labels
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])

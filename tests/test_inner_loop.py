@@ -191,9 +191,9 @@ def test_a_large_model_reads_a_split_piece_by_piece(name: str, monkeypatch: pyte
         return forward(theta, inputs)
 
     monkeypatch.setattr(model, "forward", counted)
-    monkeypatch.setattr("palf_dist.inner_loop.AT_ONCE", 4 * model.num_parameters + 1)
+    monkeypatch.setattr("palf_dist.adaptation.AT_ONCE", 4 * model.num_parameters + 1)
     torch.testing.assert_close(loop.evaluate(theta, loop.group.train), whole, rtol=1e-12, atol=0)
     assert sizes == [4, 4, 4, 2]
-    monkeypatch.setattr("palf_dist.inner_loop.AT_ONCE", 1)
+    monkeypatch.setattr("palf_dist.adaptation.AT_ONCE", 1)
     torch.testing.assert_close(loop.evaluate(theta, loop.group.train), whole, rtol=1e-12, atol=0)
     assert sizes[4:] == [1] * 14

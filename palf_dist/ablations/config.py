@@ -16,6 +16,7 @@ from palf_dist.errors import ConfigError
 from palf_dist.evaluation.derived import DESCRIBED
 from palf_dist.policies import policy_spec
 from palf_dist.sections import Section
+from palf_dist.units import groups_seen
 
 BASE = "base"
 METHODS = ("policy", "ce")
@@ -24,6 +25,9 @@ METHODS = ("policy", "ce")
 VARIED = ("seed", "policy", "estimator", "outer_loss", "meta_learner", "tasks.pool")
 """Fields, or whole sections, that a variant may change: how the policy is meta-trained. What it is trained on and what
 it is judged by are the base's, and so are learning rate and L2 strength."""
+
+OF_REPORTS = (".md", ".json", ".png")
+"""Endings of the report's files, which may lie beside the variants' folders."""
 
 LEFT_OUT = {"basis": "basis losses", "features": "state features", "hyperparameters": "loss hyper-parameters"}
 """Lists of the policy of which every entry can be left out in turn, and what their groups are called."""
@@ -82,6 +86,11 @@ def designs_of(ablations: Ablations, bases: Mapping[str, RunConfig]) -> list[Des
     designs = [Design(BASE, bases)]
     text = dump_config(base)
     known = [(BASE, _of_variant(base))]
+    if "features" in ablations.leave_out and base.policy.kind == "maml":
+        raise ConfigError(
+            "leave_out: a maml policy reads its own validation loss, one sum for each control, and nothing that could "
+            "be left out; take features out of the list, or another base"
+        )
     problems: list[str] = []
     for variant, words in _all_variants(ablations, base):
         try:
@@ -139,10 +148,11 @@ def _on(variant: RunConfig, base: RunConfig) -> RunConfig:
 
 
 def _of_variant(config: RunConfig) -> tuple[object, ...]:
-    """What makes a variant: equal policies are equal, however their configurations say so."""
+    """What makes a variant: equal policies are equal, however their configurations say so, and a pool as large as the
+    run is none."""
     return (
         *(config.seed, policy_spec(config.policy), config.estimator),
-        *(config.outer_loss, config.meta_learner, config.tasks.pool),
+        *(config.outer_loss, config.meta_learner, groups_seen(config)),
     )
 
 
@@ -157,4 +167,15 @@ def _cross_checks(ablations: Ablations) -> dict[Path_, str]:
             problems["variants", index, "name"] = f"{name} is there more than once; name each another way"
         elif name == BASE or name in DESCRIBED:
             problems["variants", index, "name"] = f"{name} is what tables call something else; choose another name"
+        elif name.endswith(OF_REPORTS):
+            problems["variants", index, "name"] = f"{name} may be a file of the report; leave out its ending"
+    for index, variant in enumerate(ablations.variants):
+        for name, value in variant.set.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                problems["variants", index, "set"] = (
+                    f"{variant.name}: {name} is a {type(value).__name__}, which no configuration holds; write a text, "
+                    "a number, a list or a section"
+                )
     return problems

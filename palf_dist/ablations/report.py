@@ -1,5 +1,6 @@
 """What ablations came to: each variant's policy against the base's on the same held-out tasks, and the curve of the
-number of meta-training tasks. ablations.md and ablations.json are written by this module alone."""
+number of meta-training tasks. ablations.md and ablations.json, and those of other files of variants, are written by
+this module alone."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from palf_dist.atomic import write_atomic
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import config_differences
 from palf_dist.errors import RunDirectoryError
-from palf_dist.evaluation.designs import ABLATIONS_JSON, look, published_designs, with_look
+from palf_dist.evaluation.claims import FEWEST_CLUSTERS
+from palf_dist.evaluation.designs import ABLATIONS, look, published_designs, with_look
 from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.methods import REFERENCE
 from palf_dist.evaluation.plots import BLACK, FIGURE_STYLE, POLICY_COLOUR, to_png
@@ -35,9 +37,8 @@ from palf_dist.evaluation.table import (
     signed,
     to_pair_records,
 )
-from palf_dist.units import windows
+from palf_dist.units import groups_seen
 
-MARKDOWN, PICTURE = "ablations.md", "ablations_tasks.png"
 COLUMNS = (*TASK_KEYS, "origin", "accuracy")
 
 Rows = list[dict[str, Any]]
@@ -50,7 +51,7 @@ class Point:
     tasks: int
     design: Design
     against: Comparison  # with tuned CE
-    gain: Comparison | None  # over the point before, which saw fewer tasks
+    gains: Sequence[Comparison]  # over each of the points before, which saw fewer tasks
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,16 @@ class AblationsReport:
     record: dict[str, Any]  # of ablations.json
 
 
-def make_ablations_report(designs: Sequence[Design], run_dir: Path, output: Path) -> AblationsReport:
-    """Compare the base with all variants that are finished in ``run_dir``: ablations.md, ablations.json and the picture
-    of the curve, in the folder ``output``.
+def report_name(variants: Path) -> str:
+    """What the report on a file of variants is called, so that those of several files go into one folder."""
+    return variants.stem if variants.stem.startswith(ABLATIONS) else f"{ABLATIONS}-{variants.stem}"
+
+
+def make_ablations_report(
+    designs: Sequence[Design], run_dir: Path, output: Path, name: str = ABLATIONS
+) -> AblationsReport:
+    """Compare the base with all variants that are finished in ``run_dir``: NAME.md, NAME.json and NAME_tasks.png, the
+    picture of the curve, in the folder ``output``.
 
     Every one of them is counted as a design, beside those that the files of earlier commands in ``output`` list. Raises
     RunDirectoryError for results that are damaged or not of the same tasks, and for an output that cannot be written.
@@ -94,34 +102,36 @@ def make_ablations_report(designs: Sequence[Design], run_dir: Path, output: Path
             ]
             for group, own in groups.items()
         },
-        "curve": [_of_point(point) for point in curve],
+        "curve": [_of_point(point, curve) for point in curve],
         "curve_factor": curve[-1].tasks / curve[0].tasks if curve else None,
         "curve_monotone": _monotone(curve),
         "held_out_designs": len(seen),
         "designs": seen,
     }
-    page = _page(finished, against, compared, curve, len(seen))
-    files = {MARKDOWN: page.encode(), ABLATIONS_JSON: (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()}
+    page = _page(finished, against, compared, curve, len(seen), name)
+    picture = f"{name}_tasks.png"
+    files = {
+        f"{name}.md": page.encode(),
+        f"{name}.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode(),
+    }
     if curve:
-        files[PICTURE] = to_png(plot_curve(curve))
+        files[picture] = to_png(plot_curve(curve))
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomic(output / name, content)
-        if PICTURE not in files:  # of other variants
-            (output / PICTURE).unlink(missing_ok=True)
+        for file, content in files.items():
+            write_atomic(output / file, content)
+        if picture not in files:  # of other variants
+            (output / picture).unlink(missing_ok=True)
     except OSError as error:
         raise RunDirectoryError(
             f"--output {output}: cannot be written ({error.strerror}); name another folder"
         ) from error
-    return AblationsReport(tuple(output / name for name in files), record)
+    return AblationsReport(tuple(output / file for file in files), record)
 
 
 def tasks_seen(config: RunConfig) -> int:
     """Different tasks that the meta-training of a configuration trains on."""
-    steps, at_once = config.meta_learner.outer_steps, config.meta_learner.groups_per_step
-    groups = -(-steps // windows(config)) * at_once
-    return min(config.tasks.pool or groups, groups) * config.tasks.group_size
+    return groups_seen(config) * config.tasks.group_size
 
 
 @matplotlib.rc_context(FIGURE_STYLE)
@@ -191,17 +201,23 @@ def _curve(designs: Sequence[Design], policies: Mapping[str, Rows], against: Map
     chosen.sort(key=lambda design: tasks_seen(design.config))
     points: list[Point] = []
     for design in chosen if len(chosen) > 1 else ():
-        gain = None
-        if points:
-            (gain,) = _paired(policies, points[-1].design.name, [design.name])
-        points.append(Point(tasks_seen(design.config), design, against[design.name], gain))
+        gains = [gain for before in points for gain in _paired(policies, before.design.name, [design.name])]
+        points.append(Point(tasks_seen(design.config), design, against[design.name], gains))
     return points
 
 
 def _monotone(curve: Sequence[Point]) -> bool | None:
-    """Whether no point lies significantly below the one before. None where there is nothing to tell it by."""
-    ends = [point.gain.overall.difference.high for point in curve if point.gain]
-    return None if not ends or any(map(math.isnan, ends)) else all(end >= 0 for end in ends)
+    """Whether no point lies significantly below any before it: slow harm shows over several of them alone. None where
+    there is nothing to tell it by, or too few independent datasets."""
+    gains = [gain.overall.difference for point in curve for gain in point.gains]
+    if not gains or any(gain.clusters < FEWEST_CLUSTERS or math.isnan(gain.high) for gain in gains):
+        return None
+    return all(gain.high >= 0 for gain in gains)
+
+
+def _last(point: Point) -> Estimate | None:
+    """Its gain over the point just before."""
+    return point.gains[-1].overall.difference if point.gains else None
 
 
 def _arm(length: float) -> float:
@@ -224,12 +240,15 @@ def _without_names(item: Comparison) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in ("method", "against")}
 
 
-def _of_point(point: Point) -> dict[str, Any]:
+def _of_point(point: Point, curve: Sequence[Point]) -> dict[str, Any]:
     return {
         "name": point.design.name,
         "tasks": point.tasks,
         "diff_vs_tuned_ce": _estimate(point.against.overall.difference),
-        "gain": None if point.gain is None else _estimate(point.gain.overall.difference),
+        "gains": {
+            before.design.name: _estimate(gain.overall.difference)
+            for before, gain in zip(curve, point.gains, strict=False)  # those before it
+        },
     }
 
 
@@ -250,13 +269,14 @@ def _page(
     groups: Mapping[str, Sequence[Comparison]],
     curve: Sequence[Point],
     looks: int,
+    name: str,
 ) -> str:
-    """ablations.md."""
+    """NAME.md."""
     base, config = against[BASE], designs[0].config
     changes = {design.name: design.words for design in designs}
     parts = [
         f"# Ablations: {config.name}\n",
-        f"Written by `palf-dist ablate`, never by hand; [{ABLATIONS_JSON}]({ABLATIONS_JSON}) has all figures, and "
+        f"Written by `palf-dist ablate`, never by hand; [{name}.json]({name}.json) has all figures, and "
         "docs/evaluation.md explains them.\n",
         f"The base reaches {base.overall.value:.1f} % on held-out datasets, {signed(base.overall.difference)} points "
         f"against {label_of(REFERENCE)}, over {extent(base)}. Every other line is the paired difference of a variant's "
@@ -284,7 +304,8 @@ def _page(
             markdown_table(([*header, f"against {label_of(REFERENCE)}"], rows), texts=2),
         ]
     if curve:
-        verdict = {True: "monotone within error", False: "not monotone", None: "with no error to judge it by"}
+        few = f"not judged: that takes {FEWEST_CLUSTERS} independent datasets, and an error"
+        verdict = {True: "monotone within error", False: "not monotone", None: few}
         factor = curve[-1].tasks / curve[0].tasks
         rows = [
             [
@@ -292,17 +313,19 @@ def _page(
                 f"{point.tasks:,}",
                 signed(point.against.overall.difference),
                 interval(point.against.overall.difference),
-                "-" if point.gain is None else signed(point.gain.overall.difference),
-                "-" if point.gain is None else interval(point.gain.overall.difference),
+                *((signed(gain), interval(gain)) if (gain := _last(point)) else ("-", "-")),
             ]
             for point in curve
         ]
         header = ["variant", "tasks", f"against {label_of(REFERENCE)}", "95 % interval", "over the line above"]
         parts += [
             "## Different tasks in meta-training\n",
-            f"Over a factor of {factor:.3g} the gain is {verdict[_monotone(curve)]}: no line may lie significantly "
-            "below the one above it.\n",
+            f"Over a factor of {factor:.3g} the gain is {verdict[_monotone(curve)]}. Monotone is a curve of which no "
+            "line lies significantly below any above it. The tasks are those that meta-gradients are taken on. Each "
+            "run also reads fresh tasks of the training datasets, which no pool holds: "
+            f"{config.evaluation.select_tasks} to pick its best policy, others for its calibration and, for all runs "
+            "together, to tune.\n",
             markdown_table(([*header, "95 % interval"], rows)),
-            f"![More tasks, a better policy?]({PICTURE})\n",
+            f"![More tasks, a better policy?]({name}_tasks.png)\n",
         ]
     return "\n".join(parts)

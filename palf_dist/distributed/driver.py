@@ -22,7 +22,7 @@ from palf_dist.distributed import phases
 from palf_dist.distributed.meta_training import MetaTraining, Selection, fingerprints
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
-from palf_dist.errors import DataError, PolicyFileError
+from palf_dist.errors import DataError, PolicyFileError, RunDirectoryError
 from palf_dist.evaluation.methods import check_methods
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import load_policy, save_policy, trained_on
@@ -130,9 +130,14 @@ def _open(
         shown = stack.enter_context(progress or Progress())
         cache = cache_folder(config.data.cache)
         place = stack.enter_context(open_workplace(run_dir, resume=resume, cache=cache, on_event=shown.event))
+        checkpoint = latest_checkpoint(place.folder)
+        if checkpoint is None and (place.folder / BEST).exists():
+            raise RunDirectoryError(
+                f"run directory: {run_dir} keeps an evaluation (it has a policy and no checkpoint), which cannot be "
+                "resumed; name the folder of a meta-training, or a new one with --run-dir"
+            )
         shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
         datasets = load_all(config.data)
-        checkpoint = latest_checkpoint(place.folder)
         if checkpoint:
             _check_unchanged(checkpoint, datasets)
         check_tasks(config, datasets)
@@ -185,9 +190,9 @@ def evaluate_policy(
             raise KeyboardInterrupt from None
         if place is not None:
             folder = place.folder
-            place.insist(lambda: write_atomic(folder / CONFIG, dump_config(config).encode()))
             place.insist(lambda: save_policy(folder / BEST, artefact))
             place.insist(lambda: _write_rows(folder / RESULTS, rows))
+            place.insist(lambda: write_atomic(folder / CONFIG, dump_config(config).encode()))  # last: it is whole now
             place.finish()
     return rows
 

@@ -192,7 +192,7 @@ class MetaTraining:
         status = self._session.progress.status
         status.outer_loss, status.refused = report.outer_loss, dict(self.learner.refused)
         metrics = self._metrics(report)
-        if version % self._config.evaluation.select_every == 0 or version == self._config.meta_learner.outer_steps:
+        if version % units.select_every(self._config) == 0 or version == self._config.meta_learner.outer_steps:
             metrics[SELECTION_SCORE] = self._select()
         metrics["seconds"] = time.monotonic() - began
         self._log.append(step, metrics)

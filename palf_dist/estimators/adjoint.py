@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palf_dist.adaptation import WD
 from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.inner_optimisers import Slots
+from palf_dist.types import WD
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ NOT_OF_A_DESIGN: dict[str, Any] = {
 """Fields that do not make another design: what is learned from and judged on, seeds, and execution settings that do not
 touch a result."""
 
-RESULTS_JSON, ABLATIONS_JSON = "results.json", "ablations.json"
-"""The files that list designs: each command lists those of both, so that what one has judged counts in the other."""
+RESULTS_JSON, ABLATIONS = "results.json", "ablations"
+"""The files that list designs, those of ablations by the beginning of their names: each command lists those of all, so
+that what one has judged counts in the others."""
 
 Look = Mapping[str, Any]
 """One look at held-out data: name, digest, seed, datasets and the policy's difference to tuned CE in points."""
@@ -64,8 +65,8 @@ def published_designs(folder: Path) -> list[Look]:
     """The designs that the files of earlier commands in ``folder`` list; none where there are no such files. Raises
     RunDirectoryError for a file that is none of theirs."""
     designs: list[Look] = []
-    for name in (RESULTS_JSON, ABLATIONS_JSON):
-        for design in _read(folder / name):
+    for path in (folder / RESULTS_JSON, *sorted(folder.glob(f"{ABLATIONS}*.json"))):
+        for design in _read(path):
             designs = with_look(designs, design)
     return designs
 

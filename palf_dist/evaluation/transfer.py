@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from palf_dist.architecture_config import Architecture
 from palf_dist.config import RunConfig
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation.derived import held_out
@@ -33,6 +36,7 @@ class Transfer:
     """The held-out comparison of one kind of transfer."""
 
     setting: str  # what was trained on, and what was judged
+    tuning: str  # where learning rate and L2 strength come from
     compared: Sequence[Comparison]
     pairs: Sequence[Comparison]
 
@@ -41,9 +45,15 @@ def transfer_of(config: RunConfig, card: Mapping[str, Any], place: str) -> str |
     """Which of ``KINDS`` an evaluation is, by its configuration and the card of its policy; None where the policy is
     judged as it was trained. Raises RunDirectoryError where it is part one and part the other."""
     steps = card.get("inner_steps", config.inner.steps) != config.inner.steps
-    judged = [item.model_dump(mode="json") for item in config.tasks.architectures]
-    trained = card.get("architectures", judged)  # cards of earlier versions do not tell
-    known = [item["kind"] for item in judged if item in trained]
+    judged = config.tasks.architectures
+    try:
+        trained = _trained_on(card) if "architectures" in card else judged  # cards of earlier versions do not tell
+    except ValidationError as error:
+        raise RunDirectoryError(
+            f"{place}: the card of its policy names an architecture that this version does not know "
+            f"({error.errors()[0]['msg']}); use the version that trained it"
+        ) from error
+    known = [item.kind for item in judged if item in trained]
     if len(known) < len(judged) and (known or steps):
         also = f"with {', '.join(known)}, which its policy was trained on" if known else "in runs of another length"
         raise RunDirectoryError(
@@ -60,10 +70,37 @@ def compare_transfer(
     if kind == "horizon":
         setting = f"meta-trained in runs of {card['inner_steps']} steps, at use in runs of {config.inner.steps}"
     else:
-        trained = dict.fromkeys(item["kind"] for item in card["architectures"])
-        judged = sorted({row["architecture"] for row in rows})
-        setting = f"meta-trained on {', '.join(trained)}, at use on {', '.join(judged)}"
-    return Transfer(setting, *held_out(rows))
+        trained, kinds = _trained_on(card), {row["architecture"] for row in rows}
+        judged = [item for item in config.tasks.architectures if item.kind in kinds]
+        whole = any(item.kind in kinds for item in trained)  # their kinds alone do not tell them apart
+        setting = f"meta-trained on {_named(trained, whole)}, at use on {_named(judged, whole)}"
+    datasets = sorted({row["dataset"] for row in rows})
+    return Transfer(f"{setting}, judged on {', '.join(datasets)} alone", _tuning(config), *held_out(rows))
+
+
+def _trained_on(card: Mapping[str, Any]) -> tuple[Architecture, ...]:
+    """The architectures that a card names, with the defaults of fields that its version did not have."""
+    return TypeAdapter(tuple[Architecture, ...]).validate_python(card["architectures"])
+
+
+def _named(architectures: Sequence[Architecture], whole: bool) -> str:
+    """Their kinds, with what differs from the defaults where it is to be ``whole``."""
+    words = []
+    for item in architectures:
+        fields = item.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True) if whole else {}
+        given = ", ".join(f"{name} {value}" for name, value in fields.items())
+        words.append(f"{item.kind} ({given})" if given else item.kind)
+    return ", ".join(sorted(dict.fromkeys(words)))
+
+
+def _tuning(config: RunConfig) -> str:
+    values = {"Learning rate": config.inner.learning_rate, "L2 strength": config.inner.weight_decay}
+    tuned = " and ".join(name for name, value in values.items() if value == "tuned")
+    given = " and ".join(f"{name} {value:g}" for name, value in values.items() if value != "tuned")
+    return " ".join(
+        [f"Tuned anew for CE there, on the training datasets: {tuned}."] * bool(tuned)
+        + [f"Given, and not tuned there: {given}."] * bool(given)
+    )
 
 
 def transfer_figures(transfers: Mapping[str, Transfer]) -> dict[str, Figure]:
@@ -90,8 +127,7 @@ def transfer_page(transfers: Mapping[str, Transfer]) -> list[str]:
         for kind, transfer in transfers.items()
         for part in (
             f"## {kind.capitalize()} transfer\n",
-            f"The policy, {transfer.setting}. Learning rate and L2 strength were tuned anew for CE there, on the "
-            "training datasets.\n",
+            f"The policy, {transfer.setting}. {transfer.tuning}\n",
             to_markdown(transfer.compared, transfer.pairs),
         )
     ]

@@ -112,6 +112,19 @@ def test_a_dataset_is_judged_by_one_fold():
             "variants: [{name: a, group: b, set: {seed: 1}}, {name: a, group: b, set: {seed: 2}}]",
             "variants.1.name: a is there more than once",
         ),
+        *(
+            (f"variants: [{{name: {name}, group: b, set: {{seed: 1}}}}]", f"variants.0.name: {name} may be a file of")
+            for name in ("ablations.md", "ablations.json", "ablations_tasks.png", "own.json")
+        ),
+        *(
+            (f"variants: [{{name: a, group: b, set: {{policy.hidden: {value}}}}}]", message)
+            for value, message in (
+                ("!!binary aGVsbG8=", "variants.0.set: a: policy.hidden is a bytes, which no configuration holds"),
+                ("!!set {x: null}", "variants.0.set: a: policy.hidden is a set, which"),
+                ("!!timestamp 2020-01-01", "variants.0.set: a: policy.hidden is a date, which"),
+                ("[1, !!binary aGVsbG8=]", "variants.0.set: a: policy.hidden is a list, which"),
+            )
+        ),
     ],
 )
 def test_a_file_that_is_wrong_names_the_field(tmp_path, text, message):
@@ -126,3 +139,18 @@ def test_a_generated_name_that_a_variant_has_too_is_told():
         {"leave_out": ["hyperparameters"], "variants": [{"name": "no-wd", "group": "g", "set": {"seed": 5}}]}
     )
     assert refused(made) == "no-wd: is the name of more than one; name each another way"
+
+
+def test_a_policy_that_adapts_has_no_features_to_leave_out():
+    base = small_config(policy={"kind": "maml"})
+    assert refused(ablations(leave_out=("features",)), base).startswith("leave_out: a maml policy reads its own")
+    assert len(designs_of(ablations(leave_out=("basis",)), {"": base})) == 3
+
+
+@pytest.mark.parametrize("pool", [8, 9])
+def test_a_pool_as_large_as_the_run_is_the_base(pool):
+    """Four outer steps of two groups; the first seven of them are fewer."""
+    assert refused(ablations({"tasks.pool": pool})) == "v0: is the configuration of base; leave one of them out"
+    assert len(designs_of(ablations({"tasks.pool": 7}), {"": small_config()})) == 2
+    pooled = small_config(tasks={"pool": 7})
+    assert len(designs_of(ablations({"tasks.pool": None}), {"": pooled})) == 2

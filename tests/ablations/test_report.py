@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 from scipy import stats
 
 from palf_dist.ablations.config import Ablations, Design, designs_of
-from palf_dist.ablations.report import make_ablations_report
+from palf_dist.ablations.report import _monotone, make_ablations_report, report_name
 from palf_dist.config_loading import parse_config
 from palf_dist.errors import RunDirectoryError
+from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.results import make_results
-from tests.evaluation.judged import FOLDS, judged_folds, judged_run, rows_of
+from tests.evaluation.judged import judged_run, rows_of
 from tests.evaluation.synthetic import TRAINING
 
 ABLATIONS = Ablations.model_validate(
@@ -30,6 +33,7 @@ ABLATIONS = Ablations.model_validate(
     }
 )
 GAINS = {"base": 0.0, "better": 0.02, "worse": -0.004, "luck": 0.001, "groups-4": -0.01, "groups-1": -0.03}
+FOLDS = (("fashion_mnist", "german_credit", "forest"), ("iris", "wine", "reviews"))
 DATASETS = [name for fold in FOLDS for name in fold]
 
 
@@ -103,12 +107,19 @@ def test_the_curve_goes_by_the_number_of_tasks_up_to_the_base(made):
     for point in curve:
         mean = 100 * np.mean([shift(point["name"], dataset) for dataset in DATASETS])
         assert point["diff_vs_tuned_ce"]["difference"] == pytest.approx(ahead + mean, abs=1e-4)
-    steps = (("groups-1", "groups-4"), ("groups-4", "base"))
-    gains = [100 * np.mean([shift(more, name) - shift(few, name) for name in DATASETS]) for few, more in steps]
-    assert curve[0]["gain"] is None
-    assert [point["gain"]["difference"] for point in curve[1:]] == pytest.approx(gains, abs=1e-4)
+    assert [list(point["gains"]) for point in curve] == [[], ["groups-1"], ["groups-1", "groups-4"]]
+    for point in curve:
+        for before, gain in point["gains"].items():
+            wanted = 100 * np.mean([shift(point["name"], name) - shift(before, name) for name in DATASETS])
+            assert gain["difference"] == pytest.approx(wanted, abs=1e-4)
     assert made.record["curve_monotone"] is True
-    assert "Over a factor of 200 the gain is monotone within error" in made.files[0].read_text()
+    page = made.files[0].read_text()
+    assert "Over a factor of 200 the gain is monotone within error" in page
+    last = curve[-1]["gains"]["groups-4"]["difference"]
+    assert (
+        f"| base | 4,800 | {curve[-1]['diff_vs_tuned_ce']['difference']:+.2f} (" in page and f"| {last:+.2f} (" in page
+    )
+    assert "fresh tasks of the training datasets, which no pool holds: 48 to pick its best policy" in page
 
 
 def test_fewer_tasks_that_do_better_are_told(tmp_path, monkeypatch):
@@ -118,11 +129,36 @@ def test_fewer_tasks_that_do_better_are_told(tmp_path, monkeypatch):
     assert "the gain is not monotone" in upside_down.files[0].read_text()
 
 
+def estimate(mean: float, low: float, high: float, clusters: int = 6) -> Any:
+    return SimpleNamespace(overall=SimpleNamespace(difference=Estimate(mean, 0.1, low, high, 0.5, 60, clusters)))
+
+
+def curve_of(*gains: list[Any]) -> list[Any]:
+    return [SimpleNamespace(gains=each) for each in ([], *gains)]
+
+
+@pytest.mark.parametrize(
+    ("curve", "monotone"),
+    [
+        (curve_of([estimate(0.5, 0.1, 0.9)]), True),
+        (curve_of([estimate(-0.5, -0.9, -0.1)]), False),
+        (curve_of([estimate(-0.3, -0.7, 0.1)], [estimate(-0.6, -1.0, -0.2), estimate(-0.3, -0.7, 0.1)]), False),
+        (curve_of([estimate(-0.3, -0.7, 0.1)], [estimate(-0.3, -0.7, 0.1), estimate(0.0, -0.4, 0.4)]), True),
+        (curve_of([estimate(0.5, 0.1, 0.9, clusters=4)]), None),
+        (curve_of([estimate(0.5, math.nan, math.nan)]), None),
+        (curve_of(), None),
+    ],
+    ids=["up", "down", "slowly down", "within error", "four datasets", "no error", "one point"],
+)
+def test_monotone_is_no_point_significantly_below_any_before_it(curve: list[Any], monotone: bool | None) -> None:
+    assert _monotone(curve) is monotone
+
+
 def test_the_page_names_changes_and_looks(made):
     page = made.files[0].read_text()
     for words in (
         "## Size",
-        "| worse | policy.hidden=3 | -0.42 (",
+        "| worse | policy.hidden=3 | -0.54 (",
         "## Another seed",
         "of these among them: 6",
     ):
@@ -132,7 +168,9 @@ def test_the_page_names_changes_and_looks(made):
 
 @pytest.mark.slow
 def test_variants_count_as_designs_of_the_published_results_whichever_comes_first(runs, tmp_path):
-    folds = judged_folds(tmp_path / "folds", "name=run")
+    folds = [
+        judged_run(tmp_path / f"fold-{index}", rows_of(datasets), "name=run") for index, datasets in enumerate(FOLDS)
+    ]
     first, second = tmp_path / "first", tmp_path / "second"
     assert make_ablations_report(designs(), runs, first).record["held_out_designs"] == 6
     results = make_results(folds, first)
@@ -142,6 +180,22 @@ def test_variants_count_as_designs_of_the_published_results_whichever_comes_firs
     assert make_results(folds, second).record["headline"]["held_out_designs"] == 1
     assert make_ablations_report(designs(), runs, second).record["held_out_designs"] == 6
     assert make_results(folds, second).record["headline"]["held_out_designs"] == 6
+
+
+def test_reports_of_several_files_lie_in_one_folder_and_count_each_others_designs(made, runs, tmp_path):
+    first, second = designs()[:2], [designs()[0], *designs()[2:4]]
+    assert make_ablations_report(first, runs, tmp_path).record["held_out_designs"] == 2
+    other = make_ablations_report(second, runs, tmp_path, report_name(Path("configs/mine.yaml")))
+    assert other.record["held_out_designs"] == 4
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{ending}" for name in ("ablations", "ablations-mine") for ending in ("md", "json")
+    }
+    assert "[ablations-mine.json](ablations-mine.json)" in other.files[0].read_text()
+    assert (
+        report_name(Path("ablations-palf.yaml")) == "ablations-palf"
+        and report_name(Path("ablations.yaml")) == "ablations"
+    )
+    assert make_ablations_report(first, runs, tmp_path).record["held_out_designs"] == 4
 
 
 def test_an_output_that_cannot_be_written_is_named(runs, tmp_path):

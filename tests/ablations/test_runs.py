@@ -10,21 +10,20 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from rich.console import Console
 
+from palf_dist.ablations import runs
 from palf_dist.ablations.config import Ablations, Design, designs_of
 from palf_dist.ablations.report import make_ablations_report
 from palf_dist.ablations.runs import run_designs
-from palf_dist.distributed.cluster import Share
+from palf_dist.config import RunConfig
 from palf_dist.distributed.driver import meta_train
 from palf_dist.errors import ConfigError, RunDirectoryError
 from palf_dist.progress import Progress
-from tests.distributed.conftest import share
 from tests.distributed.fingerprint import fingerprint
 from tests.distributed.small import small_config
 from tests.distributed.test_driver import stop_after
-
-__all__ = ["share"]
 
 pytestmark = pytest.mark.slow
 
@@ -104,9 +103,59 @@ def test_another_configuration_in_the_folder_is_refused_before_any_run(undisturb
     assert contents(undisturbed) == before
 
 
-def test_all_runs_have_one_ray(share: Share, undisturbed: Path, tmp_path: Path) -> None:
+def never(*_: object) -> Any:
+    raise AssertionError("a run has begun")
+
+
+class Narrow:
+    """In the place of the memory plan: what is wider than 100 units does not fit."""
+
+    def __init__(self, config: RunConfig, *_: object) -> None:
+        self.hidden = config.policy.hidden
+
+    def check(self) -> None:
+        if self.hidden > 100:
+            raise ConfigError(f"{self.hidden} units do not fit")
+
+
+def test_variants_that_a_later_run_would_refuse_are_told_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "Plan", Narrow)
+    sizes = {"good": 8, "large": 101, "larger": 102}
+    made = Ablations.model_validate(
+        {"variants": [{"name": name, "group": "g", "set": {"policy.hidden": size}} for name, size in sizes.items()]}
+    )
+    found = designs_of(made, {"": small_config()})
+    with pytest.raises(ConfigError, match=r"^large: 101 units do not fit\nlarger: 102 units do not fit$"):
+        run(tmp_path / "runs", of=found, make_runner=never)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(AssertionError, match="a run has begun"):  # what nobody asked for bars nothing
+        run(tmp_path / "runs", "good", of=found, make_runner=never)
+
+
+def test_tasks_of_every_fold_are_looked_at_before_the_first_run(tmp_path: Path) -> None:
+    conv = {"architectures": [{"kind": "conv"}]}
+    folds = {
+        "fold-0": small_config(data={"held_out": ["iris"]}),
+        "fold-1": small_config(data={"held_out": ["digits"]}, tasks=conv),
+    }
+    with pytest.raises(ConfigError, match=r"^fold-1/base: tasks\.architectures\.0: conv can read none of the training"):
+        run(tmp_path / "runs", of=designs_of(ABLATIONS, folds), make_runner=never)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_runs_have_one_ray(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, begun = ray.init, []
+
+    def counted(**settings: Any) -> Any:
+        begun.append(settings)
+        return begin(**settings)
+
+    monkeypatch.setattr(ray, "init", counted)
     finished, _ = run(tmp_path, "groups-2", of=designs(distributed={"workers": 2}))
     assert finished and fingerprint(tmp_path / "groups-2") == fingerprint(undisturbed / "groups-2")
+    assert len(begun) == 1 and not ray.is_initialized()
 
 
 def test_the_report_has_what_is_finished_and_counts_it(undisturbed: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from palf_dist import faults
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
+from palf_dist.distributed import driver
 from palf_dist.distributed.cluster import Share
 from palf_dist.distributed.driver import RunResult, _at_use, evaluate_policy, meta_train
 from palf_dist.errors import ConfigError, DataError, PolicyFileError, RunDirectoryError
@@ -224,6 +225,30 @@ def test_what_evaluate_keeps_goes_into_a_new_folder(undisturbed: Path, tmp_path:
     with pytest.raises(DataError, match="trained on rows of wine"):
         evaluate_policy(trained_on_it, undisturbed / "best", run_dir=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+def test_an_evaluation_that_is_kept_is_no_run_to_resume(undisturbed: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    shutil.copytree(undisturbed / "best", kept / "best")
+    for name in ("config.yaml", "results.parquet"):
+        shutil.copy(undisturbed / name, kept)
+    before = contents(kept)
+    with pytest.raises(RunDirectoryError, match=r"keeps an evaluation .* cannot be resumed"):
+        meta_train(small_config(), kept, resume=True)
+    assert {path: content for path, content in contents(kept).items() if path.name != ".lock"} == before
+
+
+def test_an_evaluation_is_kept_whole_or_is_no_run(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "_write_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_policy(small_config(), undisturbed / "best", run_dir=tmp_path / "kept")
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        meta_train(small_config(), tmp_path / "kept", resume=True)
 
 
 def test_no_memory_is_asked_for_a_meta_gradient_that_is_not_taken() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from palf_dist import units
 from palf_dist.checkpoint import latest_checkpoint
-from palf_dist.distributed.driver import meta_train
+from palf_dist.distributed.driver import meta_train, train_policy
 from palf_dist.estimators import make_estimator
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.meta_learner import MetaLearner
@@ -51,3 +51,13 @@ def test_a_window_is_the_update_frequency_of_algorithm_1(window: int, updates: i
     assert len({policy.tobytes() for policy in seen}) == 2 * updates + 1, "every update is one"
     assert learner.version == int(kept.learner["counters"][0])
     np.testing.assert_allclose(kept.learner["policy"], learner.policy, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "selected"), [(None, [2, 4, 5]), (12, [2, 4, 5]), (6, [4, 8, 10])])
+def test_windows_have_as_many_candidates_for_the_best_policy(
+    window: int | None, selected: list[int], tmp_path: Path
+) -> None:
+    """As whole inner runs, of which there are five here."""
+    steps = 5 if window is None else 5 * 12 // window
+    config = small_config(estimator={"window": window}, meta_learner={"outer_steps": steps})
+    assert [selection.version for selection in train_policy(config, tmp_path / "run")] == selected

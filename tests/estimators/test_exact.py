@@ -285,6 +285,9 @@ def test_windows_chain_the_inner_state_and_use_the_present_policy(
         estimate(kind, loop, moved, RUN, InnerState.from_arrays(arrays, CPU)) for kind in ("adjoint", "unroll")
     )
     assert relative(got.gradient, want.gradient) <= 1e-10
+    if shield is not None:
+        share = got.metrics["shield_share"]
+        assert 0 < share < 1 or (kind == "full" and share == 1)
 
 
 @pytest.mark.parametrize("outer", [OUTER, INFORMATION, RUN], ids=["validation", "information", "along the run"])
@@ -325,11 +328,11 @@ def shielded() -> tuple[InnerLoop, torch.Tensor]:
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
 def test_adjoint_equals_unroll_under_the_shield(name: str, optimiser: str) -> None:
     policy, phi = full_policy(refresh=2)
-    policy.shield = 1.0
+    policy.shield = 0.9 if (name, optimiser) == ("module", "adam") else 1.0  # so that it acts at some, not at all
     loop = InnerLoop(make_group(name, optimiser), policy, InnerConfig())
     adjoint, unroll = (estimate(kind, loop, phi, RUN) for kind in ("adjoint", "unroll"))
     assert relative(adjoint.gradient, unroll.gradient) <= 1e-10
-    assert adjoint.metrics == pytest.approx(unroll.metrics, rel=1e-9) and adjoint.metrics["shield_share"] > 0
+    assert adjoint.metrics == pytest.approx(unroll.metrics, rel=1e-9) and 0 < adjoint.metrics["shield_share"] < 1
 
 
 def test_the_mixing_of_the_shield_is_a_constant_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_another_look_by_the_same_design_replaces_no_entry():
     assert len(with_look(first, look(config, ["iris"], 1.0))) == 2
 
 
-@pytest.mark.parametrize("name", ["results.json", "ablations.json"])
+@pytest.mark.parametrize("name", ["results.json", "ablations.json", "ablations-palf.json"])
 @pytest.mark.parametrize("text", ["{torn", "[]", '{"designs": 3}', '{"designs": [{"name": "a"}]}', "{}"])
 def test_a_file_whose_designs_would_be_lost_is_told(tmp_path, name, text):
     (tmp_path / name).write_text(text)

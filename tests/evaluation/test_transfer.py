@@ -11,7 +11,7 @@ from palf_dist.config_loading import parse_config
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation.results import make_results
 from palf_dist.evaluation.runs import read_runs
-from palf_dist.evaluation.transfer import transfer_of
+from palf_dist.evaluation.transfer import compare_transfer, transfer_of, transfer_page
 from tests.evaluation.judged import judged_run, rows_of
 
 MLP = {"kind": "mlp", "hidden": [64], "embedding": 4, "image_size": None, "words": None}
@@ -30,6 +30,7 @@ METHODS = ("policy", "ce", "s5")
         ([OTHER], CARD, "architecture"),
         (["tasks.architectures=[{kind: mlp, hidden: [32]}]"], CARD, "architecture"),
         ([], CARD | {"architectures": [MLP, {"kind": "conv"}]}, None),
+        ([], CARD | {"architectures": [{"kind": "mlp"}]}, None),
     ],
 )
 def test_what_is_a_transfer(overrides, card, kind):
@@ -48,6 +49,46 @@ def test_half_a_transfer_is_refused(overrides, message):
     config = parse_config("data: {train: [digits], held_out: [iris]}", "a", overrides)
     with pytest.raises(RunDirectoryError, match=f"run: judges a policy on other architectures .*{message}"):
         transfer_of(config, CARD, "run")
+
+
+def test_a_card_of_a_later_version_is_refused():
+    config = parse_config("data: {train: [digits], held_out: [iris]}", "a")
+    with pytest.raises(RunDirectoryError, match="run: the card of its policy names an architecture that this version"):
+        transfer_of(config, {"architectures": [{"kind": "mamba"}]}, "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting", "tuning"),
+    [
+        (
+            [OTHER],
+            "meta-trained on mlp, at use on conv, judged on iris alone",
+            "there, on the training datasets: Learning",
+        ),
+        (
+            ["tasks.architectures=[{kind: mlp, hidden: [32]}]"],
+            "meta-trained on mlp, at use on mlp (hidden [32]), judged on iris alone",
+            "training datasets: Learning rate and L2 strength.",
+        ),
+        (
+            [OTHER, "inner.learning_rate=0.01"],
+            "at use on conv",
+            "datasets: L2 strength. Given, and not tuned there: Learn",
+        ),
+        (
+            [OTHER, "inner.learning_rate=0.01", "inner.weight_decay=0"],
+            "at use on conv",
+            "Given, and not tuned there: Learning rate 0.01 and L2 strength 0.",
+        ),
+    ],
+)
+def test_the_page_says_what_differs_and_what_was_tuned(overrides, setting, tuning):
+    config = parse_config("data: {train: [digits], held_out: [iris]}", "a", overrides)
+    rows = [row | {"architecture": config.tasks.architectures[0].kind} for row in rows_of(["iris"], METHODS)]
+    transfer = compare_transfer("architecture", config, CARD, rows)
+    (page, *_) = [part for part in transfer_page({"architecture": transfer}) if part.startswith("The policy")]
+    assert setting in page and tuning in page
+    assert ("Tuned anew" in page) == ("Given, and not tuned there: Learning rate 0.01 and" not in page)
 
 
 @pytest.fixture

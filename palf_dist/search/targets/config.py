@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from palf_dist import units
 from palf_dist.architecture_config import ConvConfig, MLPConfig, ModuleConfig, ResNetConfig, TransformerConfig
 from palf_dist.config import DatasetSource, RunConfig
 from palf_dist.config_loading import dump_config, leaves, load_config, parse_config
@@ -227,7 +228,7 @@ class MetaTrainingConfig(Section):
     @property
     def reports(self) -> int:
         """One for each selection."""
-        return -(-self.base.meta_learner.outer_steps // self.base.evaluation.select_every)
+        return -(-self.base.meta_learner.outer_steps // units.select_every(self.base))
 
     @property
     def trained_at_once(self) -> bool:
