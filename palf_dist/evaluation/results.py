@@ -90,7 +90,7 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
         for kind, judged in runs.transfers.items()
     }
     figures = headline(rows, compared, pairs, runs.config) | transfer_figures(transfers)
-    figures |= {figure.name: figure for figure in (as_is.figure(), overhead)}
+    figures |= as_is.figures() | {overhead.name: overhead}
     family_rows = runs.family_rows
     family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
     family_figures = headline(family_rows, family_compared, family_pairs, runs.config) if family_rows else {}
