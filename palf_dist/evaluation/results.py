@@ -206,6 +206,7 @@ def _details(figure: Figure) -> dict[str, Any]:
     return {
         "meaning": figure.meaning,
         "against": figure.of,
+        "missing": list(figure.missing),
         "unit": figure.unit,
         "difference": number(estimate.mean),
         "se": number(estimate.se),

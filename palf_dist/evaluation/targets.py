@@ -117,6 +117,8 @@ def _judged(target: Target, figures: Mapping[str, Figure]) -> dict[str, Any]:
             f"{measured}; {clusters} independent datasets, and a verdict takes {FEWEST_CLUSTERS}",
             "not measured",
         )
+    if figure.missing:
+        return entry(f"{measured}; a verdict takes {', '.join(map(label_of, figure.missing))}", "not measured")
     if target.harmless:
         harms = estimate is not None and estimate.high < 0
         return entry(
@@ -136,5 +138,4 @@ def _measured(figure: Figure) -> str:
     if estimate is None or figure.value != estimate.mean:  # a number, or a ratio
         return f"{figure.value:.3g}"
     against = f", against {label_of(figure.of)}" if figure.of else ""
-    missing = f" (missing: {', '.join(figure.missing)})" if figure.missing else ""
-    return f"{signed(estimate)}, {interval(estimate)}{against}{missing}"
+    return f"{signed(estimate)}, {interval(estimate)}{against}"

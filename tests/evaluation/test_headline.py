@@ -150,7 +150,7 @@ def test_what_is_not_there_says_so() -> None:
     found = figures([row for row in made(("policy", "ce", "focal")) if row["condition"] == "as-is"])
     for name, reason in {
         "diff_matched_prior": "",
-        "diff_vs_best_static_imbalanced": "takes the method best tuned static on tasks with equally imbalanced",
+        "diff_vs_best_static_imbalanced": "takes best tuned static, learned constants, label smoothing, S5",
         "diff_vs_own_schedule": "takes the method own mean schedule, which these runs do not have",
         "diff_vs_own_schedule_balanced": "takes the method own mean schedule, which these runs do not have",
         "diff_vs_learned_schedule_balanced": "takes the method learned schedule (t/T only), which these",
@@ -159,6 +159,10 @@ def test_what_is_not_there_says_so() -> None:
     }.items():
         assert (found[name].value is None) == bool(reason), name
         assert found[name].meaning.startswith(reason), name
+    pooled = ("diff_vs_picked_static", "diff_vs_oracle")
+    assert {found[name].missing for name in pooled} == {("label_smoothing", "s5_tuned")}
+    full = figures(made((*METHODS, "label_smoothing", "s5_tuned")))
+    assert [full[name].missing for name in (*pooled, "diff_vs_best_static")] == [(), (), ("best_static",)]
     only_shifted = figures([row for row in made() if row["condition"] == "shifted"])
     assert only_shifted["diff_vs_own_schedule_balanced"].meaning.startswith("there are none: tasks with the data's own")
 

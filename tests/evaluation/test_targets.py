@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,12 @@ def test_the_mean_alone_is_not_significant_and_that_is_said() -> None:
     assert judged(MATCHED, gain(9.0, clusters=4))["measured"].endswith(
         "; 4 independent datasets, and a verdict takes 5"
     )
+
+
+def test_the_best_of_what_is_weak_reaches_no_target() -> None:
+    entry = judged(STATIC, replace(gain(9.0), missing=("s5_tuned", "learned_constant")))
+    assert entry["verdict"] == "not measured" and entry["measured"].startswith("+9.00 (")
+    assert entry["measured"].endswith("; a verdict takes S5, tuned, learned constants")
 
 
 def test_families_have_figures_of_their_own() -> None:
