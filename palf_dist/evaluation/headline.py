@@ -67,6 +67,9 @@ def headline(
     def is_balanced(row: Row) -> bool:
         return _matched(row) and row["condition"] not in skewed
 
+    def without_noise(row: Row) -> bool:
+        return _matched(row) and row["noise_rate"] == 0
+
     overall = _against(pairs, REFERENCE, "diff_vs_tuned_ce", "all tasks")
     se = overall.estimate.se if overall.estimate else math.nan
     as_the_data = "tasks with the data's own class frequencies in training and test"
@@ -79,14 +82,20 @@ def headline(
         _slice(
             rows,
             "diff_at_no_noise",
-            "tasks with no label noise added and the class frequencies of training in the test",
-            lambda row: _matched(row) and row["noise_rate"] == 0,
+            "tasks with no label noise added and the class frequencies of training in the test, of the conditions "
+            + ", ".join(dict.fromkeys(row["condition"] for row in rows if without_noise(row))),
+            without_noise,
         ),
         _slice(
             rows,
             "diff_at_high_noise",
-            f"tasks with a noise rate of {HIGH_NOISE:g} or more and the class frequencies of training in the test",
-            lambda row: _matched(row) and round(row["noise_rate"], 6) >= HIGH_NOISE,
+            f"tasks with a rate of {HIGH_NOISE:g} or more of meta-training's kind of noise ({config.tasks.noise.kind}), with "
+            "the class frequencies of training in the test",
+            lambda row: (
+                _matched(row)
+                and task_of(row).noise_kind == config.tasks.noise.kind
+                and round(row["noise_rate"], 6) >= HIGH_NOISE
+            ),
         ),
         _slice(
             rows,
