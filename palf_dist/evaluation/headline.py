@@ -53,6 +53,7 @@ class Figure:
     missing: tuple[str, ...] = ()  # methods without which "the best of" is no measure: a verdict takes them
     unit: str = "points"  # of the estimate
     clusters: int | None = None  # independent datasets behind a value that has no estimate
+    upper: float | None = None  # end of the 95 % interval of a value that has no estimate
 
 
 def headline(
@@ -89,8 +90,8 @@ def headline(
         _slice(
             rows,
             "diff_at_high_noise",
-            f"tasks with a rate of {HIGH_NOISE:g} or more of meta-training's kind of noise ({config.tasks.noise.kind}), with "
-            "the class frequencies of training in the test",
+            f"tasks with a rate of {HIGH_NOISE:g} or more of meta-training's kind of noise ({config.tasks.noise.kind}) "
+            "and the class frequencies of training in the test",
             lambda row: (
                 _matched(row)
                 and task_of(row).noise_kind == config.tasks.noise.kind

@@ -250,7 +250,7 @@ def signed(estimate: Estimate) -> str:
     if math.isnan(estimate.mean):
         return NOTHING
     error = "" if math.isnan(estimate.se) else f" ({estimate.se:.2f})".replace("(0.", "(.")
-    return f"{estimate.mean:+.2f}{error}"
+    return f"{estimate.mean:+z.2f}{error}"
 
 
 def _accuracy(part: Slice) -> str:
@@ -265,7 +265,7 @@ def interval(estimate: Estimate) -> str:
     """The 95 % interval, as "+2.40 to +6.20"."""
     if math.isnan(estimate.se):
         return NOTHING
-    return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
+    return f"{estimate.low:+z.2f} to {estimate.high:+z.2f}"
 
 
 def _rich_tables(title: str, comparisons: Sequence[Comparison], parts: Sequence[Column]) -> list[Table]:
@@ -293,7 +293,7 @@ def certainty(item: Comparison) -> list[str]:
     if item.method == item.reference or math.isnan(low):
         return [NOTHING] * 3
     tally = item.tally
-    return [f"{low:+.2f} to {high:+.2f}", p_value(item.adjusted_p), f"{tally.wins}-{tally.ties}-{tally.losses}"]
+    return [f"{low:+z.2f} to {high:+z.2f}", p_value(item.adjusted_p), f"{tally.wins}-{tally.ties}-{tally.losses}"]
 
 
 def p_value(p: float) -> str:
