@@ -230,9 +230,17 @@ def _steps_ratio(compared: Sequence[Comparison]) -> Figure:
     if value == difference.mean:
         return Figure(name, "tuned CE is never better than before its first step")
     meaning = (
-        "steps to the reference's best accuracy on the task, all steps where never reached, over the reference's own"
+        "steps to the reference's best accuracy on the task, all steps where never reached, over the reference's own; "
+        + reached_words(policy, "reached_best")
     )
     return Figure(name, meaning, value / (value - difference.mean), difference, REFERENCE, unit="inner steps")
+
+
+def reached_words(item: Comparison, measure: str) -> str:
+    """On which share of tasks a method, and the reference, got to an accuracy (``reached_best``, ``reached_95``)."""
+    reached = item.others[measure].overall
+    own, reference = reached.value, reached.value - reached.difference.mean
+    return f"reached on {own:.0f} % of tasks, by {label_of(REFERENCE)} on {reference:.0f} %"
 
 
 def _mean_steps_ratio(rows: Sequence[Row]) -> Figure:

@@ -70,6 +70,9 @@ MAX_DATASETS = 4
 FAR_BELOW = -15.0
 """Points against the reference below which a method is off the scale of the plots (InfoNCE alone is near chance)."""
 
+PANELS_IN_A_ROW = 4
+"""Of the held-out comparison: the README shows it at the width of a page."""
+
 WIDEST_ARM = 6.0
 """Points of an interval's half-width that the limits of a plot make room for: with few datasets it can be huge."""
 
@@ -211,15 +214,19 @@ def plot_outer_loss(metrics: pa.Table) -> Figure:
 
 @matplotlib.rc_context(FIGURE_STYLE)
 def plot_held_out(comparisons: Sequence[Comparison]) -> Figure:
-    """Difference of every method to tuned cross-entropy with its 95 % interval: all conditions, then each apart."""
+    """Difference of every method to tuned cross-entropy with its 95 % interval: all conditions, then each apart,
+    ``PANELS_IN_A_ROW`` beside each other."""
     reference, *shown = comparisons
     assert reference.method == REFERENCE
     panels: list[Column] = [("all conditions", [item.overall for item in comparisons])]
     panels += [(CONDITION_TITLES.get(name, name), slices) for name, slices in condition_columns(comparisons)]
     limits = _limits([part for _, slices in panels for part in slices])
-    figure = Figure(figsize=(2.6 + 2.5 * len(panels), 1.6 + 0.32 * len(shown)))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, (of_reference, *slices)) in zip(axes, panels, strict=True):
+    columns = min(len(panels), PANELS_IN_A_ROW)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2.6 + 2.5 * columns, 0.6 + rows * (1.0 + 0.32 * len(shown))))
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    _finish_grid(axes, len(panels), columns, "")
+    for axis, (title, (of_reference, *slices)) in zip(axes, panels, strict=False):
         axis.axvline(0, color=BLACK, linewidth=1)
         for row, (item, part) in enumerate(zip(shown, slices, strict=True)):
             _interval(axis, row, part, POLICY_COLOUR if is_policy(item.method) else OTHER_COLOUR, limits)
@@ -227,10 +234,11 @@ def plot_held_out(comparisons: Sequence[Comparison]) -> Figure:
         axis.set(title=f"{title}\n({label_of(REFERENCE)}: {of_reference.value:.1f} %)", xlim=limits)
         axis.grid(axis="y", visible=False)
     axes[0].set(yticks=range(len(shown)), ylim=(len(shown) - 0.4, -0.6))
-    axes[0].set_yticklabels([label_of(item.method) for item in shown])
-    for tick, item in zip(axes[0].get_yticklabels(), shown, strict=True):
-        if is_policy(item.method):
-            tick.set(color=POLICY_COLOUR, fontweight="bold")
+    for axis in axes[::columns]:
+        axis.set_yticklabels([label_of(item.method) for item in shown])
+        for tick, item in zip(axis.get_yticklabels(), shown, strict=True):
+            if is_policy(item.method):
+                tick.set(color=POLICY_COLOUR, fontweight="bold")
     figure.supxlabel(
         f"points of held-out accuracy against {label_of(REFERENCE)} (95 % interval clustered by dataset)", fontsize=9
     )

@@ -137,6 +137,18 @@ def test_noise_shows_the_policy_and_the_best_others_with_their_intervals(compari
     assert ends == pytest.approx(np.array([[estimate.low, estimate.high] for estimate in estimates]))
 
 
+def test_many_conditions_wrap_and_each_row_of_panels_names_the_methods():
+    rows = [row | {"condition": f"c{index}"} for index in range(5) for row in few_rows() if row["noise_rate"] == 0]
+    figure = plot_held_out(compare(rows))
+    axes = visible(figure)
+    assert len(axes) == 6 and figure.get_figwidth() == pytest.approx(2.6 + 4 * 2.5)
+    figure.draw_without_rendering()
+    named = [axis for axis in axes if any(text.get_visible() and text.get_text() for text in axis.get_yticklabels())]
+    lefts = [axis.get_position().x0 for axis in (axes[0], axes[4])]
+    assert [axis.get_title() for axis in named] == [axes[0].get_title(), axes[4].get_title()]
+    assert lefts[0] == pytest.approx(lefts[1])
+
+
 def test_kinds_of_noise_have_panels_of_their_own():
     rows = few_rows()
     flipped = [row | {"noise_kind": "pair_flip", "accuracy": 0.5} for row in rows if row["noise_rate"]]

@@ -11,9 +11,18 @@ import pytest
 from rich.console import Console
 
 from palf_dist.evaluation.derived import PICKS, held_out
+from palf_dist.evaluation.inference import clustered_mean
 from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.statistics import compare
-from palf_dist.evaluation.table import to_main_markdown, to_markdown, to_pair_records, to_records, to_rich
+from palf_dist.evaluation.table import (
+    interval,
+    signed,
+    to_main_markdown,
+    to_markdown,
+    to_pair_records,
+    to_records,
+    to_rich,
+)
 from tests.evaluation.synthetic import few_rows, result_rows
 
 
@@ -172,3 +181,8 @@ def test_what_no_noise_mixes_is_said():
     text = to_main_markdown(compare(few))
     assert "noise 0: all tasks to which no label noise was added, of the conditions as-is, few-rows;" in text
     assert "noise 0: all" not in to_main_markdown(compare(few_rows()))
+
+
+def test_zero_has_one_sign():
+    estimate = clustered_mean([-0.003, 0.001], "ab")
+    assert signed(estimate).startswith("+0.00 (") and interval(clustered_mean([-0.001, -0.001], "ab")).count("-") == 0
