@@ -59,14 +59,14 @@ def test_a_tiny_one_from_end_to_end(
     page = (tmp_path / "results_overhead.md").read_text()
     assert f"]({OVERHEAD_JSON})" in page and page.count("\n| ") == 4
     assert f"with a policy of kind robust ({found.digest[:12]}), one thread, torch {torch.__version__} against" in page
-    spec = policy_spec(PolicyConfig(kind="widened"))
+    spec = policy_spec(PolicyConfig(kind="validation_free"))
     mean = np.zeros(len(spec.features), np.float32)
     phi = LearnedPolicy(spec, mean.tolist(), (mean + 1).tolist()).initial()
     save_policy(tmp_path / "other", PolicyArtefact(spec, phi, mean, mean + 1))
     overhead.main(["--rounds", "6", "--steps", "12", "--write-docs", "--policy", str(tmp_path / "other")])
     again = read_overheads(tmp_path)
-    assert again is not None and again.policy == "widened" and again.digest != found.digest
-    assert "kind widened" in (tmp_path / "results_overhead.md").read_text()
+    assert again is not None and again.policy == "validation_free" and again.digest != found.digest
+    assert "kind validation_free" in (tmp_path / "results_overhead.md").read_text()
 
 
 def test_too_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
