@@ -29,6 +29,14 @@ OWN_SCHEDULE, LEARNED_SCHEDULE = "policy_schedule", LEARNED["schedule"].name
 STATICS = (BEST_STATIC, LEARNED["constant"].name)
 """What can be the best static loss, chosen without a look at held-out rows."""
 
+PAPER_STATICS = (REFERENCE, "focal", "label_smoothing")
+STATIC_POOL = (*PAPER_STATICS, "s5_tuned")
+"""What a static loss has to be chosen from, at least, for the choice to be a measure: the paper's, and the strongest
+that we know."""
+
+ADAPTIVE = ("curriculum", LEARNED["maml"].name, LEARNED_SCHEDULE)
+"""What has to be among the adaptive baselines for the best of them to be a measure."""
+
 Row = Mapping[str, Any]
 Chosen = Callable[[Row], bool]
 
@@ -42,9 +50,10 @@ class Figure:
     value: float | None = None
     estimate: Estimate | None = None  # a difference with its uncertainty
     of: str | None = None  # the method that the policy is compared with
-    missing: tuple[str, ...] = ()  # labels of others that belong to the comparison and were not there
+    missing: tuple[str, ...] = ()  # methods without which "the best of" is no measure: a verdict takes them
     unit: str = "points"  # of the estimate
     clusters: int | None = None  # independent datasets behind a value that has no estimate
+    upper: float | None = None  # end of the 95 % interval of a value that has no estimate
 
 
 def headline(
@@ -53,9 +62,14 @@ def headline(
     """The figures that follow from the rows of runs of one configuration, by name; ``compared`` and ``pairs`` are what
     ``derived.held_out`` makes of ``rows``."""
     skewed = imbalanced(config.evaluation)
+    there = {row["method"] for row in rows}
+    no_static = tuple(name for name in STATIC_POOL if name not in there)
 
     def is_balanced(row: Row) -> bool:
         return _matched(row) and row["condition"] not in skewed
+
+    def without_noise(row: Row) -> bool:
+        return _matched(row) and row["noise_rate"] == 0
 
     overall = _against(pairs, REFERENCE, "diff_vs_tuned_ce", "all tasks")
     se = overall.estimate.se if overall.estimate else math.nan
@@ -69,14 +83,20 @@ def headline(
         _slice(
             rows,
             "diff_at_no_noise",
-            "tasks with no label noise added and the class frequencies of training in the test",
-            lambda row: _matched(row) and row["noise_rate"] == 0,
+            "tasks with no label noise added and the class frequencies of training in the test, of the conditions "
+            + ", ".join(dict.fromkeys(row["condition"] for row in rows if without_noise(row))),
+            without_noise,
         ),
         _slice(
             rows,
             "diff_at_high_noise",
-            f"tasks with a noise rate of {HIGH_NOISE:g} or more and the class frequencies of training in the test",
-            lambda row: _matched(row) and round(row["noise_rate"], 6) >= HIGH_NOISE,
+            f"tasks with a rate of {HIGH_NOISE:g} or more of meta-training's kind of noise ({config.tasks.noise.kind}) "
+            "and the class frequencies of training in the test",
+            lambda row: (
+                _matched(row)
+                and task_of(row).noise_kind == config.tasks.noise.kind
+                and round(row["noise_rate"], 6) >= HIGH_NOISE
+            ),
         ),
         _slice(
             rows,
@@ -86,12 +106,12 @@ def headline(
             measure=MEASURES["balanced_accuracy"],
         ),
         *(_unseen(rows, kind, config) for kind in UNSEEN_KINDS),
-        _best(pairs, "diff_vs_best_static", STATICS, BEST_STATIC),
+        _best(pairs, "diff_vs_best_static", STATICS, (*STATICS, *no_static)),
         _best(
             _pairs_on(rows, lambda row: _matched(row) and row["condition"] in skewed, STATICS),
             "diff_vs_best_static_imbalanced",
             STATICS,
-            BEST_STATIC,
+            (*STATICS, *no_static),
             " on tasks with equally imbalanced training and test rows",
         ),
         _against(pairs, OWN_SCHEDULE, "diff_vs_own_schedule", "its own controls, averaged over tasks"),
@@ -99,10 +119,19 @@ def headline(
         _against(pairs, LEARNED_SCHEDULE, "diff_vs_learned_schedule", "a policy that reads t/T alone"),
         _slice(rows, "diff_vs_learned_schedule_balanced", as_the_data, is_balanced, LEARNED_SCHEDULE),
         _against(pairs, "policy_shuffled", "diff_vs_shuffled", "its own controls for another task"),
-        _against(
-            pairs, PICKED_STATIC, "diff_vs_picked_static", "the static loss picked on each task's noisy validation rows"
+        replace(
+            _against(
+                pairs,
+                PICKED_STATIC,
+                "diff_vs_picked_static",
+                "the static loss picked on each task's noisy validation rows",
+            ),
+            missing=no_static,
         ),
-        _against(pairs, "static_oracle", "diff_vs_oracle", "the static loss picked on each task's own test rows"),
+        replace(
+            _against(pairs, "static_oracle", "diff_vs_oracle", "the static loss picked on each task's own test rows"),
+            missing=no_static,
+        ),
         _steps_ratio(compared),
         _mean_steps_ratio(rows),
     ]
@@ -113,7 +142,7 @@ def best_adaptive(pairs: Sequence[Comparison]) -> Figure:
     """Against the method that does best among those that change their weights on their own."""
     schedules = (name for name, method in METHODS.items() if method.schedule is not None)
     names = (*schedules, LEARNED_SCHEDULE, LEARNED["maml"].name)
-    return _best(pairs, "diff_vs_best_adaptive", names, LEARNED_SCHEDULE)
+    return _best(pairs, "diff_vs_best_adaptive", names, ADAPTIVE)
 
 
 def _matched(row: Row) -> bool:
@@ -132,18 +161,22 @@ def _unseen(rows: Sequence[Row], kind: NoiseKind, config: RunConfig) -> Figure:
     )
 
 
-def _best(pairs: Sequence[Comparison], name: str, methods: Sequence[str], needed: str, where: str = "") -> Figure:
-    """Against the strongest of the methods on the held-out tasks; nothing without the ``needed`` one, since the best of
-    what is weak is no measure."""
+def _best(
+    pairs: Sequence[Comparison], name: str, methods: Sequence[str], needed: Sequence[str], where: str = ""
+) -> Figure:
+    """Against the strongest of the methods on the held-out tasks; those of ``needed`` that are not there are its
+    ``missing``, since the best of what is weak is no measure."""
     known = {
         item.reference: item
         for item in pairs
         if item.reference in methods and not math.isnan(item.overall.difference.mean)
     }
-    if needed not in known:
-        return Figure(name, f"takes the method {label_of(needed)}{where}, which these runs do not have")
+    if not known:
+        return Figure(
+            name, f"takes {', '.join(map(label_of, needed))}{where}, of which these runs have none to compare with"
+        )
     best = min(known.values(), key=lambda item: item.overall.difference.mean)
-    missing = tuple(label_of(method) for method in methods if method not in known)
+    missing = tuple(method for method in needed if method not in known)
     words = f"the strongest of {', '.join(label_of(method) for method in methods if method in known)}{where}"
     return replace(_difference(name, words, best), missing=missing)
 
@@ -197,9 +230,17 @@ def _steps_ratio(compared: Sequence[Comparison]) -> Figure:
     if value == difference.mean:
         return Figure(name, "tuned CE is never better than before its first step")
     meaning = (
-        "steps to the reference's best accuracy on the task, all steps where never reached, over the reference's own"
+        "steps to the reference's best accuracy on the task, all steps where never reached, over the reference's own; "
+        + reached_words(policy, "reached_best")
     )
     return Figure(name, meaning, value / (value - difference.mean), difference, REFERENCE, unit="inner steps")
+
+
+def reached_words(item: Comparison, measure: str) -> str:
+    """On which share of tasks a method, and the reference, got to an accuracy (``reached_best``, ``reached_95``)."""
+    reached = item.others[measure].overall
+    own, reference = reached.value, reached.value - reached.difference.mean
+    return f"reached on {own:.0f} % of tasks, by {label_of(REFERENCE)} on {reference:.0f} %"
 
 
 def _mean_steps_ratio(rows: Sequence[Row]) -> Figure:

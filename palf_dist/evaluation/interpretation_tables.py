@@ -77,7 +77,7 @@ def in_words(phases: Phases) -> str:
     return (
         f"boundaries at {places} of the run, resolved to {percent(phases.resolution)}; three phases explain "
         f"{percent(phases.by_phases)} of the variation over time, a line with one bend {percent(phases.by_line)} "
-        f"(difference {_range(phases.ahead, '+')})"
+        f"(difference {_range(phases.ahead, '+')}); on datasets left out the third adds {_range(phases.third, '+')}"
     )
 
 
@@ -200,6 +200,7 @@ def _phase_record(phases: Phases) -> dict[str, Any]:
         "explained_by_three_phases": number(phases.by_phases),
         "explained_by_a_line_with_one_bend": number(phases.by_line),
         "difference_ci95": _ends(phases.ahead),
+        "third_phase_on_left_out_ci95": _ends(phases.third),
         "inner_runs": phases.runs,
         "clusters": phases.clusters,
     }

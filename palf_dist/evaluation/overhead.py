@@ -29,7 +29,17 @@ class Overheads(Section):
 
     rounds: Count
     steps: Count  # of a training
+    policy: str  # kind
+    digest: str  # of the policy
+    threads: Count
+    torch: str  # version
     models: Annotated[Mapping[str, Overhead], Field(min_length=1)]
+
+    @property
+    def measured_with(self) -> str:
+        """In words, what was timed with what."""
+        threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"a policy of kind {self.policy} ({self.digest[:12]}), {threads}, torch {self.torch}"
 
 
 def read_overheads(folder: Path) -> Overheads | None:
@@ -60,4 +70,5 @@ def overhead_figure(overheads: Overheads | None) -> Figure:
         f"percent of additional training time, {model} (95 % interval {most.ci95[0]:.1f} to {most.ci95[1]:.1f}), which "
         f"has the most{f' (others: {others})' if others else ''}"
     )
-    return Figure("overhead_percent", meaning, most.percent)
+    upper = max(each.ci95[1] for each in overheads.models.values())
+    return Figure("overhead_percent", f"{meaning}; {overheads.measured_with}", most.percent, upper=upper)

@@ -4,7 +4,7 @@ claims. results.md and results.json are written by this module alone, never by h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ from palf_dist.evaluation.table import (
     NOTHING,
     Cells,
     interval,
+    is_policy,
     label_of,
     markdown_table,
     number,
     signed,
-    to_main_markdown,
+    to_cells,
     to_markdown,
-    to_other_markdown,
     to_pair_records,
     to_records,
 )
@@ -68,6 +68,25 @@ class Results:
     config: RunConfig  # of the first of the runs
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What several runs say together: all that the record and the page are made of."""
+
+    runs: JoinedRuns
+    compared: Sequence[Comparison]
+    pairs: Sequence[Comparison]
+    family_compared: Sequence[Comparison]  # of the runs that hold out a family, empty without such runs
+    family_pairs: Sequence[Comparison]
+    as_is: AsIs
+    transfers: Mapping[str, Transfer]
+    figures: Mapping[str, Figure]
+    family_figures: Mapping[str, Figure]
+    trajectories: pa.Table | None
+    interpretation: Interpretation | None
+    claims: Sequence[Mapping[str, str]]
+    targets: Sequence[Mapping[str, Any]]
+
+
 def make_results(places: Sequence[str], output: str | Path) -> Results:
     """Join the runs at ``places``, paths or URIs, into results.md, results.json and the folder of pictures ``results``
     in the folder ``output``. Equal runs give equal bytes, whatever their order.
@@ -82,61 +101,15 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     published = published_designs(folder)
     overhead = overhead_figure(read_overheads(folder))
     runs = read_runs(places)
-    rows = runs.rows
-    compared, pairs = held_out(rows)
-    as_is = compare_as_is(rows, runs.config.evaluation)
-    transfers = {
-        kind: compare_transfer(kind, judged[0].config, judged[0].card, [row for run in judged for row in run.rows])
-        for kind, judged in runs.transfers.items()
-    }
-    figures = headline(rows, compared, pairs, runs.config) | transfer_figures(transfers)
-    figures |= {figure.name: figure for figure in (as_is.figure(), overhead)}
-    family_rows = runs.family_rows
-    family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
-    family_figures = headline(family_rows, family_compared, family_pairs, runs.config) if family_rows else {}
-    trajectories = _trajectories(runs.folds)
-    interpretation = None if trajectories is None else _interpretation(runs, trajectories)
-    claims = findings(
-        Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories, interpretation)
-    )
-    targets = judge_targets(figures, family_figures)
-    designs = _with_designs(published, runs, figures)
-    record = {
-        "headline": {name: number(figure.value) for name, figure in figures.items()}
-        | {"held_out_designs": len(designs)},
-        "not_measured": {name: figure.meaning for name, figure in figures.items() if figure.value is None},
-        "headline_details": {name: _details(figure) for name, figure in figures.items() if figure.estimate is not None},
-        "as_is": as_is.record(),
-        "targets": targets,
-        "claims": claims,
-        "designs": designs,
-        "table": to_records(compared),
-        "pairs": to_pair_records(pairs),
-        "families": to_records(family_compared),
-        "family_headline": {name: number(figure.value) for name, figure in family_figures.items()},
-        "interpretation": None if interpretation is None else interpretation_record(interpretation),
-        "transfers": {kind: to_records(transfer.compared) for kind, transfer in transfers.items()},
-        "runs": [_about(run) for run in runs.all],
-    }
-    pictures = comparison_pictures(compared)
-    if trajectories is not None:
-        pictures["alpha"] = plots.to_png(plots.plot_alpha(trajectories))
-    explained = {} if interpretation is None else interpretation_pictures(interpretation)
-    shown = (list(pictures), list(explained))
+    joined = _joined(runs, overhead)
+    designs = _with_designs(published, runs, joined.figures)
+    record = _record(joined, designs)
+    pictures = comparison_pictures(joined.compared)
+    if joined.trajectories is not None:
+        pictures["alpha"] = plots.to_png(plots.plot_alpha(joined.trajectories))
+    explained = {} if joined.interpretation is None else interpretation_pictures(joined.interpretation)
+    page = _page(joined, len(designs), list(pictures), list(explained))
     pictures |= explained
-    page = _page(
-        runs,
-        (figures, family_figures),
-        (compared, pairs),
-        (family_compared, family_pairs),
-        as_is,
-        transfers,
-        targets,
-        claims,
-        designs,
-        interpretation,
-        shown,
-    )
     try:
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
         for name in CAPTIONS:
@@ -155,10 +128,64 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
         folder / RESULTS_MARKDOWN,
         folder / RESULTS_JSON,
         tuple(folder / PICTURES / f"{name}.png" for name in pictures),
-        tuple(compared),
+        tuple(joined.compared),
         record,
         runs.config,
     )
+
+
+def _joined(runs: JoinedRuns, overhead: Figure) -> Joined:
+    rows, family_rows = runs.rows, runs.family_rows
+    compared, pairs = held_out(rows)
+    as_is = compare_as_is(rows, runs.config.evaluation)
+    transfers = {
+        kind: compare_transfer(kind, judged[0].config, judged[0].card, [row for run in judged for row in run.rows])
+        for kind, judged in runs.transfers.items()
+    }
+    figures = headline(rows, compared, pairs, runs.config) | transfer_figures(transfers)
+    figures |= as_is.figures() | {overhead.name: overhead}
+    family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
+    family_figures = headline(family_rows, family_compared, family_pairs, runs.config) if family_rows else {}
+    trajectories = _trajectories(runs.folds)
+    interpretation = None if trajectories is None else _interpretation(runs, trajectories)
+    evidence = Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories, interpretation)
+    return Joined(
+        runs=runs,
+        compared=compared,
+        pairs=pairs,
+        family_compared=family_compared,
+        family_pairs=family_pairs,
+        as_is=as_is,
+        transfers=transfers,
+        figures=figures,
+        family_figures=family_figures,
+        trajectories=trajectories,
+        interpretation=interpretation,
+        claims=findings(evidence),
+        targets=judge_targets(figures, family_figures, {run.family for run in runs.families}),
+    )
+
+
+def _record(joined: Joined, designs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """results.json."""
+    figures, interpretation = joined.figures, joined.interpretation
+    return {
+        "headline": {name: number(figure.value) for name, figure in figures.items()}
+        | {"held_out_designs": len(designs)},
+        "not_measured": {name: figure.meaning for name, figure in figures.items() if figure.value is None},
+        "headline_details": {name: _details(figure) for name, figure in figures.items() if figure.estimate is not None},
+        "as_is": joined.as_is.record(),
+        "targets": joined.targets,
+        "claims": joined.claims,
+        "designs": designs,
+        "table": to_records(joined.compared),
+        "pairs": to_pair_records(joined.pairs),
+        "families": to_records(joined.family_compared),
+        "family_headline": {name: number(figure.value) for name, figure in joined.family_figures.items()},
+        "interpretation": None if interpretation is None else interpretation_record(interpretation),
+        "transfers": {kind: to_records(transfer.compared) for kind, transfer in joined.transfers.items()},
+        "runs": [_about(run) for run in joined.runs.all],
+    }
 
 
 def _with_designs(
@@ -206,6 +233,7 @@ def _details(figure: Figure) -> dict[str, Any]:
     return {
         "meaning": figure.meaning,
         "against": figure.of,
+        "missing": list(figure.missing),
         "unit": figure.unit,
         "difference": number(estimate.mean),
         "se": number(estimate.se),
@@ -229,64 +257,70 @@ def _about(run: JudgedRun) -> dict[str, Any]:
     }
 
 
-def _page(
-    runs: JoinedRuns,
-    figures: tuple[Mapping[str, Figure], Mapping[str, Figure]],  # of the folds, of the families
-    tables: tuple[Sequence[Comparison], Sequence[Comparison]],
-    family_tables: tuple[Sequence[Comparison], Sequence[Comparison]],
-    as_is: AsIs,
-    transfers: Mapping[str, Transfer],
-    targets: Sequence[Mapping[str, Any]],
-    claims: Sequence[Mapping[str, str]],
-    designs: Sequence[Mapping[str, Any]],
-    interpretation: Interpretation | None,
-    pictures: tuple[Sequence[str], Sequence[str]],
-) -> str:
-    """results.md. ``pictures``: names of those of the comparison, and of the interpretation."""
-    compared, explained = ([f"![{name}]({PICTURES}/{name}.png)\n\n{CAPTIONS[name]}\n" for name in p] for p in pictures)
+def _page(joined: Joined, designs: int, compared: Sequence[str], explained: Sequence[str]) -> str:
+    """results.md. ``compared``, ``explained``: names of the pictures of the comparison, and of the interpretation."""
+    runs, figures, as_is = joined.runs, joined.figures, joined.as_is
+
+    def shown(names: Sequence[str]) -> list[str]:
+        return [f"![{name}]({PICTURES}/{name}.png)\n\n{CAPTIONS[name]}\n" for name in names]
+
+    shifted = {row["condition"] for row in runs.rows if row["target_prior"] != "train"}
     parts = [
         f"# Results: {runs.config.name}\n",
         "Written by `palf-dist results`, never by hand; [evaluation.md](evaluation.md) explains every figure, and "
         f"[{RESULTS_JSON}]({RESULTS_JSON}) has them all.\n",
         "## The held-out comparison\n",
         BLOCK[0],
-        f"**{headline_sentence(tables[0])}**\n",
-        f"Designs judged on held-out datasets and published here so far, this one among them: {len(designs)}.\n",
-        to_main_markdown(tables[0]) + BLOCK[1] + "\n",
-        to_other_markdown(*tables),
+        f"**{headline_sentence(joined.compared)}**\n",
+        f"Designs judged on held-out datasets and published here so far, this one among them: {designs}.\n",
+        _brief_table(joined.compared, shifted) + BLOCK[1] + "\n",
+        "All conditions and rates of noise:\n",
+        to_markdown(joined.compared, joined.pairs),
         "## Headline\n",
-        markdown_table(_headline_cells(figures[0]), texts=2),
+        markdown_table(_headline_cells(figures), texts=2),
         "## What was to be reached\n",
         "Gains in points of clean test accuracy over what is named, on held-out datasets, as set before these "
         f"measurements. *not measured* also with fewer than {FEWEST_CLUSTERS} independent datasets.\n",
-        markdown_table(target_cells(targets), texts=4),
+        markdown_table(target_cells(joined.targets), texts=4),
         *(["## Datasets as they are\n", f"{CAVEAT}\n", markdown_table(as_is.cells())] if as_is.differences else []),
-        *compared,
+        *shown(compared),
         "## What the policy does\n",
-        *section(interpretation),
-        *explained,
+        *section(joined.interpretation),
+        *shown(explained),
     ]
     if runs.families:
         families = ", ".join(sorted({run.family or "" for run in runs.families}))
         parts += [
             "## Families never seen\n",
             f"Each family ({families}) judged by a policy that was trained on none of it.\n",
-            to_markdown(*family_tables),
+            to_markdown(joined.family_compared, joined.family_pairs),
             "The headline figures of these runs:\n",
-            markdown_table(_headline_cells(figures[1]), texts=2),
+            markdown_table(_headline_cells(joined.family_figures), texts=2),
         ]
     parts += [
-        *transfer_page(transfers),
+        *transfer_page(joined.transfers),
         "## The claims of the paper\n",
         "*reproduced* where the 95 % interval lies above zero and the mean reaches what is claimed; *opposite* where "
         "the interval lies below zero; else *not reproduced*. *not measured* where there is no such figure, or fewer "
         f"than {FEWEST_CLUSTERS} independent datasets. The claims about every dataset, distinct phases and features "
         "have rules of their own, and that about time goes by the benchmark of overhead alone.\n",
-        markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in claims]), texts=3),
+        markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in joined.claims]), texts=3),
         "## Runs\n",
         markdown_table(_run_cells(runs.all), texts=3),
     ]
     return "\n".join(parts)
+
+
+def _brief_table(comparisons: Sequence[Comparison], shifted: Collection[str]) -> str:
+    """The first table of the page with its main columns alone: over all tasks, with no noise, with the highest
+    rate of the first kind of noise, and the ``shifted`` conditions."""
+    kinds = [noise for noise in comparisons[0].by_noise if noise.rate]
+    shown = [f"noise {noise}" for noise in comparisons[0].by_noise if not noise.rate]
+    shown += [f"noise {noise}" for noise in kinds if noise.kind == kinds[0].kind][-1:]
+    header, rows = to_cells(comparisons)
+    kept = [index for index, name in enumerate(header) if index < 4 or name in shown or name in shifted]
+    cells = [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
+    return markdown_table(cells, [is_policy(item.method) for item in comparisons])
 
 
 def _headline_cells(figures: Mapping[str, Figure]) -> Cells:

@@ -51,7 +51,7 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             "label": label_of(item.method),
             "accuracy": number(item.overall.value),
             **_difference(item.overall.difference),
-            "by_noise": _slices({f"{rate:g}": part for rate, part in item.by_noise.items()}),
+            "by_noise": _slices({str(noise): part for noise, part in item.by_noise.items()}),
             "by_condition": _slices(item.by_condition),
             "by_condition_and_noise": _slices(
                 {f"{name} {rate:g}": part for (name, rate), part in item.by_cell.items()}
@@ -151,8 +151,8 @@ def condition_columns(comparisons: Sequence[Comparison]) -> list[Column]:
 
 
 def noise_columns(comparisons: Sequence[Comparison]) -> list[Column]:
-    """Per noise rate a header and the slice of every comparison."""
-    return [(f"noise {rate:g}", [item.by_noise[rate] for item in comparisons]) for rate in comparisons[0].by_noise]
+    """Per kind and rate of noise a header and the slice of every comparison."""
+    return [(f"noise {noise}", [item.by_noise[noise] for item in comparisons]) for noise in comparisons[0].by_noise]
 
 
 def measure_columns(comparisons: Sequence[Comparison]) -> list[Column]:
@@ -205,6 +205,12 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
             "balanced: class frequencies as the data has them. matched: imbalanced training and test rows. "
             "shifted: imbalanced training rows, balanced test rows."
         )
+    without_noise = [name for name, rate in reference.by_cell if rate == 0]
+    if without_noise and set(without_noise) != set(reference.by_condition):
+        notes.append(
+            f"noise 0: all tasks to which no label noise was added, of the conditions {', '.join(without_noise)}; each "
+            "kind of noise has columns of its own."
+        )
     if reference.overall.difference.clusters == 1:
         notes.append("With one dataset there is no standard error: hold out two or more that share no rows.")
     known = [DESCRIBED[item.method] for item in comparisons if item.method in DESCRIBED]
@@ -244,7 +250,7 @@ def signed(estimate: Estimate) -> str:
     if math.isnan(estimate.mean):
         return NOTHING
     error = "" if math.isnan(estimate.se) else f" ({estimate.se:.2f})".replace("(0.", "(.")
-    return f"{estimate.mean:+.2f}{error}"
+    return f"{estimate.mean:+z.2f}{error}"
 
 
 def _accuracy(part: Slice) -> str:
@@ -259,7 +265,7 @@ def interval(estimate: Estimate) -> str:
     """The 95 % interval, as "+2.40 to +6.20"."""
     if math.isnan(estimate.se):
         return NOTHING
-    return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
+    return f"{estimate.low:+z.2f} to {estimate.high:+z.2f}"
 
 
 def _rich_tables(title: str, comparisons: Sequence[Comparison], parts: Sequence[Column]) -> list[Table]:
@@ -287,7 +293,7 @@ def certainty(item: Comparison) -> list[str]:
     if item.method == item.reference or math.isnan(low):
         return [NOTHING] * 3
     tally = item.tally
-    return [f"{low:+.2f} to {high:+.2f}", p_value(item.adjusted_p), f"{tally.wins}-{tally.ties}-{tally.losses}"]
+    return [f"{low:+z.2f} to {high:+z.2f}", p_value(item.adjusted_p), f"{tally.wins}-{tally.ties}-{tally.losses}"]
 
 
 def p_value(p: float) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
-from palf_dist.evaluation.claims import FEWEST_CLUSTERS
+from palf_dist.config import Family
+from palf_dist.evaluation.claims import FEWEST_CLUSTERS, NO_ERROR
 from palf_dist.evaluation.headline import Figure
 from palf_dist.evaluation.table import Cells, interval, label_of, number, signed
+
+SMALLEST_SHORTFALL = 0.00005
+"""Below that ``short_by`` would be a zero, as figures are rounded."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,14 @@ class Target:
     bound: float
     at_most: bool = False
     significant: bool = False  # the 95 % interval has to lie above zero besides
+    harmless: bool = False  # instead of a bound: the 95 % interval must not lie below zero
     family: bool = False  # of the headline of the runs that hold out a family
     lacking: str = ""
 
     @property
     def wanted(self) -> str:
+        if self.harmless:
+            return "not significantly below 0"
         bound = f"at most {self.bound:g}" if self.at_most else f"{self.bound:+.1f} or more"
         return f"{bound}, significant" if self.significant else bound
 
@@ -37,6 +44,7 @@ TARGETS = (
     Target(
         "datasets as they are on which it is significantly below tuned CE", "datasets_below_ce_as_is", 0, at_most=True
     ),
+    Target("tuned CE, datasets as they are together", "diff_as_is", 0.0, harmless=True),
     Target("tuned CE, shifted prior, balanced accuracy", "diff_shifted_prior", 5.0),
     Target("tuned CE, unseen noise: pair-flip", "diff_unseen_noise_pair_flip", 3.0),
     Target("tuned CE, unseen noise: class-dependent", "diff_unseen_noise_class_dependent", 3.0),
@@ -50,10 +58,12 @@ TARGETS = (
     Target("the static loss picked by noisy validation on each task", "diff_vs_picked_static", 2.5),
     Target("the static loss picked by the test rows of each task", "diff_vs_oracle", 0.0),
     Target(
-        "steps to tuned CE's best accuracy on each task, share of its own", "steps_to_ce_best_ratio", 0.4, at_most=True
+        "steps to tuned CE's best accuracy on each task, share of its own (no loss of final accuracy: above)",
+        "steps_to_ce_best_ratio",
+        0.4,
+        at_most=True,
     ),
     Target("steps to the best of tuned CE's mean accuracy", "steps_to_ce_best_mean_ratio", 0.4, at_most=True),
-    Target("and that at no loss of final accuracy", "diff_vs_tuned_ce", 0.0),
     Target("tuned CE, families never seen", "diff_vs_tuned_ce", 2.0, family=True),
     Target("tuned CE, judged with other architectures than it was trained on", "diff_architecture_transfer", 2.0),
     Target("tuned CE, judged over other horizons than it was trained over", "diff_horizon_transfer", 2.0),
@@ -61,15 +71,21 @@ TARGETS = (
         "more meta-training tasks, by a factor of 8: change of the gain",
         None,
         0.0,
-        lacking="takes runs that differ in the number of tasks that they are trained on",
+        lacking="the curve of palf-dist ablate is in ablations.md, not joined here",
     ),
 )
 """Gains over what is named, in points of clean test accuracy on held-out datasets unless said otherwise."""
 
 
-def judge_targets(figures: Mapping[str, Figure], family_figures: Mapping[str, Figure]) -> list[dict[str, Any]]:
+def judge_targets(
+    figures: Mapping[str, Figure], family_figures: Mapping[str, Figure], families: Collection[str | None]
+) -> list[dict[str, Any]]:
     """One entry per target: target, wanted, measured, verdict (reached, missed or not measured), and how much is
-    missing (None unless the mean falls short). ``family_figures`` are empty without runs that hold out a family."""
+    missing (None unless the mean falls short). ``family_figures``: of runs that hold out one of ``families``; empty
+    without such runs."""
+    lacking = tuple(family for family in get_args(Family) if family not in families)
+    if lacking:
+        family_figures = {name: replace(figure, missing=lacking) for name, figure in family_figures.items()}
     return [
         {
             "target": target.text,
@@ -113,11 +129,22 @@ def _judged(target: Target, figures: Mapping[str, Figure]) -> dict[str, Any]:
             f"{measured}; {clusters} independent datasets, and a verdict takes {FEWEST_CLUSTERS}",
             "not measured",
         )
+    if figure.missing:
+        return entry(f"{measured}; a verdict takes {', '.join(map(label_of, figure.missing))}", "not measured")
+    if target.harmless:
+        harms = estimate is not None and estimate.high < 0
+        return entry(
+            f"{measured}; the 95 % interval lies below zero" if harms else measured, "missed" if harms else "reached"
+        )
     short = figure.value - target.bound if target.at_most else target.bound - figure.value
-    if short > 0:
+    if short >= SMALLEST_SHORTFALL:
         return entry(measured, "missed", short)
     if target.significant and not (estimate is not None and estimate.low > 0):
         return entry(f"{measured}; the 95 % interval holds zero", "missed")
+    if target.significant and estimate is not None and not estimate.se > NO_ERROR:
+        return entry(
+            f"{measured}; all datasets have the same difference, which gives no error to judge by", "not measured"
+        )
     return entry(measured, "reached")
 
 
@@ -127,5 +154,4 @@ def _measured(figure: Figure) -> str:
     if estimate is None or figure.value != estimate.mean:  # a number, or a ratio
         return f"{figure.value:.3g}"
     against = f", against {label_of(figure.of)}" if figure.of else ""
-    missing = f" (missing: {', '.join(figure.missing)})" if figure.missing else ""
-    return f"{signed(estimate)}, {interval(estimate)}{against}{missing}"
+    return f"{signed(estimate)}, {interval(estimate)}{against}"

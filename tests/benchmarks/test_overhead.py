@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import overhead
 from benchmarks.overhead import MODELS, Model, initial_policy, measure
+from palf_dist.config import PolicyConfig
 from palf_dist.evaluation.overhead import OVERHEAD_JSON, read_overheads
+from palf_dist.policies import LearnedPolicy, policy_spec
+from palf_dist.policies.policy_file import PolicyArtefact, save_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. the policy reads")
 
@@ -51,8 +55,18 @@ def test_a_tiny_one_from_end_to_end(
     found = read_overheads(tmp_path)
     assert found is not None and list(found.models) == ["MLP 64", "transformer 32"]
     assert (found.rounds, found.steps) == (6, 12) and all(each.seconds > 0 for each in found.models.values())
+    assert (found.policy, found.threads, found.torch) == ("robust", 1, torch.__version__) and len(found.digest) == 64
     page = (tmp_path / "results_overhead.md").read_text()
     assert f"]({OVERHEAD_JSON})" in page and page.count("\n| ") == 4
+    assert f"with a policy of kind robust ({found.digest[:12]}), one thread, torch {torch.__version__} against" in page
+    spec = policy_spec(PolicyConfig(kind="validation_free"))
+    mean = np.zeros(len(spec.features), np.float32)
+    phi = LearnedPolicy(spec, mean.tolist(), (mean + 1).tolist()).initial()
+    save_policy(tmp_path / "other", PolicyArtefact(spec, phi, mean, mean + 1))
+    overhead.main(["--rounds", "6", "--steps", "12", "--write-docs", "--policy", str(tmp_path / "other")])
+    again = read_overheads(tmp_path)
+    assert again is not None and again.policy == "validation_free" and again.digest != found.digest
+    assert "kind validation_free" in (tmp_path / "results_overhead.md").read_text()
 
 
 def test_too_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,8 @@ def test_the_fits_are_the_best_of_all(curve: np.ndarray) -> None:
         assert (found.by_phases, found.by_line) == (0, 0)
         return
     time = np.arange(len(curve))
+    two = {at: residual(curve, np.eye(2)[(time >= at).astype(int)]) for at in time[1:]}
+    assert two[found.only] == pytest.approx(min(two.values()), abs=1e-9 * (1 + total))
     three = {
         (first, second): residual(curve, np.eye(3)[np.digitize(time, [first, second])])
         for first, second in combinations(range(1, len(curve)), 2)
@@ -78,7 +80,7 @@ def test_phases_of_the_paper_and_others(places: tuple[int, int], agree: tuple[bo
     """Of 15 refreshes the fourth is at 20 % and the thirteenth at 80 % of the run."""
     found = find_phases(noisy(steps(*places, np.array([[0.0], [3.0], [1.0]])), 0.3, "paper"), CLUSTERS, TIMES)
     assert found.boundaries == (TIMES[places[0]], TIMES[places[1]]) and (found.runs, found.clusters) == (24, 6)
-    assert found.agree == agree and found.ahead[0] > 0
+    assert found.agree == agree and found.ahead[0] > 0 and found.third[0] > 0.05
     assert found.intervals == (pytest.approx((found.boundaries[0],) * 2), pytest.approx((found.boundaries[1],) * 2))
 
 
@@ -90,6 +92,13 @@ def test_a_ramp_has_no_phases(bend: int) -> None:
     found = find_phases(noisy(ramp, 0.1, "ramp"), CLUSTERS, TIMES)
     assert 0 < found.boundaries[0] < found.boundaries[1] < 1
     assert found.by_line > 0.99 > 0.95 > found.by_phases and found.ahead[1] < 0
+
+
+@pytest.mark.parametrize("curve", [steps(3, 12, np.array([[0.0], [3.0], [3.0]])), np.zeros((15, 1))])
+def test_a_third_phase_that_is_none_adds_nothing_on_other_datasets(curve: np.ndarray) -> None:
+    """Though on the curves that it is fitted to it explains more, of noise."""
+    ends = [find_phases(noisy(curve, 0.5, "third", draw), CLUSTERS, TIMES).third for draw in range(10)]
+    assert all(low <= 0 for low, _ in ends)
 
 
 def test_datasets_that_disagree_give_wide_intervals() -> None:
@@ -107,7 +116,7 @@ def test_datasets_that_disagree_give_wide_intervals() -> None:
 def test_one_dataset_gives_no_interval_and_a_still_policy_explains_nothing() -> None:
     curve = steps(3, 12, np.array([[0.0], [3.0], [1.0]]))
     alone = find_phases(noisy(curve, 0.1, clusters=["a"] * 5), ["a"] * 5, TIMES)
-    assert np.isnan([*alone.intervals, alone.ahead]).all() and alone.agree == (False, False)
+    assert np.isnan([*alone.intervals, alone.ahead, alone.third]).all() and alone.agree == (False, False)
     still = find_phases(np.ones((24, 15, 2)), CLUSTERS, TIMES)
     assert (still.by_phases, still.by_line, still.ahead) == (0, 0, (0, 0))
 
@@ -118,11 +127,12 @@ def test_equal_curves_give_equal_intervals_whatever_the_names_of_the_datasets() 
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "within"), [(0.2, 0.2, True), (0.15, 0.19, False), (0.25, 0.4, True), (0.27, 0.4, False)]
+    ("low", "high", "within"),
+    [(0.1, 0.25, False), (0.2, 0.2, True), (0.15, 0.19, False), (0.25, 0.35, True), (0.27, 0.4, False)],
 )
 def test_a_change_is_seen_at_the_next_refresh(low: float, high: float, within: bool) -> None:
     nothing = (0.0, 0.0)
-    found = Phases((0.2, 0.8), (nothing, (0.8, 0.8)), 1 / 15, 1, 1, nothing, 1, 5)
+    found = Phases((0.2, 0.8), (nothing, (0.8, 0.8)), 1 / 15, 1, 1, nothing, nothing, 1, 5)
     assert replace(found, intervals=((low, high), (0.8, 0.8))).agree == (within, True)
 
 

@@ -15,10 +15,12 @@ from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import results
 from palf_dist.evaluation.overhead import OVERHEAD_JSON
 from palf_dist.evaluation.report import make_report
-from palf_dist.evaluation.results import BLOCK, _trajectories, make_results
+from palf_dist.evaluation.results import BLOCK, _brief_table, _trajectories, make_results
 from palf_dist.evaluation.runs import read_runs
+from palf_dist.evaluation.statistics import compare
+from palf_dist.evaluation.table import to_main_markdown
 from tests.evaluation.judged import FEW, FOLDS, judged_folds, judged_run, rows_of
-from tests.evaluation.synthetic import few_rows
+from tests.evaluation.synthetic import few_rows, result_rows
 
 KEYS = ["dataset", "architecture", "noise_rate", "condition", "seed"]
 
@@ -43,6 +45,21 @@ def small(tmp_path_factory):
     ]
 
 
+def test_the_brief_table_has_the_main_columns_of_the_full_one():
+    kinds = [row | {"noise_kind": "pair_flip", "seed": 9} for row in result_rows(noise_rates=(0.3,), seeds=1)]
+    comparisons = compare(result_rows(noise_rates=(0.0, 0.2, 0.4), seeds=1) + kinds)
+    brief, full = (
+        {line.split(" | ")[0]: line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")}
+        for text in (_brief_table(comparisons, {"shifted"}), to_main_markdown(comparisons))
+    )
+    header, columns = ([cell.strip() for cell in cells["| method"]] for cells in (brief, full))
+    assert header == ["method", "accuracy %", "difference", "95 % interval", "shifted", "noise 0", "noise 0.4"]
+    assert "noise pair-flip 0.3" in columns and list(brief) == list(full)
+    for name, cells in brief.items():
+        if "---" not in name:
+            assert [cell.strip() for cell in cells] == [full[name][columns.index(each)].strip() for each in header]
+
+
 @pytest.mark.slow
 def test_the_joined_report_is_that_of_one_run_over_all_rows(made, tmp_path):
     rows = [*chain.from_iterable(map(rows_of, FOLDS))]
@@ -52,7 +69,7 @@ def test_the_joined_report_is_that_of_one_run_over_all_rows(made, tmp_path):
     page = made.markdown.read_text()
     _, start, rest = page.partition(BLOCK[0] + "\n")
     block, end, after = rest.partition(BLOCK[1] + "\n")
-    assert start and end and (one.folder / "table.md").read_text() in block + after, "and nothing is between its parts"
+    assert start and end and (one.folder / "table.md").read_text() in after and "| noise 0.3 |" in block
     assert block.startswith("**The meta-learned policy reaches") and "| **meta-learned policy** |" in block
     assert "published here so far, this one among them: 1." in block
     for name in ("held_out", "noise"):
@@ -246,6 +263,7 @@ def test_families_and_a_learned_schedule_are_measured_where_there_are_runs_of_th
     assert f"| `diff_vs_tuned_ce` | all tasks, against tuned CE | {ahead:+.2f} |" in alone
     (target,) = (each for each in record["targets"] if "families never seen" in each["target"])
     assert target["verdict"] == "not measured" and target["measured"].startswith(f"{ahead:+.2f}")
+    assert "1 independent datasets" in target["measured"]
     assert "## Families never seen" in page and "learned schedule (t/T only)" in page
     (claim,) = (each for each in record["claims"] if "families never seen" in each["claim"])
     assert claim["verdict"] == "not measured" and "1 independent datasets" in claim["measured"]
@@ -267,14 +285,15 @@ def test_datasets_as_they_are_and_the_overhead_are_on_the_page(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
     model = {"percent": 4.25, "ci95": [3.0, 5.0], "seconds": 0.1}
-    (docs / OVERHEAD_JSON).write_text(json.dumps({"rounds": 31, "steps": 150, "models": {"MLP": model}}))
+    measured = {"policy": "robust", "digest": "ab" * 32, "threads": 1, "torch": "2.9.1"}
+    (docs / OVERHEAD_JSON).write_text(json.dumps({"rounds": 31, "steps": 150, **measured, "models": {"MLP": model}}))
     made = make_results([run], docs)
     record, page = made.record, made.markdown.read_text()
     assert record["as_is"]["significantly_below"] == ["iris", "wine"] and record["headline"]["overhead_percent"] == 4.25
     assert record["headline"]["datasets_below_ce_as_is"] == 2
     section = page[page.index("## Datasets as they are") : page.index("## The claims of the paper")]
     assert "The unit here is the task" in section and "\n| wine | -11.01 (" in section
-    assert "(p < 0.05 by Holm over the datasets): iris, wine | 2 |" in page
+    assert "points on every dataset): iris, wine | 2 |" in page
     assert "| 3.2 % of additional training time (5.2) | 4.2 percent of additional training time, MLP" in page
     assert "\n| tuned CE, matched prior | +3.0 or more | " in page
     (docs / OVERHEAD_JSON).write_text("{}")
