@@ -21,6 +21,7 @@ KNOWN = {
     "groups-64": "no-state",
     "tasks.architectures=[{kind: conv}, {kind: transformer}]": "tasks.architectures=[{kind: mlp, hidden: [4]}]",
     "data.held_out=[fashion-mnist, digits, newsgroups, snippets]": "data.held_out=[digits]",
+    "data.held_out=[crawl_tiles, crawl_tiles_fine, reuters-r52, fine_foods]": "data.held_out=[iris]",
     "inner.steps=2000": "inner.steps=30",
 }
 """What the small suite has in the place of words of the page."""
