@@ -146,6 +146,7 @@ def test_the_headline_is_what_numpy_finds(made):
         "diff_architecture_transfer": None,
         "diff_horizon_transfer": None,
         "datasets_below_ce_as_is": None,
+        "diff_as_is": None,
         "overhead_percent": None,
         "held_out_designs": 1,
     }
