@@ -8,11 +8,12 @@ OFFLINE ?=
 MARKS := $(if $(OFFLINE),and not network)
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train results test bench bench-tuneloss soak lint format clean
+.PHONY: help meta-train suite results results-all test bench bench-tuneloss soak lint format clean
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
-	@echo "make results      the published table: docs/results.md from both folds of the suite palf12, in runs/palf12; goes on where it was stopped"
+	@echo "make results      the published table: docs/results.md, and the README's, from both folds of the suite palf12, in runs/palf12, and every other run there that is finished; about 90 minutes on two cores; goes on where it was stopped"
+	@echo "make results-all  the same after all runs that it has room for: learned schedule, constants, MAML-Loss, families never seen, transfers; many hours"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
 	@echo "make bench        all benchmarks, one after the other: hours"
 	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
@@ -24,24 +25,53 @@ help:
 meta-train: $(STAMP)
 	$(BIN)/palf-dist meta-train --config configs/quick.yaml $(ARGS)
 
-# A run that has results is finished: resumed, it would be evaluated anew. Remove it to have it done again.
-results: $(STAMP)
+# Each run is a target, its results.parquet. A run that has it is finished: resumed, it would be evaluated anew; remove
+# it to have it done again. One that has begun is resumed. A name is KIND-PART; what KIND adds to the options:
+RUNS := runs/palf12
+FOLDS := fold-0 fold-1
+LEARNED := schedule-0 schedule-1 constant-0 constant-1 maml-0 maml-1
+FAMILIES := family-image family-text family-tabular
+TRANSFERS := architecture-0 architecture-1 horizon-0 horizon-1
+schedule_OPTIONS := --set policy.kind=schedule --set "evaluation.methods=[policy]"
+constant_OPTIONS := --set policy.kind=constant --set "evaluation.methods=[policy]"
+maml_OPTIONS := --set policy.kind=maml --set "evaluation.methods=[policy]"
+# Networks that are trained on pictures and texts read no tables.
+READ_0 := fashion-mnist, digits, newsgroups, snippets
+READ_1 := crawl_tiles, crawl_tiles_fine, reuters-r52, fine_foods
+architecture_OPTIONS = --set "tasks.architectures=[{kind: conv}, {kind: transformer}]" --set "data.held_out=[$(READ_$(part))]"
+horizon_OPTIONS := --set inner.steps=2000
+kind = $(firstword $(subst -, ,$*))
+part = $(lastword $(subst -, ,$*))
+results_of = $(1:%=$(RUNS)/%/results.parquet)
+
+$(call results_of,$(FOLDS) $(LEARNED) $(FAMILIES)): $(RUNS)/%/results.parquet: | $(STAMP) suite
+	if test -e $(@D)/config.yaml; then $(BIN)/palf-dist meta-train --resume $(@D) $(ARGS); \
+	else $(BIN)/palf-dist meta-train --config configs/palf12.yaml --suite palf12 --fold $(part) $($(kind)_OPTIONS) --run-dir $(@D) $(ARGS); fi
+
+# An evaluation is not resumed: what is left of one that was stopped goes.
+$(call results_of,$(TRANSFERS)): $(RUNS)/%/results.parquet: | $(STAMP) suite $(call results_of,$(FOLDS))
+	rm -rf $(@D)
+	$(BIN)/palf-dist evaluate $(RUNS)/fold-$(part)/best --run-dir $(@D) $($(kind)_OPTIONS) --set "evaluation.methods=[policy, s5]" $(ARGS)
+
+.PRECIOUS: $(RUNS)/%/results.parquet
+.NOTPARALLEL:
+
+suite: $(STAMP)
 	$(BIN)/palf-dist datasets fetch --suite palf12
-	for fold in 0 1; do \
-	  run=runs/palf12/fold-$$fold; \
-	  if test -e $$run/results.parquet; then continue; \
-	  elif test -e $$run/config.yaml; then $(BIN)/palf-dist meta-train --resume $$run $(ARGS); \
-	  else $(BIN)/palf-dist meta-train --config configs/palf12.yaml --suite palf12 --fold $$fold --run-dir $$run $(ARGS); \
-	  fi || exit; \
-	done
-	$(BIN)/palf-dist results runs/palf12/fold-0 runs/palf12/fold-1 --output docs
+
+# The page is that of all finished runs, so that no poorer one takes its place.
+results: $(call results_of,$(FOLDS))
+	$(BIN)/palf-dist results $$(dirname $(RUNS)/*/results.parquet) --output docs
+	$(BIN)/python -m benchmarks.readme
+
+results-all: $(call results_of,$(FOLDS) $(LEARNED) $(FAMILIES) $(TRANSFERS)) results
 
 test: lint
 	$(BIN)/pytest -m "not slow $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
 bench: $(STAMP)
-	for name in hedge_regret learnloss_lp learnloss_certificates classifier online_learnloss scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
+	for name in hedge_regret learnloss_lp learnloss_certificates classifier online_learnloss overhead scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 bench-tuneloss: $(STAMP)
 	$(BIN)/python -m benchmarks.tuneloss $(ARGS)

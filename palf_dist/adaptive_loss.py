@@ -23,6 +23,7 @@ from palf_dist.losses import LossContext
 from palf_dist.mixture_loss import check_batch, mixture_loss
 from palf_dist.online_loss import OnlineLoss
 from palf_dist.policies.hedge import HedgePolicy
+from palf_dist.policies.meta_learned import check_for_use
 from palf_dist.policies.online_learnloss import PER_EXAMPLE, OnlineLearnLoss
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
 from palf_dist.policies.static import restored_controls
@@ -37,7 +38,7 @@ from palf_dist.training_state import (
     TaskFacts,
     hutchinson_probes,
 )
-from palf_dist.types import CONTROL_INDEX, CONTROLS
+from palf_dist.types import AVERAGED_BASIS, CONTROL_INDEX, CONTROLS
 
 PerClass = Sequence[float] | Tensor  # one number for each class
 
@@ -78,15 +79,10 @@ class AdaptiveLoss(LateBuffers):
             target_prior: class frequencies where the model will be used: "train" (as in training), "uniform", or [C].
 
         Raises:
-            ConfigError: an argument is out of range, or they do not fit together; or the policy has a shield.
+            ConfigError: an argument is out of range, or they do not fit together; or the policy needs a model.
         """
         super().__init__()
-        if artefact.spec.shield is not None:
-            raise ConfigError(
-                f"policy.shield: the policy was meta-trained under a Lyapunov shield ({artefact.spec.shield:g}), which "
-                "compares gradients with respect to a model's parameters; a loss sees the logits alone, where the "
-                "condition promises nothing. Meta-train a policy without one"
-            )
+        check_for_use(artefact.spec)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(
                 f"total_steps: {total_steps!r} is not a positive whole number; give the optimiser steps of the run"
@@ -97,9 +93,7 @@ class AdaptiveLoss(LateBuffers):
         self.policy = artefact.policy()
         self._digest = hashlib.sha256(b"".join(policy_bytes(artefact))).hexdigest()
         self._step, self._refreshed_at = 0, -1
-        # as many refreshes in a run as the policy had in meta-training, however long the run
-        trained_for = artefact.card.get("inner_steps", total_steps)
-        self.refresh_every = max(1, round(self.policy.refresh * total_steps / trained_for))
+        self.refresh_every = artefact.refresh_in(total_steps)
         self._weight_decay_multiplier = 1.0
         self._context: LossContext | None = None
         self._model_parameters: list[Tensor] = []  # for the Hessian trace
@@ -161,7 +155,8 @@ class AdaptiveLoss(LateBuffers):
             logits: [n, C] floating point.
             y: [n] int64 labels.
             features: [n, D] penultimate features; needed where the policy's mixture holds info_nce.
-            index: [n] which training rows these are, for posterior weights and elr. Without it they are left out.
+            index: [n] which training rows these are, for posterior weights, elr and bootstrap. Without it they are
+                left out.
 
         Raises:
             ConfigError: shapes do not fit, the batch is empty, a label is out of range (not looked for on a GPU), or
@@ -250,14 +245,15 @@ class AdaptiveLoss(LateBuffers):
     @torch.no_grad()
     def _observe(self, z: Tensor, y: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Refresh the controls where due and take in the batch. With an index: the averaged own-label probabilities
-        [1, n] and seen flags [1, n] as they were before this batch, and for elr the whole averages [1, n, C]."""
+        [1, n] and seen flags [1, n] as they were before this batch, and where a basis loss reads them the whole
+        averages [1, n, C]."""
         if index is not None:
             self.averages.reserve(index, z.shape[1])  # before the move: reading a GPU's values would wait for it
             index = index.to(z.device, torch.int64)
         elif self._remembers:
             self._say(
-                "no index: posterior weights, elr's term and noise features are left out; pass index=row numbers of "
-                "the batch"
+                "no index: posterior weights, noise features, and what elr and bootstrap read are left out; pass "
+                "index=row numbers of the batch"
             )
         if self.class_counts is None:
             if not len(self.label_counts):
@@ -269,7 +265,7 @@ class AdaptiveLoss(LateBuffers):
             return None
         own, seen = self.averages.recall(index, y)
         averaged = None
-        if "elr" in self.policy.active_basis:
+        if {*AVERAGED_BASIS} & {*self.policy.active_basis}:
             averaged = self.averages.averaged[index].to(z.dtype)[None]
         self.averages.update(index, y, torch.softmax(z, 1))
         return own.to(z.dtype)[None], seen[None], averaged
@@ -277,7 +273,7 @@ class AdaptiveLoss(LateBuffers):
     @property
     def _remembers(self) -> bool:
         """Whether the policy reads averaged predictions."""
-        basis, features = {"robust_ce", "elr"}, {*NOISE_FEATURES[1:]}
+        basis, features = {"robust_ce", *AVERAGED_BASIS}, {*NOISE_FEATURES[1:]}
         return bool(basis & {*self.policy.active_basis} or features & {*self.policy.features})
 
     def _facts(self, z: Tensor, index: Tensor | None) -> TaskFacts:

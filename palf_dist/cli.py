@@ -15,6 +15,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from palf_dist.cli_ablate import ablate
 from palf_dist.cli_doctor import doctor
 from palf_dist.cli_jobs import OWN_OPTIONS_FIRST, jobs_app, submit
 from palf_dist.cli_results import results
@@ -22,14 +23,18 @@ from palf_dist.cli_shared import (
     Address,
     AsJson,
     ConfigFile,
+    FoldOption,
     Overrides,
+    SuiteOption,
     Workers,
     config_of_policy,
     load_run_config,
     near,
     new_folder,
     output,
+    overrides_of_suite,
     refuse_differences,
+    refuse_quick_results,
     resumed_config,
 )
 from palf_dist.cli_tune import tune
@@ -46,19 +51,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-SuiteOption = Annotated[
-    str | None, typer.Option("--suite", metavar="SUITE", help="Suite: palf12, palf12-hub, or a YAML file of your own.")
-]
-FoldOption = Annotated[
-    str | None,
-    typer.Option("--fold", metavar="FOLD|FAMILY", help="What of the suite is held out: a fold by number, or a family."),
-]
 datasets_app = typer.Typer(help="List, describe and fetch the datasets that a config can name.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
 app.command()(tune)
 app.command(context_settings=OWN_OPTIONS_FIRST)(submit)
 app.command()(doctor)
 app.command()(results)
+app.command()(ablate)
 app.add_typer(jobs_app, name="jobs")
 
 
@@ -116,10 +115,11 @@ def meta_train(
     """
     with output(as_json) as emit:
         from palf_dist.distributed.driver import meta_train as train
+        from palf_dist.policies.meta_learned import needs_parameters
         from palf_dist.run_directory import CONFIG
         from palf_dist.storage import is_uri
 
-        overrides = [*_suite_overrides(suite, fold), *(overrides or ())]
+        overrides = [*overrides_of_suite(suite, fold), *(overrides or ())]
         if resume is None:
             settings = load_run_config(config, overrides, workers, address)
             folder = run_dir or new_folder(settings.name)
@@ -148,7 +148,7 @@ def meta_train(
             raise typer.Exit(130)
         assert result.report is not None and result.policy is not None, "a run that was not interrupted has both"
         hint = ["\nin your own training loop:\n" + indent(usage(near(result.policy)), "    ")]
-        if settings.policy.shield is not None:  # AdaptiveLoss refuses it
+        if needs_parameters(settings.policy):  # AdaptiveLoss refuses it
             hint = []
         mlflow = result.mlflow_run_id or "not reached yet; palf-dist report delivers what is left"
         emit(
@@ -173,11 +173,16 @@ def evaluate(
     quick: Annotated[
         bool, typer.Option("--quick", help="Cut everything down to minutes: shows that it works, gives no results.")
     ] = False,
+    run_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder or URI that keeps it, for report and results. Must be empty."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a policy file with other methods on the held-out datasets of a config.
 
-    Without --config it is the config of the run that the policy lies in.
+    Without --config it is the config of the run that the policy lies in. Architectures and inner.steps may be others
+    than in its training.
     """
     with output(as_json) as emit:
         from palf_dist.distributed.driver import evaluate_policy
@@ -186,10 +191,11 @@ def evaluate(
         from palf_dist.evaluation.table import to_records, to_rich
         from palf_dist.policies.policy_file import load_policy
 
-        overrides = [*_suite_overrides(suite, fold), *(overrides or ())]
+        overrides = [*overrides_of_suite(suite, fold), *(overrides or ())]
+        refuse_quick_results(quick, run_dir)
         load_policy(policy)  # a damaged file is the first thing to say
         settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
-        comparisons, _ = held_out(evaluate_policy(cut(settings) if quick else settings, policy))
+        comparisons, _ = held_out(evaluate_policy(cut(settings) if quick else settings, policy, run_dir=run_dir))
         record = {"policy": str(policy), "quick": quick, "held_out": to_records(comparisons)}
         emit(record, to_rich(comparisons), *([NO_RESULTS] if quick else []))
 
@@ -271,16 +277,6 @@ def fetch(
         for name, path in paths.items():
             table.add_row(escape(name), escape(path))
         emit({"paths": paths}, table)
-
-
-def _suite_overrides(suite: str | None, fold: str | None) -> list[str]:
-    """The data and conditions of a suite, as ``--set`` writes them."""
-    from palf_dist.errors import ConfigError
-    from palf_dist.tasks.suites import load_suite, suite_overrides
-
-    if (suite is None) != (fold is None):
-        raise ConfigError("--suite and --fold go together: name the suite, and what of it is held out")
-    return [] if suite is None or fold is None else suite_overrides(load_suite(suite), fold)
 
 
 def _report_record(made: ReportPaths | SearchReport) -> dict[str, Any]:

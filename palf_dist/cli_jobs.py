@@ -14,7 +14,16 @@ from rich.markup import escape
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from palf_dist.cli_shared import AsJson, config_of_policy, load_run_config, load_search, option_overrides, output
+from palf_dist.cli_shared import (
+    AsJson,
+    config_of_policy,
+    load_run_config,
+    load_search,
+    option_overrides,
+    output,
+    overrides_of_suite,
+    refuse_quick_results,
+)
 
 if TYPE_CHECKING:
     from palf_dist.jobs.client import JobDetails, JobsClient
@@ -57,7 +66,7 @@ def submit(
     """Run a command on a cluster as a Ray job, for instance: submit --address URL -- meta-train --config FILE --run-dir
     s3://BUCKET/RUN
 
-    Everything is checked here first. Submitted again, the job goes on with the run in its directory.
+    Everything is checked here first. Submitted again, meta-train and tune go on with the run in its directory.
     """
     with output(as_json) as emit, tempfile.TemporaryDirectory(prefix="palf-job-") as folder:
         shipment = _shipment(context, command, Path(folder))
@@ -72,7 +81,7 @@ def submit(
             *([f"run     {shipment.run_dir}"] if shipment.run_dir else []),
             f"watch   palf-dist jobs logs --follow {job}",
             f"stop    palf-dist jobs stop {job}",
-            *(["resume  submit the same command again"] if shipment.run_dir else []),
+            *(["resume  submit the same command again"] if shipment.resumable else []),
         )
         if not follow:
             status = _begin(client, job_id)
@@ -126,7 +135,7 @@ def logs(
 
 @jobs_app.command()
 def stop(job: JobId, address: DashboardUrl = None, as_json: AsJson = False) -> None:
-    """End a job; a run saves a checkpoint first, and goes on when its command is submitted again."""
+    """End a job; meta-train and tune save a checkpoint first, and go on when their command is submitted again."""
     with output(as_json) as emit:
         from palf_dist.jobs.follow import wait_until_ended
 
@@ -157,13 +166,16 @@ def _shipment(context: typer.Context, command: list[str], folder: Path) -> Shipm
         raise ConfigError(f"--address {options['address']}: goes before {name}; the job uses the cluster it is sent to")
     packer = Packer(folder)
     config, overrides, as_json = options["config"], options["overrides"], options["as_json"]
+    if name in ("evaluate", "meta-train"):
+        overrides = [*overrides_of_suite(options["suite"], options["fold"]), *(overrides or ())]
     if name == "evaluate":
         from palf_dist.policies.policy_file import load_policy
 
-        policy = options["policy"]
+        policy, run_dir, quick = options["policy"], options["run_dir"], options["quick"]
+        refuse_quick_results(quick, run_dir)
         load_policy(policy)
         settings = load_run_config(config or config_of_policy(policy), overrides, options["workers"], None)
-        return packer.evaluate(settings, policy, as_json)
+        return packer.evaluate(settings, policy, run_dir, as_json, quick=quick)
     given = config is not None or options["resume"] is None
     if name == "meta-train":
         run = load_run_config(config, overrides, options["workers"], None) if given else None
@@ -238,7 +250,8 @@ def _follow_to_the_end(
         if attempt < max_restarts:
             job_id = _send(client, shipment, folder, max_restarts)
             print(f"{lost}; submitted again ({attempt + 1} of {max_restarts}) as {job_id}", file=sys.stderr)
-    raise UnknownJobError(f"{lost}; submit the same command again, and it goes on with the run in its directory")
+    goes_on = ", and it goes on with the run in its directory" if shipment.resumable else ""
+    raise UnknownJobError(f"{lost}; submit the same command again{goes_on}")
 
 
 def _ending(job: JobDetails) -> int:

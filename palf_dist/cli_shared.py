@@ -32,12 +32,29 @@ Workers = Annotated[
 Address = Annotated[
     str | None, typer.Option("--address", metavar="auto|HOST:PORT", help="A running Ray cluster; else a private one.")
 ]
+SuiteOption = Annotated[
+    str | None, typer.Option("--suite", metavar="SUITE", help="Suite: palf12, palf12-hub, or a YAML file of your own.")
+]
+FoldOption = Annotated[
+    str | None,
+    typer.Option("--fold", metavar="FOLD|FAMILY", help="What of the suite is held out: a fold by number, or a family."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
 def option_overrides(options: dict[str, Any]) -> list[str]:
     """Options that stand for a field of the configuration, as ``--set`` writes them; None: not given."""
     return [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]
+
+
+def overrides_of_suite(suite: str | None, fold: str | None) -> list[str]:
+    """The data and conditions of a suite, as ``--set`` writes them."""
+    from palf_dist.errors import ConfigError
+    from palf_dist.tasks.suites import load_suite, suite_overrides
+
+    if (suite is None) != (fold is None):
+        raise ConfigError("--suite and --fold go together: name the suite, and what of it is held out")
+    return [] if suite is None or fold is None else suite_overrides(load_suite(suite), fold)
 
 
 def new_folder(name: str) -> str:
@@ -107,6 +124,14 @@ def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-trai
     if command != right:
         raise RunDirectoryError(f"--resume {resume}: holds a {what}; go on with palf-dist {right} --resume {resume}")
     return config
+
+
+def refuse_quick_results(quick: bool, run_dir: str | None) -> None:
+    """Raises ConfigError where a quick evaluation would be kept."""
+    from palf_dist.errors import ConfigError
+
+    if quick and run_dir is not None:
+        raise ConfigError(f"--run-dir {run_dir}: --quick gives no results to keep; leave one of them out")
 
 
 def refuse_differences(resume: str, differences: list[str]) -> None:

@@ -11,9 +11,18 @@ from palf_dist.sections import Count, Decay, NonNegative, Positive, Section, Sha
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 
 BasisName = Literal[
-    "ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce", "generalised_ce", "mae", "elr"
+    "ce",
+    "focal",
+    "label_smoothing",
+    "symmetric_ce",
+    "info_nce",
+    "robust_ce",
+    "generalised_ce",
+    "mae",
+    "elr",
+    "bootstrap",
 ]
-HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau", "q", "lam"]
+HyperparameterName = Literal["e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau", "q", "lam", "beta"]
 Family = Literal["image", "text", "tabular"]
 NoiseKind = Literal["uniform", "pair_flip", "class_dependent", "instance_dependent"]
 MOST_WRONG = 0.5  # no class or example is mislabelled as often by the last two: its true label stays the likeliest
@@ -109,6 +118,9 @@ class TasksConfig(Section):
     architectures: tuple[Architecture, ...] = Field(default=(MLPConfig(),), min_length=1)
     optimisers: tuple[Literal["sgd", "momentum", "adam"], ...] = Field(default=("adam",), min_length=1)
     group_size: Count = Field(default=24, description="tasks that train side by side in one unit of work")
+    pool: Count | None = Field(
+        default=None, description="groups of tasks that meta-training ever sees, in turn; none: new ones all the time"
+    )
 
     @model_validator(mode="after")
     def _order(self) -> TasksConfig:
@@ -157,6 +169,7 @@ class PolicyStart(Section):
     tau: Positive | None = None
     q: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=1)] | None = None
     lam: Positive | None = None
+    beta: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=1)] | None = None
 
 
 assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
@@ -165,7 +178,9 @@ assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
 class PolicyConfig(Section):
     """Who sets the controls. Each kind is a preset: fields left out take its values; see docs/method.md."""
 
-    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "palf", "widened"] = "robust"
+    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "maml", "palf", "widened"] = (
+        "robust"
+    )
     features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
     basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
     hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")
@@ -192,6 +207,11 @@ class EstimatorConfig(Section):
     window: Count | None = Field(default=None, description="inner steps of a truncated window; none: the whole run")
     pairs: Count = Field(default=4, description="antithetic pairs of es and pes")
     sigma: Positive = Field(default=0.05, description="standard deviation of the perturbations of es and pes")
+    task_clip: Positive | None = Field(
+        default=None,
+        description="largest norm of one task's gradient with respect to its controls, of adjoint and one_step; none: "
+        "no limit",
+    )
 
 
 class OuterLossConfig(Section):
@@ -289,7 +309,9 @@ class EvaluationConfig(Section):
         default=10.0, description="largest : smallest class frequency of matched and shifted tasks"
     )
     seeds: Count = Field(default=2, description="tasks of each dataset, noise rate and condition")
-    select_every: Count = Field(default=20, description="outer steps between two selection scores")
+    select_every: Count = Field(
+        default=20, description="outer steps between two selection scores; all windows of an inner run are one"
+    )
     select_tasks: Count = Field(default=48, description="fresh tasks of the training datasets for the selection score")
 
     _no_twins = field_validator("noise_rates", "conditions", "suite_conditions")(distinct)

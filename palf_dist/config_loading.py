@@ -234,6 +234,10 @@ def _cross_checks(config: RunConfig) -> dict[Path_, str]:
         problems["estimator", "window"] = f"must be at most inner.steps ({steps}), not {window}; or leave it out"
     if window is not None and config.distributed.mode == "async":
         problems["distributed", "mode"] = "must be sync where estimator.window is given: inner states are carried over"
+    if config.estimator.task_clip is not None and config.estimator.kind not in ("adjoint", "one_step"):
+        problems["estimator", "task_clip"] = (
+            f"{config.estimator.kind} has no gradients of single tasks; leave it out, or choose estimator.kind: adjoint"
+        )
     for index, name in enumerate(config.policy.features or ()):
         if name not in FEATURES:
             nearest = difflib.get_close_matches(name, FEATURES, n=1)

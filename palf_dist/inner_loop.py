@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palf_dist.adaptation import look_ahead_slope, pieces
 from palf_dist.config import InnerConfig
 from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
 from palf_dist.loss_head import Evaluation, HeadTape, LossHead
 from palf_dist.losses import LossContext, reference_mixture
+from palf_dist.policies import AdaptingPolicy
 from palf_dist.policies.base import Policy
 from palf_dist.policies.static import control_vector
 from palf_dist.shield import least_mixing, mix, reference_products
@@ -34,12 +36,7 @@ from palf_dist.training_state import (
     hutchinson_probes,
     neighbour_agreement,
 )
-from palf_dist.types import CONTROL_INDEX, NUM_BASIS, Inputs, Rows, TaskGroup
-
-WD = CONTROL_INDEX["wd"]
-AT_ONCE = 4 * 10**9
-"""Rows x parameters of one forward pass over a split, which keeps all that a derivative would need: 19 MB for each row
-of a ResNet-18. Models of some thousand parameters read any split whole."""
+from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, WD, Inputs, Rows, TaskGroup
 
 
 @dataclass
@@ -96,7 +93,7 @@ class StepResult:
     labels: Tensor  # [G, B]
     own_probability: Tensor  # [G, B] averaged, before this step
     seen: Tensor  # [G, B]
-    averaged: Tensor | None  # [G, B, C] averaged predictions before this step, where elr is active
+    averaged: Tensor | None  # [G, B, C] averaged predictions before this step, where a basis loss reads them
     refreshed: bool
     head: HeadTape | None  # closed-form step only
     loss: Tensor | None  # [G] adaptive loss with its graph, differentiable step only
@@ -168,15 +165,18 @@ class InnerLoop:
             logits, features, tape = self.group.model.forward(state.theta, inputs)
         refreshed = t % self.policy.refresh == 0 or state.features is None
         if refreshed:
-            state.features = self._snapshots(state) if self._keeps_snapshots else self._observe(state, logits, labels)
+            state.features = self._read(state, logits, labels)
             state.mixing = None
         if refreshed or state.controls is None:
             self.resume(state, phi)
         assert state.controls is not None
         own, seen, averaged = self._remember(state, logits.detach(), labels)
         context = self.context(own, seen, averaged)
-        if refreshed and self.policy.shield is not None:
-            self._shield(state, inputs, labels, context, None if tape is None else (logits, features, tape))
+        if refreshed and (isinstance(self.policy, AdaptingPolicy) or self.policy.shield is not None):
+            with torch.no_grad():
+                outputs = self.group.model.forward(state.theta, inputs) if tape is None else (logits, features, tape)
+            self._adapt(state, phi, labels, context, outputs)
+            self._shield(state, labels, context, outputs)
         controls = state.controls
         if differentiable:
             loss: Tensor | None = reference_mixture(
@@ -208,30 +208,40 @@ class InnerLoop:
         """Share [G] of the run's refreshes so far at which the shield acted; None where it was never asked."""
         return None if state.shielded is None else state.shielded / -(-state.step // self.policy.refresh)
 
-    def _shield(
-        self,
-        state: InnerState,
-        inputs: Inputs,
-        labels: Tensor,
-        context: LossContext,
-        outputs: tuple[Tensor, Tensor, Any] | None,
+    def _adapt(
+        self, state: InnerState, phi: Tensor, labels: Tensor, context: LossContext, outputs: tuple[Tensor, Tensor, Any]
     ) -> None:
-        """Mix the controls as far as the descent condition asks for on this minibatch; ``outputs``: of the model there,
-        where they are known with their tape."""
-        assert state.controls is not None and self.policy.shield is not None
-        model, theta, controls = self.group.model, state.theta.detach(), state.controls.detach()
-        if outputs is None:
-            with torch.no_grad():
-                outputs = model.forward(theta, inputs)
-        products = reference_products(model, self.head, theta, outputs, labels, controls, context)
+        """Where the policy adapts: tell it how the validation loss answers to the controls in force on this minibatch,
+        and ask it anew. ``outputs``: of the model there, with their tape."""
+        if not isinstance(self.policy, AdaptingPolicy):
+            return
+        assert state.controls is not None and state.features is not None
+        at = state.theta.detach(), tuple(slot.detach() for slot in state.slots)
+        rate, controls = self.rate(state.step), state.controls.detach()
+        slope = look_ahead_slope(
+            self.group, self.head, self.optimiser, at, outputs, labels, controls, context, rate, state.step
+        )
+        # per unit of the peak learning rate: tasks of any rate then have sums of one size
+        state.features = state.features + self.policy.descent(phi, state.features, slope) / self.group.learning_rate
+        self.resume(state, phi)
+
+    def _shield(
+        self, state: InnerState, labels: Tensor, context: LossContext, outputs: tuple[Tensor, Tensor, Any]
+    ) -> None:
+        """Mix the controls as far as the descent condition of the shield asks for, where there is one."""
+        if self.policy.shield is None:
+            return
+        assert state.controls is not None
+        theta, controls = state.theta.detach(), state.controls.detach()
+        products = reference_products(self.group.model, self.head, theta, outputs, labels, controls, context)
         state.mixing = least_mixing(controls[:, :NUM_BASIS], products, self.policy.shield)
         acted = (state.mixing > 0).to(state.mixing.dtype)
         state.shielded = acted if state.shielded is None else state.shielded + acted
         state.controls = mix(state.controls, state.mixing)
 
     def _remember(self, state: InnerState, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Own-label averaged probabilities and seen flags [G, B] before this step, and where elr is active the whole
-        averages [G, B, C]; then the averages' update."""
+        """Own-label averaged probabilities and seen flags [G, B] before this step, and where a basis loss reads
+        them the whole averages [G, B, C]; then the averages' update."""
         with torch.no_grad():
             rows = self._rows[state.step].flatten()
             averaged, flags = state.averaged.flatten(0, 1), state.seen.flatten()  # views: written in place
@@ -241,7 +251,14 @@ class InnerLoop:
             p = torch.softmax(logits.masked_fill(self._padding, -1e9), -1)
             averaged.index_copy_(0, rows, torch.lerp(p, before, self.inner.ema).flatten(0, 1))
             flags.index_fill_(0, rows, True)
-        return own, seen, before if "elr" in self.policy.active_basis else None
+        return own, seen, before if {*AVERAGED_BASIS} & {*self.policy.active_basis} else None
+
+    def _read(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
+        """What the policy reads at the current step; one that adapts, what it read before, to which ``_adapt`` adds."""
+        if isinstance(self.policy, AdaptingPolicy):
+            nothing = state.theta.new_zeros(self.group.size, len(self.policy.features))
+            return nothing if state.features is None else state.features
+        return self._snapshots(state) if self._keeps_snapshots else self._observe(state, logits, labels)
 
     def _observe(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
         """Raw features [G, S] at the current step, after those before it where the policy reads its history."""
@@ -305,11 +322,8 @@ class InnerLoop:
 
     def evaluate(self, theta: Tensor, rows: Rows) -> Tensor:
         """Logits [G, N, C] on a split, of a large model piece by piece."""
-        model = self.group.model
-        rows_at_once = max(1, AT_ONCE // model.num_parameters)
-        pieces = zip(*(column.split(rows_at_once, 1) for column in rows.inputs), strict=True)
         with torch.no_grad():
-            return torch.cat([model.forward(theta, piece)[0] for piece in pieces], 1)
+            return torch.cat([self.group.model.forward(theta, some.inputs)[0] for some in pieces(self.group, rows)], 1)
 
 
 def _appended(past: Tensor | None, now: Tensor) -> Tensor:

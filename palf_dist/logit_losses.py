@@ -271,4 +271,5 @@ LOGIT_LOSSES: dict[str, Callable[[Own, Tensor, LossContext], LogitLoss]] = {
     "generalised_ce": GeneralisedCrossEntropy,
     "mae": MeanAbsoluteError,
     "elr": CrossEntropy,  # the head adds lam times the term of ``early_learning``, which reads all of p
+    "bootstrap": CrossEntropy,  # as label_smoothing, with the averaged prediction in the place of the uniform one
 }

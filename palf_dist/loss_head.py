@@ -47,6 +47,21 @@ class Softmax:
         return a - (self.p * a).sum(-1, keepdim=True)
 
 
+class Target(NamedTuple):
+    """A distribution that takes a part of the given label's place: it adds strength * sum_c t_c (z_y - z_c) to
+    cross-entropy, which is linear in the logits."""
+
+    control: str  # that sets the strength
+    rate: float  # of the strength in that control
+    strength: Tensor  # [G, 1]
+    t: Tensor  # [G, 1 or n, C], 0 on padded classes
+    mass: Tensor | float  # sum of t over the classes: [G, n], or 1
+
+    def above(self, softmax: Softmax, a: Tensor) -> Tensor:
+        """sum_c t_c (a_y - a_c) [G, n] of a [G, n, C]."""
+        return self.mass * softmax.own_entry(a) - (a * self.t).sum(-1)
+
+
 class Directional(NamedTuple):
     """Derivatives along a direction; the last two are per example and sum to those of <gradient, direction>."""
 
@@ -81,6 +96,7 @@ class Evaluation:
         plain = [name for name in logit_losses if not (self.adjusted and name == "robust_ce")]
         if plain:
             self.groups.append((self.plain, self._losses(self.plain, plain)))
+        self.targets = self._targets()
         self.early: EarlyLearning | None = None
         if "elr" in active and context.averaged is not None:
             self.early = EarlyLearning(self.plain.p, context.averaged)
@@ -103,17 +119,23 @@ class Evaluation:
         """The softmax of the logits themselves, without prior adjustment."""
         return self._softmax(None)
 
-    def _above_mean(self, softmax: Softmax, a: Tensor) -> Tensor:
-        """a_y minus the mean of a over the real classes: what label smoothing adds to CE, per eps. [G, n]."""
-        return softmax.own_entry(a) - (a * self.context.uniform).sum(-1)
+    def _targets(self) -> dict[str, Target]:
+        """By basis loss: what label smoothing and bootstrapping add to CE."""
+        found, averaged = {}, self.context.averaged
+        if "label_smoothing" in self.active:
+            found["label_smoothing"] = Target("eps", 1.0, column(self.controls, "eps"), self.context.uniform, 1.0)
+        if "bootstrap" in self.active and averaged is not None:
+            share = 1 - column(self.controls, "beta")
+            found["bootstrap"] = Target("beta", -1.0, share, averaged, averaged.sum(-1))
+        return found
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Name and per-example value [G, n] of each active loss."""
         for softmax, losses in self.groups:
             for name, loss in losses.items():
                 value = loss.value
-                if name == "label_smoothing":
-                    value = value + column(self.controls, "eps") * self._above_mean(softmax, softmax.log_p)
+                if (target := self.targets.get(name)) is not None:
+                    value = value + target.strength * target.above(softmax, softmax.log_p)
                 if name == "elr" and self.early is not None:
                     value = value + column(self.controls, "lam") * self.early.value
                 yield name, value
@@ -126,12 +148,12 @@ class Evaluation:
         for softmax, losses in self.groups:
             slope = _total((weights[name], loss.slope) for name, loss in losses.items())
             slope = slope.expand_as(self.y)
-            at_label, scale = slope, slope[..., None]
-            if "label_smoothing" in losses:
-                smoothing = weights["label_smoothing"] * column(self.controls, "eps")
-                part = softmax.pull(at_label + smoothing, scale) - smoothing[..., None] * self.context.uniform
-            else:
-                part = softmax.pull(at_label, scale)
+            given = {name: target for name, target in self.targets.items() if name in losses}
+            moved = [(weights[name] * target.strength, target) for name, target in given.items()]
+            at_label = sum((share * target.mass for share, target in moved), start=slope)
+            part = softmax.pull(at_label, slope[..., None])
+            for share, target in moved:
+                part = part - share[..., None] * target.t
             if self.early is not None and "elr" in losses:
                 part = part + self.early.gradient(weights["elr"] * column(self.controls, "lam"))
             dlogits = part if dlogits is None else dlogits + part
@@ -146,8 +168,8 @@ class Evaluation:
             for name, loss in losses.items():
                 for control, value in loss.value_controls().items():
                     result[control] = weights[name] * value
-                if name == "label_smoothing":
-                    result["eps"] = weights[name] * self._above_mean(softmax, softmax.log_p)
+                if (target := self.targets.get(name)) is not None:
+                    result[target.control] = weights[name] * target.rate * target.above(softmax, softmax.log_p)
                 if name == "robust_ce" and self.adjusted:
                     shift = softmax.centre(self.context.log_prior_ratio[:, None, :])
                     result["la"] = weights[name] * loss.slope * softmax.own_entry(shift)
@@ -169,10 +191,10 @@ class Evaluation:
                 along[name] = loss.slope * own_dot
                 for control, value in loss.slope_controls().items():
                     controls[control] = weights[name] * value * own_dot
-                if name == "label_smoothing":
-                    margin_dot = self._above_mean(softmax, centred)
-                    along[name] = along[name] + column(self.controls, "eps") * margin_dot
-                    controls["eps"] = weights[name] * margin_dot
+                if (target := self.targets.get(name)) is not None:
+                    margin_dot = target.above(softmax, centred)
+                    along[name] = along[name] + target.strength * margin_dot
+                    controls[target.control] = weights[name] * target.rate * margin_dot
             slope = _total((weights[name], loss.slope) for name, loss in losses.items())
             slope_dot = _total((weights[name], loss.curvature) for name, loss in losses.items()) * own_dot
             part = softmax.pull(slope_dot, torch.addcmul(slope_dot[..., None], slope[..., None], centred))

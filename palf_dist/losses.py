@@ -37,7 +37,7 @@ class LossContext:
     adjusted: bool  # some log_prior_ratio is not zero
     own_probability: Tensor | None = None  # [G, n] averaged probability of each example's own label; no gradient
     seen: Tensor | None = None  # [G, n] bool: that average has been updated at least once
-    averaged: Tensor | None = None  # [G, n, C] averaged predictions of elr, 0 where not seen; no gradient
+    averaged: Tensor | None = None  # [G, n, C] averaged predictions, 0 on padding and where not seen; no gradient
 
     @classmethod
     def create(cls, class_mask: Tensor, log_prior_ratio: Tensor) -> LossContext:
@@ -57,7 +57,7 @@ class LossContext:
 
     def with_averages(self, own_probability: Tensor, seen: Tensor, averaged: Tensor | None = None) -> LossContext:
         """The same tasks with the averages of one batch: own-label probabilities and whether there are any, [G, n]
-        each; and the whole predictions [G, n, C], which elr reads alone."""
+        each; and the whole predictions [G, n, C], for ``types.AVERAGED_BASIS``."""
         if averaged is not None:
             averaged = torch.where(seen[..., None], averaged.detach(), 0.0)
         return replace(self, own_probability=own_probability.detach(), seen=seen, averaged=averaged)
@@ -140,6 +140,11 @@ def reference_losses(
         if context.averaged is not None:
             agreement = (log_p.exp() * context.averaged).sum(-1)
             rows["elr"] = control["lam"] * torch.log1p(-AGREEMENT_SHARE * agreement) - own
+    if "bootstrap" in active:
+        rows["bootstrap"] = -own
+        if context.averaged is not None:  # -(beta y + (1 - beta) t) log p, the targets t having sum 1
+            gap = (context.averaged * (own[..., None] - log_p)).sum(-1)
+            rows["bootstrap"] = (1 - control["beta"]) * gap - own
     zero = torch.zeros_like(own)
     return torch.stack([rows[name] if name in active else zero for name in BASIS_LOSSES])
 
@@ -149,5 +154,5 @@ def reference_mixture(
 ) -> Tensor:
     """The adaptive loss [G]: mean over the batch of sum_k alpha_k l_k. Arguments as ``reference_losses``."""
     losses = reference_losses(z, y, h, controls, context, active)
-    first, later = (torch.einsum("gk,kgn->g", controls[:, part], losses[part]) for part in BASIS_PARTS)
-    return (first + later) / y.shape[1]
+    sums = [torch.einsum("gk,kgn->g", controls[:, part], losses[part]) for part in BASIS_PARTS]
+    return torch.stack(sums).sum(0) / y.shape[1]

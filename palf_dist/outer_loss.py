@@ -66,14 +66,14 @@ def complexity(config: OuterLossConfig, controls: Sequence[Tensor], lengths: Seq
             and the variations of all windows add up to that of the run.
         lengths: number of steps for which each was in force; 0 for the first where the stretch begins with a refresh.
     """
-    first, later = ([each[:, part] for each in controls] for part in BASIS_PARTS)
+    parts = [[each[:, part] for each in controls] for part in BASIS_PARTS]
     terms = {}
     if config.entropy:
-        entropies = [mixture_entropy(a) + mixture_entropy(b) for a, b in zip(first, later, strict=True)]
-        parts = [steps * entropy for steps, entropy in zip(lengths, entropies, strict=True)]
-        terms["entropy"] = torch.stack(parts).sum(0) / sum(lengths)
+        entropies = [torch.stack([*map(mixture_entropy, alpha)]).sum(0) for alpha in zip(*parts, strict=True)]
+        weighted = [steps * entropy for steps, entropy in zip(lengths, entropies, strict=True)]
+        terms["entropy"] = torch.stack(weighted).sum(0) / sum(lengths)
     if config.total_variation:
-        terms["total_variation"] = _variation(first) + _variation(later)
+        terms["total_variation"] = torch.stack([_variation(part) for part in parts]).sum(0)
     return terms
 
 

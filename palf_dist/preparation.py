@@ -113,13 +113,17 @@ def calibrate_units(config: RunConfig) -> list[Unit]:
 
 
 def reduce_calibrate(config: RunConfig, contributions: Sequence[Contribution]) -> dict[str, Any]:
-    """Mean and standard deviation of each state feature over the known values of all refreshes and tasks."""
+    """Mean and standard deviation of each state feature over the known values of all refreshes and tasks. Those of what
+    an adapting policy reads are its unit, however small; 1 for an output that nothing answers to."""
     ordered = sorted(contributions, key=lambda item: item.unit)
     count, total, square = (sum(c.arrays[name] for c in ordered) for name in ("count", "sum", "square"))
     known = np.maximum(count, 1)
     mean = np.asarray(total / known)
     std = np.sqrt(np.maximum(square / known - mean**2, 0))
-    std = np.where(std < 1e-3, 1.0, std)  # a feature that never varied says nothing
+    if config.policy.kind == "maml":
+        std = np.where(np.hypot(mean, std) < np.finfo(np.float32).tiny, 1.0, std)
+    else:
+        std = np.where(std < 1e-3, 1.0, std)  # a feature that never varied says nothing
     return {"feature_mean": mean.astype(np.float32).tolist(), "feature_std": std.astype(np.float32).tolist()}
 
 

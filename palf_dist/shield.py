@@ -31,8 +31,8 @@ def least_mixing(alpha: Tensor, products: Tensor, kappa: float) -> Tensor:
         products: <grad l_k, grad l_ref> [G, K]; r is its column of the reference.
         kappa: in (0, 1], so that the reference itself meets the condition.
     """
-    first, later = ((alpha * products)[:, part].sum(1) for part in BASIS_PARTS)
-    own, reference = first + later, products[:, REFERENCE]
+    own = torch.stack([(alpha * products)[:, part].sum(1) for part in BASIS_PARTS]).sum(0)
+    reference = products[:, REFERENCE]
     missing = kappa * reference - own
     acts = (missing > 0) & missing.isfinite()
     return torch.where(acts, missing / (reference - own), 0.0).clamp(max=1.0)

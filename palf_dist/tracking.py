@@ -185,10 +185,19 @@ class MLflowTracker(_Run):
     All go through one spool and one delivery process.
     """
 
-    def __init__(self, run_dir: Path, tracking: TrackingConfig, name: str, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        tracking: TrackingConfig,
+        name: str,
+        params: Mapping[str, Any],
+        *,
+        undelivered: str | None = None,
+    ) -> None:
         """Start to track, or go on with the run that the directory belongs to. Returns at once, server or not.
 
-        ``name`` and ``params`` (which may be nested) are those of a new run.
+        ``name`` and ``params`` (which may be nested) are those of a new run; ``undelivered`` is said of records that
+        are left at the end, where it is not that they wait in the directory.
         """
         spool = Spool(run_dir)
         before = spool.destination
@@ -197,7 +206,7 @@ class MLflowTracker(_Run):
         super().__init__(log, None, params)
         if before is None:
             self.set_tags({"palf_dist.run_dir": str(run_dir)})
-        self._process = _DeliveryProcess(spool, run_dir, GRACE)
+        self._process = _DeliveryProcess(spool, run_dir, GRACE, undelivered)
 
     def child(self, number: str, parameters: Mapping[str, Any]) -> TrialTracker:
         return _MLflowTrial(self._log, number, parameters)
@@ -245,8 +254,11 @@ def deliver_spool(run_dir: Path, timeout: float = 60.0) -> int:
 class _DeliveryProcess:
     """The process that delivers one spool, and the thread that logs what it has to say."""
 
-    def __init__(self, spool: Spool, run_dir: Path, grace: float) -> None:
-        self._spool, self._run_dir = spool, run_dir
+    def __init__(self, spool: Spool, run_dir: Path, grace: float, undelivered: str | None = None) -> None:
+        self._spool = spool
+        self._undelivered = undelivered or (
+            f"they wait in {spool.folder} until the run is resumed or `palf-dist report {run_dir}` is called"
+        )
         root = str(Path(palf_dist.__file__).parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -274,13 +286,7 @@ class _DeliveryProcess:
         self._process.stdout.close()
         left = sum(1 for _ in self._spool.pending())
         if left:
-            logger.warning(
-                "%d records for MLflow are not delivered; they wait in %s until the run is resumed or "
-                "`palf-dist report %s` is called",
-                left,
-                self._spool.folder,
-                self._run_dir,
-            )
+            logger.warning("%d records for MLflow are not delivered; %s", left, self._undelivered)
         return left
 
     def _listen(self) -> None:

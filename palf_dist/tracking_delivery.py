@@ -221,7 +221,7 @@ def follow(spool: Spool, grace: float, report: Report, ended: Callable[[float], 
             if not failures:
                 report(
                     logging.WARNING,
-                    f"MLflow takes no metrics ({first_line(error)}); training goes on, they wait in {spool.folder}",
+                    f"MLflow takes no metrics ({first_line(error)}); the run goes on, they wait in {spool.folder}",
                 )
             failures += 1
         if time.monotonic() > deadline:

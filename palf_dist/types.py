@@ -17,28 +17,32 @@ import torch
 from torch import Tensor
 
 FIRST_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "robust_ce")
-BASIS_LOSSES = (*FIRST_BASIS, "generalised_ce", "mae", "elr")
+BASIS_LOSSES = (*FIRST_BASIS, "generalised_ce", "mae", "elr", "bootstrap")
 """The basis losses l_k of equation (4), in the order of the mixture weights alpha. New ones come last."""
 
 FIRST_HYPERPARAMETERS = ("e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau")
-HYPERPARAMETERS = (*FIRST_HYPERPARAMETERS, "q", "lam")
+HYPERPARAMETERS = (*FIRST_HYPERPARAMETERS, "q", "lam", "beta")
 """Loss hyper-parameters a policy may set: e assumed noise rate of the forward correction, la strength of the logit
 adjustment, ew belief of the posterior weights, wd L2 multiplier, gamma focal exponent, eps label smoothing, a and b
 of a CE + b RCE, tau temperature of info_nce, q exponent of the generalised cross-entropy, lam strength of the
-early-learning regularisation."""
+early-learning regularisation, beta share of the given label in the bootstrapped one."""
 
 CONTROLS = BASIS_LOSSES + HYPERPARAMETERS
 """Columns of every controls tensor [G, U]: alpha first, then the hyper-parameters. Files name them, never count them:
 their numbers change with every new basis loss."""
 
 FIRST_CONTROLS = FIRST_BASIS + FIRST_HYPERPARAMETERS
-"""The columns before generalised_ce, mae and elr came."""
+"""The columns before generalised_ce and those after it came."""
 
 CONTROL_INDEX = {name: index for index, name in enumerate(CONTROLS)}
+WD = CONTROL_INDEX["wd"]
 NUM_BASIS = len(BASIS_LOSSES)
-BASIS_PARTS = (slice(0, len(FIRST_BASIS)), slice(len(FIRST_BASIS), NUM_BASIS))
-"""Columns of alpha that are summed by themselves: mixtures of the first basis losses keep the bits of their sums,
-however many come after them."""
+BASIS_PARTS = (slice(0, len(FIRST_BASIS)), slice(len(FIRST_BASIS), 9), slice(9, NUM_BASIS))
+"""Columns of alpha that are summed by themselves, one part for each time that some came: mixtures of those before keep
+the bits of their sums, however many come after them."""
+
+AVERAGED_BASIS = ("elr", "bootstrap")
+"""The basis losses that read the whole averaged predictions."""
 
 DEFAULT_HYPERPARAMETERS = {
     "e": 0.2,
@@ -52,8 +56,10 @@ DEFAULT_HYPERPARAMETERS = {
     "tau": 0.2,
     "q": 0.7,
     "lam": 3.0,
+    "beta": 0.8,
 }
-"""Values of the paper's basis losses, of S5 (METHODS part 6) for e, la, ew, and their authors' for q and lam."""
+"""Values of the paper's basis losses, of S5 (METHODS part 6) for e, la, ew, and their authors' for q, lam and beta (of
+hard bootstrapping)."""
 
 
 Inputs = tuple[Tensor, ...]
@@ -79,6 +85,11 @@ class Rows:
             return column.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)
 
         return tuple(gather(column) for column in self.inputs), gather(self.labels)
+
+    def pieces(self, size: int) -> list[Rows]:
+        """The same rows, of every task ``size`` at a time."""
+        columns = zip(*(column.split(size, 1) for column in (self.labels, self.mask, *self.inputs)), strict=True)
+        return [Rows(tuple(inputs), labels, mask) for labels, mask, *inputs in columns]
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,35 @@ def meta_gradient_units(config: RunConfig, outer_step: int) -> list[Unit]:
     """The units whose contributions make one outer step. Windowed estimators add which window of which inner run."""
     settings = ""
     if config.estimator.window is not None:
-        windows = -(-config.inner.steps // config.estimator.window)
-        settings = canonical({"run": outer_step // windows, "window": outer_step % windows})
+        run, window = divmod(outer_step, windows(config))
+        settings = canonical({"run": run, "window": window})
     groups = range(config.meta_learner.groups_per_step)
     return [Unit("meta_gradient", outer_step, group, settings) for group in groups]
+
+
+def windows(config: RunConfig) -> int:
+    """Outer steps that an inner run takes."""
+    return -(-config.inner.steps // (config.estimator.window or config.inner.steps))
+
+
+def groups_seen(config: RunConfig) -> int:
+    """Different groups of tasks that the meta-training takes its gradients on."""
+    learner, pool = config.meta_learner, config.tasks.pool
+    groups = -(-learner.outer_steps // windows(config)) * learner.groups_per_step
+    return groups if pool is None else min(pool, groups)
+
+
+def select_every(config: RunConfig) -> int:
+    """Outer steps between two selection scores. Counted in inner runs, so that a run cut into windows has no more
+    candidates for the best policy than one that is not."""
+    return config.evaluation.select_every * windows(config)
+
+
+def drawn_as(config: RunConfig, run: int, group: int) -> tuple[int, int]:
+    """Which inner run and group of a meta-training without a pool has the tasks that this one trains on: the first
+    ``tasks.pool`` groups of tasks in turn, so that a larger pool holds a smaller one."""
+    pool, at_once = config.tasks.pool, config.meta_learner.groups_per_step
+    return (run, group) if pool is None else divmod((run * at_once + group) % pool, at_once)
 
 
 def select_units(config: RunConfig, outer_step: int) -> list[Unit]:
@@ -74,7 +99,7 @@ def evaluate_units(config: RunConfig, datasets: Mapping[str, EncodedDataset]) ->
 
 def initial_policy(config: RunConfig) -> np.ndarray:
     """phi before meta-training, float32."""
-    return _unnormalised(config).initial()
+    return _at_start(config).initial()
 
 
 def learned_policy(config: RunConfig, prepared: Mapping[str, Any]) -> LearnedPolicy:
@@ -162,7 +187,7 @@ class Runner:
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
         group = self._group(("calibrate", self.config.seed, unit.group), prepared)
-        policy = _unnormalised(self.config)
+        policy = _at_start(self.config)
         untrained = torch.from_numpy(policy.initial()).to(phi)
         read = partial(at_refreshes, phi=untrained, read=lambda state: state.last_features)
         parts = self._in_parts("train", group, policy, lambda loop, _: read(loop))
@@ -185,7 +210,7 @@ class Runner:
         if window is not None:
             run, start = settings["run"], settings["window"] * window
             stop = min(stop, start + window)
-        group = self._group(("meta_gradient", config.seed, run, unit.group), prepared)
+        group = self._group(("meta_gradient", config.seed, *drawn_as(config, run, unit.group)), prepared)
         policy = learned_policy(config, prepared)
         keys = (config.seed, unit.outer_step, unit.group)
 
@@ -314,10 +339,12 @@ class Runner:
             release(self.device)  # after the error, whose frames hold what the work had made
 
 
-def _unnormalised(config: RunConfig) -> LearnedPolicy:
-    """The run's policy before calibration; its initial parameters ignore the state."""
+def _at_start(config: RunConfig) -> LearnedPolicy:
+    """The run's policy before calibration. With its initial parameters it stays at its static starting point, whatever
+    the state: an output layer of zero ignores it, and an adapting policy divides its sums by infinity."""
     spec = policy_spec(config.policy)
-    return make_policy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
+    usual = inf if spec.kind == "maml" else 1.0
+    return make_policy(spec, torch.zeros(len(spec.features)), torch.full((len(spec.features),), usual))
 
 
 def rows_of(contributions: Iterable[Contribution]) -> list[dict[str, Any]]:

@@ -32,6 +32,17 @@ class Network(nn.Module):
         return self.last(features), features
 
 
+class Regression(nn.Module):
+    """Softmax regression: its cross-entropy is convex."""
+
+    def __init__(self, shape: InputShape, classes: int) -> None:
+        super().__init__()
+        self.last = nn.Linear(shape.numeric, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.last(x), x
+
+
 ARCHITECTURES: dict[str, tuple[Architecture, InputShape]] = {
     "mlp": (MLPConfig(hidden=(6,)), InputShape(numeric=5)),
     "mlp_deep_categorical": (MLPConfig(hidden=(6, 4), embedding=2), InputShape(numeric=3, categorical=2, categories=7)),
@@ -42,6 +53,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, InputShape]] = {
         InputShape(tokens=5, vocabulary=12),
     ),
     "module": (ModuleConfig(factory="tests.groups:Network"), InputShape(numeric=5)),
+    "linear": (ModuleConfig(factory="tests.groups:Regression"), InputShape(numeric=5)),
 }
 
 

@@ -60,8 +60,8 @@ def make_case(
         averaged = averaged / averaged.sum(-1, keepdim=True)
         own = averaged.gather(-1, y[..., None])[..., 0]
         context = context.with_averages(own, torch.from_numpy(rng.random((tasks, n)) < 0.8), averaged)
-    low = dict(e=0.01, la=-1.0, ew=0.01, wd=0.5, gamma=0.5, eps=0.0, a=0.1, b=0.1, tau=0.1, q=0.05, lam=0.1)
-    high = dict(e=0.9, la=2.0, ew=0.95, wd=2.0, gamma=4.0, eps=0.5, a=2.0, b=2.0, tau=1.0, q=1.0, lam=5.0)
+    low = dict(e=0.01, la=-1.0, ew=0.01, wd=0.5, gamma=0.5, eps=0.0, a=0.1, b=0.1, tau=0.1, q=0.05, lam=0.1, beta=0.05)
+    high = dict(e=0.9, la=2.0, ew=0.95, wd=2.0, gamma=4.0, eps=0.5, a=2.0, b=2.0, tau=1.0, q=1.0, lam=5.0, beta=0.95)
     columns = [rng.dirichlet([1.0] * len(BASIS_LOSSES), tasks)]
     columns += [rng.uniform(low[name], high[name], (tasks, 1)) for name in low]
     return LossCase(z, y, h, torch.cat([torch.from_numpy(column) for column in columns], 1), context)

@@ -29,8 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no optimizer")  # 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"kind": "robust"}, {"kind": "recurrent"}, {"basis": ("generalised_ce", "elr"), "hyperparameters": ("q", "lam")}],
-    ids=["robust", "recurrent", "elr"],
+    [
+        {"kind": "robust"},
+        {"kind": "recurrent"},
+        {"basis": ("generalised_ce", "elr", "bootstrap"), "hyperparameters": ("q", "lam", "beta")},
+    ],
+    ids=["robust", "recurrent", "averages"],
 )
 def test_it_sees_what_the_policy_saw_in_meta_training(settings):
     """Same losses, gradients' sources and controls as the inner loop, step for step, in float64."""

@@ -41,6 +41,11 @@ def test_arguments_out_of_range(settings, message):
         AdaptiveLoss(artefact(), **{"total_steps": 5, **settings})
 
 
+def test_a_policy_that_adapts_is_refused():
+    with pytest.raises(ConfigError, match=r"policy\.kind: a maml policy .* parameters.* another kind"):
+        AdaptiveLoss(artefact(kind="maml"), total_steps=5)
+
+
 def test_a_policy_with_a_shield_is_refused():
     with pytest.raises(ConfigError, match=r"policy\.shield: .* \(0\.5\), .*logits alone.* Meta-train a policy without"):
         AdaptiveLoss(artefact(shield=0.5), total_steps=5)

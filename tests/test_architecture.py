@@ -48,6 +48,7 @@ ORDER = (
     "tasks",
     "outer_loss",
     "shield",
+    "adaptation",
     "inner_loop",
     "trajectory",
     "estimators",
@@ -65,6 +66,7 @@ ORDER = (
     "units",
     "progress",
     "distributed",
+    "ablations",
     "search",
     "doctor",
     "jobs",
@@ -73,6 +75,7 @@ ORDER = (
     "cli_jobs",
     "cli_doctor",
     "cli_results",
+    "cli_ablate",
     "cli",
     "__main__",
 )
@@ -117,7 +120,7 @@ def test_imports_go_one_way(module: Path) -> None:
         ("ray", {"distributed", "search", "doctor", "jobs"}),
         ("ray.tune", {"search"}),
         ("mlflow", {"tracking_delivery"}),
-        ("typer", {"cli", "cli_shared", "cli_tune", "cli_jobs", "cli_doctor", "cli_results"}),
+        ("typer", {"cli", "cli_shared", "cli_tune", "cli_jobs", "cli_doctor", "cli_results", "cli_ablate"}),
     ],
 )
 def test_few_places_know_the_library(library: str, owners: set[str]) -> None:

@@ -25,8 +25,8 @@ def refused(text: str, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-RUN_CONFIGS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith("tune-")]
-"""The others are configurations of searches."""
+RUN_CONFIGS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.name.startswith(("tune-", "ablations"))]
+"""The others are configurations of searches, and variants."""
 
 
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.name)
@@ -93,6 +93,10 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
         ("tracking: {enabled: 1}", "tracking.enabled: must be a valid boolean, not 1"),
         ("tracking: null", "tracking: must be a section of 'key: value' lines, not null"),
         ("name: a/b", "name: String should match pattern '^[\\w.-]+$', not \"a/b\""),
+        (
+            "estimator: {kind: es, task_clip: 1.0}",
+            "estimator.task_clip: es has no gradients of single tasks; leave it out, or choose estimator.kind: adjoint",
+        ),
         ("estimator: {window: 200}", "estimator.window: must be at most inner.steps (150), not 200; or leave it out"),
         (
             "estimator: {window: 50}\ndistributed: {mode: async}",
@@ -128,6 +132,11 @@ def test_every_shipped_config_loads_and_reloads_equal(path: Path) -> None:
             "policy: {kind: schedule, features: [time, loss]}",
             "policy.features: time, loss given, but a schedule policy reads time alone; leave it out, or choose "
             "policy.kind: robust",
+        ),
+        (
+            "policy: {kind: maml, features: [time]}",
+            "policy.features: a maml policy reads its own validation loss alone; leave it out, or choose policy.kind: "
+            "robust",
         ),
         (
             "policy: {kind: validation_free, features: [loss_gap]}",

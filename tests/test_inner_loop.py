@@ -93,11 +93,12 @@ def test_averaged_predictions_follow_their_definition() -> None:
         assert state.seen[task].nonzero()[:, 0].tolist() == sorted(set(index[task].tolist()))
 
 
-@pytest.mark.parametrize("kind", ["full", "recurrent"])
+@pytest.mark.parametrize("kind", ["full", "recurrent", "maml"])
 def test_carried_state_continues_exactly(kind: str) -> None:
     policy, phi = full_policy(refresh=3)
-    if kind == "recurrent":
-        policy = make_policy(policy_spec(PolicyConfig(kind=kind, refresh=3)), torch.zeros(12), torch.ones(12))
+    if kind != "full":
+        spec = policy_spec(PolicyConfig(kind=kind, refresh=3))
+        policy = make_policy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
         phi = torch.from_numpy(policy.initial()).double() + 0.2
     whole, parts = (InnerLoop(make_group(), policy, InnerConfig()) for _ in range(2))
     straight = whole.start()
@@ -190,9 +191,9 @@ def test_a_large_model_reads_a_split_piece_by_piece(name: str, monkeypatch: pyte
         return forward(theta, inputs)
 
     monkeypatch.setattr(model, "forward", counted)
-    monkeypatch.setattr("palf_dist.inner_loop.AT_ONCE", 4 * model.num_parameters + 1)
+    monkeypatch.setattr("palf_dist.adaptation.AT_ONCE", 4 * model.num_parameters + 1)
     torch.testing.assert_close(loop.evaluate(theta, loop.group.train), whole, rtol=1e-12, atol=0)
     assert sizes == [4, 4, 4, 2]
-    monkeypatch.setattr("palf_dist.inner_loop.AT_ONCE", 1)
+    monkeypatch.setattr("palf_dist.adaptation.AT_ONCE", 1)
     torch.testing.assert_close(loop.evaluate(theta, loop.group.train), whole, rtol=1e-12, atol=0)
     assert sizes[4:] == [1] * 14

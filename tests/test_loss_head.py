@@ -20,6 +20,7 @@ SUBSETS = [(name,) for name in BASIS_LOSSES] + [
     BASIS_LOSSES,
     ("label_smoothing", "robust_ce"),
     ("generalised_ce", "elr"),
+    ("label_smoothing", "elr", "bootstrap"),
 ]
 
 
@@ -100,6 +101,8 @@ def test_closed_forms_everywhere(seed, tasks, n, classes, scale, padded, adjuste
         dict(q=0.0),
         dict(q=1.0),
         dict(lam=0.0),
+        dict(beta=0.0),
+        dict(beta=1.0),
     ],
     ids=str,
 )
@@ -111,7 +114,9 @@ def test_closed_forms_where_the_floors_hold():
     case = make_case(2, n=6)
     z = case.z.clone()
     z[0, 0, case.y[0, 0]] += 30  # 1 - p_y below the focal floor
-    averaged = torch.softmax(z, -1)  # 1 - <p, t> far below its floor where p_y is 1
+    averaged = torch.softmax(
+        z.masked_fill(~case.context.class_mask[:, None], -torch.inf), -1
+    )  # 1 - <p, t> far below its floor where p_y is 1
     context = case.context.with_averages(
         case.context.own_probability * 1e-8, torch.ones_like(case.context.seen), averaged
     )

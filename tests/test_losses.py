@@ -7,7 +7,7 @@ import torch
 from pytorch_metric_learning.losses import SupConLoss
 
 from palf_dist.losses import LossContext, posterior_weights, reference_losses, reference_mixture
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, FIRST_BASIS
+from palf_dist.types import AVERAGED_BASIS, BASIS_LOSSES, CONTROL_INDEX, FIRST_BASIS
 from tests.loss_cases import make_case
 
 ROW = {name: index for index, name in enumerate(BASIS_LOSSES)}
@@ -85,7 +85,7 @@ def test_robust_without_its_corrections_is_cross_entropy():
     torch.testing.assert_close(losses[ROW["robust_ce"]], losses[ROW["ce"]])
 
 
-def test_generalised_absolute_and_early_learning_by_their_definitions():
+def test_generalised_absolute_early_learning_and_bootstrap_by_their_definitions():
     case = make_case(8)
     losses = losses_of(case)
     p = torch.softmax(case.z.masked_fill(~case.context.class_mask[:, None], -torch.inf), -1)
@@ -98,6 +98,9 @@ def test_generalised_absolute_and_early_learning_by_their_definitions():
     assert 0 < case.context.seen.sum() < case.context.seen.numel()
     term = torch.log(1 - (1 - 1e-4) * (p * targets).sum(-1))
     torch.testing.assert_close(losses[ROW["elr"]], -own.log() + lam * term)
+    beta = case.controls[:, CONTROL_INDEX["beta"], None, None]
+    mixed = torch.where(case.context.seen[..., None], beta * one_hot + (1 - beta) * targets, one_hot.double())
+    torch.testing.assert_close(losses[ROW["bootstrap"]], -torch.special.xlogy(mixed, p).sum(-1))
 
 
 def test_generalised_cross_entropy_lies_between_cross_entropy_and_half_the_absolute_error():
@@ -109,17 +112,19 @@ def test_generalised_cross_entropy_lies_between_cross_entropy_and_half_the_absol
     assert (losses[ROW["generalised_ce"]] < losses[ROW["ce"]]).all()
 
 
-def test_early_learning_without_averages_or_before_the_first_is_cross_entropy():
+@pytest.mark.parametrize("name", AVERAGED_BASIS)
+def test_without_averages_or_before_the_first_it_is_cross_entropy(name):
     case = make_case(10)
     unseen = case.context.with_averages(
         case.context.own_probability, torch.zeros_like(case.context.seen), case.context.averaged
     )
     for context in (make_case(10, posterior=False).context, unseen):
-        losses = reference_losses(case.z, case.y, case.h, case.controls, context, ("ce", "elr"))
-        assert torch.equal(losses[ROW["elr"]], losses[ROW["ce"]])
+        losses = reference_losses(case.z, case.y, case.h, case.controls, context, ("ce", name))
+        assert torch.equal(losses[ROW[name]], losses[ROW["ce"]])
 
 
-def test_early_learning_pulls_towards_what_was_predicted_before():
+@pytest.mark.parametrize("name", AVERAGED_BASIS)
+def test_it_pulls_towards_what_was_predicted_before(name):
     """Of an example whose averaged prediction is another class than its label, the pull of the label is less."""
     case = make_case(11, padded=False)
     other = (case.y + 1) % 5
@@ -127,10 +132,10 @@ def test_early_learning_pulls_towards_what_was_predicted_before():
     context = case.context.with_averages(case.context.own_probability, torch.ones_like(case.context.seen), averaged)
     z = torch.zeros_like(case.z).requires_grad_()
     slopes = {}
-    for name in ("ce", "elr"):
-        loss = reference_losses(z, case.y, case.h, case.controls, context, (name,))[ROW[name]].sum()
-        slopes[name] = torch.autograd.grad(loss, z)[0].gather(-1, other[..., None])
-    assert (slopes["elr"] < slopes["ce"]).all()
+    for each in ("ce", name):
+        loss = reference_losses(z, case.y, case.h, case.controls, context, (each,))[ROW[each]].sum()
+        slopes[each] = torch.autograd.grad(loss, z)[0].gather(-1, other[..., None])
+    assert (slopes[name] < slopes["ce"]).all()
 
 
 def test_inactive_rows_are_zero_and_the_mixture_is_the_weighted_mean():
@@ -154,6 +159,13 @@ def test_basis_losses_that_came_later_do_not_change_the_bits_of_mixtures_without
         mixture = reference_mixture(case.z, case.y, case.h, controls, case.context, active)
         first = controls[:, : len(FIRST_BASIS)].contiguous()
         assert torch.equal(mixture, torch.einsum("gk,kgn->g", first, losses[: len(FIRST_BASIS)]) / 9)
+        active = (*active, "generalised_ce", "mae", "elr")  # which came together
+        controls = case.controls.clone()
+        controls[:, BASIS_LOSSES.index("bootstrap")] = 0
+        losses = reference_losses(case.z, case.y, case.h, controls, case.context, active)
+        mixture = reference_mixture(case.z, case.y, case.h, controls, case.context, active)
+        then = [torch.einsum("gk,kgn->g", controls[:, a:b], losses[a:b]) for a, b in ((0, 6), (6, 9))]
+        assert torch.equal(mixture, (then[0] + then[1]) / 9)
 
 
 @pytest.mark.parametrize("padded", [True, False])

@@ -64,7 +64,8 @@ def test_a_rehearsal_without_numbers_finds_the_same(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("every", "stability", "basis"), [(5, 0.0, None), (7, 0.0, None), (2, 1.0, None), (5, 0.0, ("ce", "elr"))]
+    ("every", "stability", "basis"),
+    [(5, 0.0, None), (7, 0.0, None), (2, 1.0, None), (5, 0.0, ("ce", "elr", "bootstrap"))],
 )
 def test_the_rehearsal_of_a_few_steps_tells_the_tensors_of_all(
     every: int, stability: float, basis: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch

@@ -73,6 +73,16 @@ def test_calibration_is_the_mean_and_deviation_of_known_values(
     assert got == {"feature_mean": [2.0, 5.0], "feature_std": [1.0, 1.0]}, "a constant feature is left unscaled"
 
 
+def test_what_an_adapting_policy_reads_keeps_its_unit_however_small(config: RunConfig) -> None:
+    """Three outputs: of small slopes, of small ones that never vary, and one that nothing answers to."""
+    maml = config.model_copy(update={"policy": config.policy.model_copy(update={"kind": "maml"})})
+    values = np.array([[3e-5, -2e-6, 0.0], [-1e-5, -2e-6, 0.0]])
+    arrays = {"count": np.full(3, 2.0), "sum": values.sum(0), "square": (values**2).sum(0)}
+    got = preparation.reduce_calibrate(maml, [Contribution(Unit("calibrate", 0, 0), 0, arrays=arrays)])
+    rms = np.hypot(got["feature_mean"], got["feature_std"])
+    assert rms == pytest.approx([np.sqrt(5e-10), 2e-6, 1.0], rel=1e-5)
+
+
 def test_nothing_is_tuned_for_a_comparison_without_tuned_baselines(config: RunConfig) -> None:
     assert tuned_together(None) == () and preparation.baseline_units(config) == []
     assert preparation.reduce_baselines([]) == {}
@@ -183,7 +193,7 @@ def test_what_tuning_needs_of_memory_holds_for_every_static_loss(config: RunConf
     work = Work("baseline", 0, "adam")
     assert works(everything, datasets)[work] == config.tasks.group_size
     found = need(everything, datasets, work)
-    for name in ("focal_tuned", "elr_tuned", "s5_tuned"):
+    for name in ("focal_tuned", "elr_tuned", "bootstrap_tuned", "s5_tuned"):
         alone = need(comparing(config, name), datasets, work)
         assert 0 < alone.work <= found.work and alone.data == found.data
 

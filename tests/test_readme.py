@@ -15,7 +15,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from benchmarks import readme
+from palf_dist.cli import app
+from palf_dist.cli_shared import load_run_config, overrides_of_suite
 from palf_dist.config import PolicyConfig
 from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
@@ -28,6 +33,13 @@ POLICY = "runs/first/best"
 
 def blocks(language: str) -> list[str]:
     return [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+def test_the_table_of_the_readme_is_that_of_the_published_results() -> None:
+    """Before there are any the README says so."""
+    published = ROOT / readme.PAGE
+    wanted = readme.block_of(published.read_text()) if published.exists() else "\nNot measured yet.\n"
+    assert readme.block_of((ROOT / readme.README).read_text()) == wanted
 
 
 @pytest.fixture
@@ -60,6 +72,65 @@ def test_the_snippet_trains(policy: Path) -> None:
     with torch.no_grad():
         accuracy = (model(x[1200:]).argmax(1) == y[1200:]).float().mean().item()
     assert accuracy > 0.85
+
+
+def test_the_runs_of_the_published_table_have_options_that_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``make`` would begin each of them; the evaluations are also those of the page."""
+    make = ["make", "-n", "-f", str(ROOT / "Makefile"), "-o", ".venv/.installed", "results-all", "BIN=.venv/bin"]
+    printed = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    monkeypatch.chdir(ROOT)
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    configs = {}
+    for line in re.findall(r"(?:^|else )\.venv/bin/palf-dist (meta-train .*?|evaluate .*?) *(?:; fi)?$", printed, re.M):
+        name, *arguments = shlex.split(line)
+        given = group.commands[name].make_context(name, arguments).params
+        run, policy = Path(given["run_dir"]), Path(given.get("policy") or "")
+        fold = given["fold"] if name == "meta-train" else policy.parts[-2].removeprefix("fold-")
+        overrides = [*overrides_of_suite("palf12", fold), *(given["overrides"] or ())]
+        configs[run.name] = load_run_config(given["config"] or "configs/palf12.yaml", overrides, None, None)
+    kinds = {
+        name: config.policy.kind for name, config in configs.items() if name.startswith(("schedule", "con", "maml"))
+    }
+    learned = ("schedule", "constant", "maml")
+    assert kinds == {f"{kind}-{fold}": kind for kind in learned for fold in "01"}
+    assert {configs[name].evaluation.methods for name in kinds} == {("policy",)}
+    others = ("fold-0", "fold-1", "family-image", "family-text", "family-tabular")
+    transfers = ("architecture-0", "architecture-1", "horizon-0", "horizon-1")
+    assert set(configs) == {*kinds, *others, *transfers}
+    held_out = {name: {source.name for source in configs[name].data.held_out} for name in configs}
+    assert len(held_out["fold-0"] | held_out["fold-1"]) == 12 and not held_out["fold-0"] & held_out["fold-1"]
+    for fold in "01":
+        assert held_out[f"architecture-{fold}"] < held_out[f"fold-{fold}"] == held_out[f"schedule-{fold}"]
+    (page,) = re.findall(r"```sh transfer\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL)
+    evaluations = [line for line in page.splitlines() if " evaluate " in line]
+    assert len(evaluations) == len(transfers) and set(evaluations) <= {line.rstrip() for line in printed.splitlines()}
+    assert "palf-dist results $(dirname runs/palf12/*/results.parquet) --output docs" in printed
+
+
+def test_a_finished_run_is_not_done_again_and_one_that_has_begun_is_resumed(tmp_path: Path) -> None:
+    for path in ("fold-0/results.parquet", "fold-1/config.yaml"):
+        (tmp_path / "runs/palf12" / path).parent.mkdir(parents=True)
+        (tmp_path / "runs/palf12" / path).touch()
+    (tmp_path / "bin").mkdir()
+    for name in ("palf-dist", "python"):
+        stand_in = tmp_path / "bin" / name
+        stand_in.write_text(
+            '#!/bin/sh\necho "$@" >> said\ncase "$*" in *--resume*) touch "$3/results.parquet";; esac\n'
+        )
+        stand_in.chmod(0o755)
+    (tmp_path / "runs/palf12/schedule-0").mkdir()
+    (tmp_path / "runs/palf12/schedule-0/results.parquet").touch()
+    make = ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/.installed", "results", "BIN=bin"]
+    subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "said").read_text().splitlines() == [
+        "datasets fetch --suite palf12",
+        "meta-train --resume runs/palf12/fold-1",
+        "results runs/palf12/fold-0 runs/palf12/fold-1 runs/palf12/schedule-0 --output docs",
+        "-m benchmarks.readme",
+    ]
 
 
 @pytest.mark.timeout(1800)

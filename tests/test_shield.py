@@ -100,7 +100,8 @@ def test_products_are_those_of_autograds_gradients(name: str) -> None:
     assert state.controls is not None
     inputs, labels = loop.minibatch(4)
     own = torch.rand(labels.shape, dtype=torch.float64)
-    context = loop.context(own, own > 0.3, torch.rand(*labels.shape, 4, dtype=torch.float64) / 4)
+    averaged = torch.rand(*labels.shape, 4, dtype=torch.float64) / 4 * loop.group.class_mask[:, None]
+    context = loop.context(own, own > 0.3, averaged)
     with torch.no_grad():
         outputs = loop.group.model.forward(state.theta, inputs)
     got = reference_products(loop.group.model, loop.head, state.theta, outputs, labels, state.controls, context)

@@ -18,9 +18,10 @@ from palf_dist.errors import ConfigError
 from palf_dist.evaluation.controls import SCHEDULE_GROUPS
 from palf_dist.evaluation.measures import MEASURES
 from palf_dist.evaluation.methods import METHODS, baseline_policy, check_methods
-from palf_dist.group_work import EARLY_STOPPING_EVERY, final_accuracy
+from palf_dist.group_work import EARLY_STOPPING_EVERY, at_refreshes, final_accuracy
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.outer_loss import accuracy
+from palf_dist.policies import make_policy, policy_spec
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
@@ -229,7 +230,7 @@ def test_a_task_that_is_alone_in_its_group_cannot_be_shuffled(
         check_methods(config.model_copy(update={"tasks": tasks}), datasets)
 
 
-@pytest.mark.parametrize("kind", ["widened", "validation_free", "recurrent", "schedule", "constant"])
+@pytest.mark.parametrize("kind", ["widened", "validation_free", "recurrent", "schedule", "constant", "maml"])
 def test_every_kind_of_policy_is_calibrated_and_learns(
     kind: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
 ) -> None:
@@ -245,6 +246,25 @@ def test_every_kind_of_policy_is_calibrated_and_learns(
     assert {f"state_{name}" for name in policy.features} <= {*made.trajectory.column_names}
     scores = work.run(units.select_units(config, 0)[0], phi, 0, tuned).metrics
     assert 0 <= scores["accuracy"] <= 1
+
+
+def test_an_adapting_policy_is_calibrated_at_rest(
+    data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
+) -> None:
+    """At the static starting point, where no sum so far has moved it: by hand."""
+    config, datasets = data
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"kind": "maml"})})
+    work, phi = units.Runner(config, datasets), units.initial_policy(config)
+    unit = preparation.calibrate_units(config)[0]
+    found = work.run(unit, phi, 0, prepared).arrays
+    spec = policy_spec(config.policy)
+    rest = make_policy(spec, np.zeros(len(spec.features)), np.full(len(spec.features), 1e30))
+    loop = InnerLoop(work._group(("calibrate", config.seed, unit.group), prepared), rest, config.inner)
+    values = at_refreshes(loop, torch.from_numpy(phi), lambda state: state.last_features).reshape(
+        -1, len(spec.features)
+    )
+    np.testing.assert_allclose(found["square"], (values**2).sum(0), rtol=1e-5, atol=1e-12)
+    assert (found["square"] > 0).sum() >= 3
 
 
 def test_meta_gradient_differs_by_step_and_group(
@@ -305,7 +325,7 @@ def test_the_shield_is_counted_in_every_outer_step_and_every_run_of_the_comparis
     assert set(shares[False]) == {None} and all(0 <= share <= 1 for share in shares[True]) and max(shares[True]) > 0
 
 
-@pytest.mark.parametrize("policy", ["robust", "recurrent"])
+@pytest.mark.parametrize("policy", ["robust", "recurrent", "maml"])
 @pytest.mark.parametrize("kind", ["adjoint", "unroll", "es", "pes"])
 def test_windows_go_through_the_whole_run_and_begin_anew(
     kind: str, policy: str, data: tuple[RunConfig, dict[str, EncodedDataset]], prepared: dict[str, Any]
@@ -316,10 +336,12 @@ def test_windows_go_through_the_whole_run_and_begin_anew(
         changed = work.config.policy.model_copy(update={"kind": policy})
         work = units.Runner(work.config.model_copy(update={"policy": changed}), work.datasets)
     phi = units.initial_policy(work.config)
+    size = len(policy_spec(work.config.policy).features)
+    known = {**prepared, **{name: prepared[name][:size] for name in ("feature_mean", "feature_std")}}
     carried, lengths = None, []
     for step in range(4):
         (unit, *_) = units.meta_gradient_units(work.config, step)
-        made = work.run(unit, phi, step, prepared, carried)
+        made = work.run(unit, phi, step, known, carried)
         carried = made.carried
         lengths.append(None if carried is None else int(carried["state/step"]))
     assert lengths == [5, 10, None, 5]

@@ -22,12 +22,12 @@ from palf_dist.distributed import phases
 from palf_dist.distributed.meta_training import MetaTraining, Selection, fingerprints
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
-from palf_dist.errors import DataError, PolicyFileError
+from palf_dist.errors import DataError, PolicyFileError, RunDirectoryError
 from palf_dist.evaluation.methods import check_methods
 from palf_dist.policies import policy_spec
-from palf_dist.policies.policy_file import load_policy, trained_on
+from palf_dist.policies.policy_file import load_policy, save_policy, trained_on
 from palf_dist.progress import Progress
-from palf_dist.run_directory import CONFIG, REPORT, RESULTS
+from palf_dist.run_directory import BEST, CONFIG, REPORT, RESULTS
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.encoded import EncodedDataset
@@ -61,12 +61,13 @@ def meta_train(
     run_dir: str | Path,
     *,
     resume: bool = False,
+    tuned: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     make_runner: RunnerFactory = units.Runner,
 ) -> RunResult:
     """Meta-train, evaluate and report in ``run_dir``: a new or empty folder or URI, or with ``resume`` that of an
-    earlier run.
+    earlier run. ``tuned``: learning rates and L2 strengths that another run found, see ``phases.prepare``.
 
     The first SIGINT or SIGTERM, or ``stop``, ends the run with a checkpoint and ``interrupted`` set; ``resume`` goes
     on. In synchronous mode the result is then what it would have been. The caller sees to it that a resumed run has the
@@ -80,7 +81,7 @@ def meta_train(
             tracker.set_tags({"palf_dist.run_dir": place.shared})
         status = "FAILED"
         try:
-            _train_and_report(session, place, tracker, checkpoint, result)
+            _train_and_report(session, place, tracker, checkpoint, result, tuned)
             status = "KILLED" if result.interrupted else "FINISHED"
         finally:
             tracker.close(status)
@@ -129,9 +130,14 @@ def _open(
         shown = stack.enter_context(progress or Progress())
         cache = cache_folder(config.data.cache)
         place = stack.enter_context(open_workplace(run_dir, resume=resume, cache=cache, on_event=shown.event))
+        checkpoint = latest_checkpoint(place.folder)
+        if checkpoint is None and (place.folder / BEST).exists():
+            raise RunDirectoryError(
+                f"run directory: {run_dir} keeps an evaluation (it has a policy and no checkpoint), which cannot be "
+                "resumed; name the folder of a meta-training, or a new one with --run-dir"
+            )
         shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
         datasets = load_all(config.data)
-        checkpoint = latest_checkpoint(place.folder)
         if checkpoint:
             _check_unchanged(checkpoint, datasets)
         check_tasks(config, datasets)
@@ -148,13 +154,16 @@ def evaluate_policy(
     config: RunConfig,
     policy: str | Path,
     *,
+    run_dir: str | Path | None = None,
     progress: Progress | None = None,
     make_runner: RunnerFactory = units.Runner,
 ) -> list[dict[str, Any]]:
     """Rows of the held-out comparison of ``config`` for a policy file. Raises PolicyFileError where the two do not fit,
     DataError where the policy was trained on rows of a held-out dataset.
 
-    A Ctrl-C raises KeyboardInterrupt.
+    Tasks may be of other architectures or horizons than those of the meta-training. However long a run, the policy is
+    asked as often as it was there, as ``AdaptiveLoss`` does. ``run_dir``: a new or empty folder or URI that keeps the
+    rows with configuration and policy, as the directory of a run. A Ctrl-C raises KeyboardInterrupt.
     """
     artefact = load_policy(policy)
     if artefact.spec != policy_spec(config.policy):
@@ -163,17 +172,36 @@ def evaluate_policy(
         )
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress or Progress())
+        place = None
+        if run_dir is not None:
+            cache = cache_folder(config.data.cache)
+            place = stack.enter_context(open_workplace(run_dir, resume=False, cache=cache, on_event=shown.event))
         datasets = load_all(config.data)
         _check_held_out([datasets[source.name] for source in config.data.held_out], artefact.card)
         check_tasks(config, datasets)
         check_methods(config, datasets)
-        session = stack.enter_context(open_session(config, datasets, shown, threading.Event(), make_runner))
+        used = _at_use(config, artefact.refresh_in(config.inner.steps))
+        session = stack.enter_context(open_session(used, datasets, shown, threading.Event(), make_runner))
         normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
         try:
             prepared = {**phases.tune(session), **normalisation}
-            return phases.evaluate(session, Broadcast(artefact.phi, 0, prepared))
+            rows = phases.evaluate(session, Broadcast(artefact.phi, 0, prepared))
         except Stopped:
             raise KeyboardInterrupt from None
+        if place is not None:
+            folder = place.folder
+            place.insist(lambda: save_policy(folder / BEST, artefact))
+            place.insist(lambda: _write_rows(folder / RESULTS, rows))
+            place.insist(lambda: write_atomic(folder / CONFIG, dump_config(config).encode()))  # last: it is whole now
+            place.finish()
+    return rows
+
+
+def _at_use(config: RunConfig, refresh: int) -> RunConfig:
+    """The configuration of runs under a finished policy, however long: no meta-gradient is taken there, and so no
+    memory has to be there for one."""
+    policy = config.policy.model_copy(update={"refresh": refresh})
+    return config.model_copy(update={"policy": policy, "estimator": config.estimator.model_copy(update={"window": 1})})
 
 
 def _check_unchanged(checkpoint: Checkpoint, datasets: Mapping[str, EncodedDataset]) -> None:
@@ -198,7 +226,12 @@ def _check_held_out(held_out: Sequence[EncodedDataset], card: Mapping[str, Any])
 
 
 def _train_and_report(
-    session: Session, place: Workplace, tracker: Tracker, checkpoint: Checkpoint | None, result: RunResult
+    session: Session,
+    place: Workplace,
+    tracker: Tracker,
+    checkpoint: Checkpoint | None,
+    result: RunResult,
+    tuned: Mapping[str, Any] | None,
 ) -> None:
     """Fill ``result``, also when the user stops the run half-way."""
     run_dir = place.folder
@@ -206,7 +239,7 @@ def _train_and_report(
         session.progress.event(message)
     training: MetaTraining | None = None
     try:
-        training = MetaTraining(session, place, tracker, checkpoint)
+        training = MetaTraining(session, place, tracker, checkpoint, tuned=tuned)
         for _ in training.run():
             pass
         best = training.best

@@ -86,8 +86,9 @@ class MetaTraining:
         checkpoint: Checkpoint | None,
         *,
         compared: bool = True,
+        tuned: Mapping[str, Any] | None = None,
     ) -> None:
-        """``compared``: the held-out comparison follows."""
+        """``compared``: the held-out comparison follows. ``tuned``: see ``phases.prepare``."""
         self._session, self._place, self._tracker = session, place, tracker
         self._run_dir = place.folder
         self._config = session.config
@@ -99,7 +100,7 @@ class MetaTraining:
         self._best_written: Best | None = None
         self._issued = 0  # asynchronous mode: units issued since the run began
         if checkpoint is None:
-            self.prepared: dict[str, Any] = phases.prepare(session, compared=compared)
+            self.prepared: dict[str, Any] = phases.prepare(session, compared=compared, tuned=tuned)
         else:
             self._restore(checkpoint)
         self._log = MetricsLog(place.folder, next_step=self.learner.version)
@@ -191,7 +192,7 @@ class MetaTraining:
         status = self._session.progress.status
         status.outer_loss, status.refused = report.outer_loss, dict(self.learner.refused)
         metrics = self._metrics(report)
-        if version % self._config.evaluation.select_every == 0 or version == self._config.meta_learner.outer_steps:
+        if version % units.select_every(self._config) == 0 or version == self._config.meta_learner.outer_steps:
             metrics[SELECTION_SCORE] = self._select()
         metrics["seconds"] = time.monotonic() - began
         self._log.append(step, metrics)
@@ -247,6 +248,7 @@ class MetaTraining:
             "trained_on": [source.name for source in config.data.train],
             "origins": sorted({origin for source in config.data.train for origin in datasets[source.name].origins}),
             "held_out": [source.name for source in config.data.held_out],
+            "architectures": [item.model_dump(mode="json") for item in config.tasks.architectures],
             "inner_steps": config.inner.steps,
             "ema": config.inner.ema,
         }

@@ -11,6 +11,7 @@ import numpy as np
 from palf_dist import preparation, units
 from palf_dist.distributed.pool import Broadcast
 from palf_dist.distributed.session import Session
+from palf_dist.policies.meta_learned import needs_parameters
 from palf_dist.types import Contribution, Unit
 
 
@@ -33,16 +34,18 @@ def tune_baselines(session: Session, prepared: Mapping[str, Any]) -> dict[str, A
     return preparation.reduce_baselines(_phase(session, "tuning baselines", baselines, broadcast))
 
 
-def prepare(session: Session, *, compared: bool = True) -> dict[str, Any]:
+def prepare(session: Session, *, compared: bool = True, tuned: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All that the meta-training needs to know beforehand: tuned values and the state's normalisation, plain JSON; and
-    what ``evaluate`` needs, where it is to follow (``compared``), so that checkpoints keep it."""
+    what ``evaluate`` needs, where it is to follow (``compared``), so that checkpoints keep it. ``tuned``: what ``tune``
+    gave another run, whose values this one shares."""
     config = session.config
-    if config.policy.shield is not None:
+    if (field := needs_parameters(config.policy)) is not None:
+        remedy = "one with a shield; leave it out" if field == "shield" else "a maml one; choose another kind"
         session.progress.event(
-            "policy.shield: the finished policy is good for the held-out comparison alone, as AdaptiveLoss refuses one "
-            "with a shield; leave it out for a policy to use"
+            f"policy.{field}: the finished policy is good for the held-out comparison alone, as AdaptiveLoss refuses "
+            f"{remedy} for a policy to use"
         )
-    prepared = tune(session)
+    prepared = tune(session) if tuned is None else dict(tuned)
     if compared:
         prepared |= tune_baselines(session, prepared)
     broadcast = Broadcast(units.initial_policy(config), 0, prepared)

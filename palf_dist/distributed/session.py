@@ -124,10 +124,9 @@ def open_session(
             from palf_dist.distributed.dispatcher import Dispatcher
             from palf_dist.distributed.ray_fleet import RayFleet
 
-            size = sum(array.nbytes for dataset in datasets.values() for array in dataset.to_arrays().values())
             wanted = config.distributed.workers
             progress.begin("starting workers", 1 if wanted == "auto" else wanted)
-            share = stack.enter_context(connect(config.distributed, size))
+            share = stack.enter_context(connect(config.distributed, size_of(datasets)))
             if not share.gpus:  # else each worker checks what its GPU has
                 Plan(config, datasets, memory_of_each(nodes(), share, wanted)).check()
             fleet = RayFleet(config, datasets, make_runner, share, run_uri)
@@ -139,6 +138,11 @@ def open_session(
         stack.callback(pool.close)
         stack.enter_context(signals_stop(stop, progress))
         yield Session(config, datasets, pool, progress, stop, metrics=metrics)
+
+
+def size_of(datasets: Mapping[str, EncodedDataset]) -> int:
+    """Bytes that Ray's object store takes for them."""
+    return sum(array.nbytes for dataset in datasets.values() for array in dataset.to_arrays().values())
 
 
 def most_in_flight(config: DistributedConfig) -> int:

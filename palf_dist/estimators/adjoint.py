@@ -15,8 +15,9 @@ from torch import Tensor
 
 from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
-from palf_dist.inner_loop import WD, InnerLoop, InnerState, StepResult
+from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.inner_optimisers import Slots
+from palf_dist.types import WD
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StepTrace:
     slots: Slots
     own_probability: Tensor  # [G, B]
     seen: Tensor  # [G, B]
-    averaged: Tensor | None  # [G, B, C], where elr is active
+    averaged: Tensor | None  # [G, B, C], where a basis loss reads them
     segment: int  # index of the refresh that set the controls
 
 
@@ -57,7 +58,7 @@ class Adjoint:
     truncated = False
 
     def __init__(self, config: EstimatorConfig, outer: OuterLossConfig) -> None:
-        self.outer = outer
+        self.outer, self.task_clip = outer, config.task_clip
 
     def estimate(
         self,
@@ -76,11 +77,14 @@ class Adjoint:
         trace = self._forward(loop, phi, state, stop, recorder)
         with torch.no_grad():
             cotangents = self._walk_back(loop, start, state.slots, trace, recorder.complexity_cotangents())
+        metrics = recorder.metrics()
+        if self.task_clip is not None:
+            cotangents, metrics["clipped_share"] = _clipped(cotangents, self.task_clip)
         return Estimate(
             gradient=policy_gradient(loop, phi, trace.states, trace.mixings, cotangents),
             outer_loss=float(recorder.objective().mean()),
             records=recorder.arrays(),
-            metrics=recorder.metrics(),
+            metrics=metrics,
         )
 
     def _forward(self, loop: InnerLoop, phi: Tensor, state: InnerState, stop: int, recorder: Recorder) -> ForwardTrace:
@@ -158,6 +162,15 @@ class Adjoint:
             of_theta = of_theta.add(model.backward(step.theta, tape, head.dlogits, head.dfeatures), alpha=running)
             of_controls = of_controls.add(loop.head.control_gradient(head), alpha=running)
         return of_theta, of_controls
+
+
+def _clipped(cotangents: list[Tensor], most: float) -> tuple[list[Tensor], float]:
+    """The cotangents [G, U] of all segments, those of each task scaled to a norm of at most ``most``, and the share of
+    tasks that were. Inner runs near the edge of stability have gradients thousands of times as large as the others',
+    and with no more to say: without a limit one of them speaks for its whole group."""
+    norms = torch.linalg.vector_norm(torch.stack(cotangents, 2).flatten(1), dim=1)
+    scale = (most / norms.clamp(min=most))[:, None]
+    return [cotangent * scale for cotangent in cotangents], float((norms > most).double().mean())
 
 
 class OneStep(Adjoint):

@@ -19,8 +19,7 @@ Row = Mapping[str, Any]
 NEAR = 0.95
 """Share of the reference's best accuracy that counts as nearly reached."""
 
-
-BEST_STATIC = "best_static"
+BEST_STATIC, PICKED_STATIC = "best_static", "static_by_validation"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ PICKS: dict[str, Pick] = {
             _left_out,
         ),
         Pick(
-            "static_by_validation",
+            PICKED_STATIC,
             "picked static",
             "the static loss with the best final accuracy on the task's own validation rows, which are as noisy as the "
             "training rows; it costs the training of all",

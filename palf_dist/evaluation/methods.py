@@ -126,6 +126,13 @@ METHODS: dict[str, Method] = {
         Method("mae", "MAE", {"mae": 1.0}, by_name=True),
         Method("elr", "ELR", {"elr": 1.0}, by_name=True, note="early-learning regularisation, lam = 3"),
         Method(
+            "bootstrap",
+            "bootstrapping",
+            {"bootstrap": 1.0},
+            by_name=True,
+            note="label .8, the example's own averaged prediction .2",
+        ),
+        Method(
             "ce_early_stopping",
             "CE, early stopping",
             {"ce": 1.0},
@@ -142,6 +149,7 @@ TUNED: tuple[tuple[str, str, Mapping[str, Sequence[float]]], ...] = (
     ("symmetric_ce", "symmetric CE, tuned", {"a": (0.03, 0.1, 0.3, 1.0), "b": (1.0, 3.0, 10.0)}),
     ("generalised_ce", "GCE, tuned", {"q": (0.3, 0.5, 0.7, 0.85, 1.0)}),
     ("elr", "ELR, tuned", {"lam": (0.3, 1.0, 3.0, 7.0, 15.0)}),
+    ("bootstrap", "bootstrapping, tuned", {"beta": (0.2, 0.4, 0.6, 0.8, 0.95)}),
     ("s5", "S5, tuned", {"la": (0.0, 0.5, 1.0), "e": (0.2, 0.4, 0.6), "ew": (0.3, 0.6)}),
 )
 """The tuned baselines: a static method, the label of what becomes of it, and what its hyper-parameters are chosen from.
@@ -166,9 +174,11 @@ LEARNED: dict[str, Method] = {
     for kind, name, label in (
         ("schedule", "learned_schedule", "learned schedule (t/T only)"),
         ("constant", "learned_constant", "learned constants"),
+        ("maml", "maml_loss", "MAML-Loss"),
     )
 }
-"""Policies that know less, by ``policy.kind``: methods where their runs are joined with those of another policy."""
+"""Baselines that are meta-trained too, by ``policy.kind``: methods where their runs are joined with those of another
+policy."""
 
 
 def is_claimed(method: str) -> bool:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from palf_dist.evaluation.derived import PICKS
-from palf_dist.evaluation.methods import REFERENCE
+from palf_dist.evaluation.methods import REFERENCE, is_claimed
 from palf_dist.evaluation.statistics import Comparison, Slice
 from palf_dist.evaluation.table import Column, condition_columns, is_policy, label_of
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
@@ -27,7 +27,10 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
 )
 GREY = "#999999"
-BASIS_COLOURS = dict(zip(BASIS_LOSSES, (BLUE, SKY, GREEN, YELLOW, PURPLE, ORANGE, VERMILION, GREY, BLACK), strict=True))
+BROWN = "#8C6D31"
+BASIS_COLOURS = dict(
+    zip(BASIS_LOSSES, (BLUE, SKY, GREEN, YELLOW, PURPLE, ORANGE, VERMILION, GREY, BLACK, BROWN), strict=True)
+)
 POLICY_COLOUR, OTHER_COLOUR = VERMILION, "#555555"
 
 NOISE_LEVELS: tuple[tuple[str, float, float, str, str], ...] = (
@@ -55,13 +58,20 @@ HYPERPARAMETER_LABELS = {
     "tau": "tau: temperature",
     "q": "q: exponent of generalised CE",
     "lam": "lam: early-learning term",
+    "beta": "beta: given label of bootstrapping",
 }
+
+MAX_NAMES = 9
+"""Basis losses that a line of the alpha figure's legend has room for."""
 
 MAX_DATASETS = 4
 """Rows of the alpha figure; the datasets with the most tasks are shown."""
 
 FAR_BELOW = -15.0
 """Points against the reference below which a method is off the scale of the plots (InfoNCE alone is near chance)."""
+
+PANELS_IN_A_ROW = 4
+"""Of the held-out comparison: the README shows it at the width of a page."""
 
 WIDEST_ARM = 6.0
 """Points of an interval's half-width that the limits of a plot make room for: with few datasets it can be huge."""
@@ -105,7 +115,7 @@ def plot_alpha(trajectories: pa.Table) -> Figure:
         figure.text(0.5, 0.5, f"none of {len(finite)} trajectory rows is finite", ha="center", va="center")
         return figure
     data = {name: column[finite] for name, column in data.items()}
-    level = _noise_level(data["noise_rate"])
+    level = noise_level(data["noise_rate"])
     names, counts = np.unique(data["dataset"].astype(str), return_counts=True)
     datasets = sorted(names[np.argsort(-counts, kind="stable")][:MAX_DATASETS])
     basis = [name for name in BASIS_LOSSES if f"alpha_{name}" in data and data[f"alpha_{name}"].max() > 1e-3]
@@ -144,7 +154,8 @@ def plot_alpha(trajectories: pa.Table) -> Figure:
         title += f"\n{(~finite).sum()} of {len(finite)} rows are not finite and left out"
     parts[0].suptitle(title, **TITLE)
     handles = [Patch(color=BASIS_COLOURS[name], label=name.replace("_", " ")) for name in basis]
-    parts[0].legend(handles=handles, loc="outside lower center", ncols=len(basis))
+    rows = math.ceil(len(basis) / MAX_NAMES) or 1
+    parts[0].legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(basis) / rows))
     if moved:
         _plot_hyperparameters(parts[1], data, level, moved, (line_rows, line_columns))
     return figure
@@ -203,15 +214,19 @@ def plot_outer_loss(metrics: pa.Table) -> Figure:
 
 @matplotlib.rc_context(FIGURE_STYLE)
 def plot_held_out(comparisons: Sequence[Comparison]) -> Figure:
-    """Difference of every method to tuned cross-entropy with its 95 % interval: all conditions, then each apart."""
+    """Difference of every method to tuned cross-entropy with its 95 % interval: all conditions, then each apart,
+    ``PANELS_IN_A_ROW`` beside each other."""
     reference, *shown = comparisons
     assert reference.method == REFERENCE
     panels: list[Column] = [("all conditions", [item.overall for item in comparisons])]
     panels += [(CONDITION_TITLES.get(name, name), slices) for name, slices in condition_columns(comparisons)]
     limits = _limits([part for _, slices in panels for part in slices])
-    figure = Figure(figsize=(2.6 + 2.5 * len(panels), 1.6 + 0.32 * len(shown)))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, (of_reference, *slices)) in zip(axes, panels, strict=True):
+    columns = min(len(panels), PANELS_IN_A_ROW)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2.6 + 2.5 * columns, 0.6 + rows * (1.0 + 0.32 * len(shown))))
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    _finish_grid(axes, len(panels), columns, "")
+    for axis, (title, (of_reference, *slices)) in zip(axes, panels, strict=False):
         axis.axvline(0, color=BLACK, linewidth=1)
         for row, (item, part) in enumerate(zip(shown, slices, strict=True)):
             _interval(axis, row, part, POLICY_COLOUR if is_policy(item.method) else OTHER_COLOUR, limits)
@@ -219,10 +234,11 @@ def plot_held_out(comparisons: Sequence[Comparison]) -> Figure:
         axis.set(title=f"{title}\n({label_of(REFERENCE)}: {of_reference.value:.1f} %)", xlim=limits)
         axis.grid(axis="y", visible=False)
     axes[0].set(yticks=range(len(shown)), ylim=(len(shown) - 0.4, -0.6))
-    axes[0].set_yticklabels([label_of(item.method) for item in shown])
-    for tick, item in zip(axes[0].get_yticklabels(), shown, strict=True):
-        if is_policy(item.method):
-            tick.set(color=POLICY_COLOUR, fontweight="bold")
+    for axis in axes[::columns]:
+        axis.set_yticklabels([label_of(item.method) for item in shown])
+        for tick, item in zip(axis.get_yticklabels(), shown, strict=True):
+            if is_policy(item.method):
+                tick.set(color=POLICY_COLOUR, fontweight="bold")
     figure.supxlabel(
         f"points of held-out accuracy against {label_of(REFERENCE)} (95 % interval clustered by dataset)", fontsize=9
     )
@@ -255,30 +271,41 @@ def _limits(parts: Sequence[Slice]) -> tuple[float, float]:
 
 @matplotlib.rc_context(FIGURE_STYLE)
 def plot_noise(comparisons: Sequence[Comparison]) -> Figure:
-    """Difference to tuned cross-entropy by label noise, in each condition, for the policy and the best others."""
+    """Difference to tuned cross-entropy by label noise, in each condition, for the policy and the best others; several
+    kinds of noise have a panel each, over all conditions."""
     policies = [item for item in comparisons if is_policy(item.method)]
     hidden = {REFERENCE, *PICKS}
-    others = [item for item in comparisons if item.method not in hidden and not is_policy(item.method)]
+    others = [
+        item
+        for item in comparisons
+        if item.method not in hidden and is_claimed(item.method) and not is_policy(item.method)
+    ]
     shown = policies + others[: len(LINE_LOOKS)]
-    rates = list(comparisons[0].by_noise)
-    panels = [("all conditions", [[item.by_noise[rate] for rate in rates] for item in shown])]
+    noises = list(comparisons[0].by_noise)
+    kinds = list(dict.fromkeys(noise.kind for noise in noises if noise.rate)) or [""]
+    rates = sorted({noise.rate for noise in noises})
+    panels = []
+    for kind in kinds:
+        own = [noise for noise in noises if noise.kind in ("", kind)]
+        title = "all conditions" if len(kinds) == 1 else f"{kind.replace('_', '-')} noise"
+        panels.append((title, own, [[item.by_noise[noise] for noise in own] for item in shown]))
     panels += [
-        (CONDITION_TITLES.get(name, name), [[item.by_cell[name, rate] for rate in rates] for item in shown])
-        for name in comparisons[0].by_condition
+        (CONDITION_TITLES.get(name, name), noises, [[item.by_cell[name, rate] for rate in rates] for item in shown])
+        for name in (comparisons[0].by_condition if len(kinds) == 1 else ())
         if all((name, rate) in comparisons[0].by_cell for rate in rates)  # a suite's condition has a rate of its own
     ]
     figure = Figure(figsize=(9, 3.1 * math.ceil(len(panels) / 2) + 0.5))
     axes = figure.subplots(math.ceil(len(panels) / 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
-    limits = _limits([part for _, lines in panels for line in lines for part in line])
+    limits = _limits([part for *_, lines in panels for line in lines for part in line])
     spread = 0.012 * (max(rates) - min(rates) or 1)
-    for axis, (title, lines) in zip(axes, panels, strict=False):
+    for axis, (title, own, lines) in zip(axes, panels, strict=False):
         axis.axhline(0, color=BLACK, linewidth=1)
         for index, (item, line) in enumerate(zip(shown, lines, strict=True)):
             bold = is_policy(item.method)
             colour, marker, style = (POLICY_COLOUR, "o", "-") if bold else LINE_LOOKS[index - len(policies)]
             estimates = [part.difference for part in line]
             axis.errorbar(
-                np.array(rates) + spread * (index - (len(shown) - 1) / 2),
+                np.array([noise.rate for noise in own]) + spread * (index - (len(shown) - 1) / 2),
                 [estimate.mean for estimate in estimates],
                 np.nan_to_num([[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]),
                 color=colour,
@@ -311,7 +338,7 @@ def _is_plotted(column: str) -> bool:
     return column in {"dataset", "noise_rate", "inner_step", *HYPERPARAMETERS} or column.startswith("alpha_")
 
 
-def _noise_level(rates: np.ndarray) -> np.ndarray:
+def noise_level(rates: np.ndarray) -> np.ndarray:
     """Index into ``NOISE_LEVELS`` of each rate."""
     return np.searchsorted([high for _, _, high, _, _ in NOISE_LEVELS[:-1]], rates)
 

@@ -19,9 +19,13 @@ import pyarrow.parquet as pq
 from palf_dist.atomic import replacing_folder
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config, load_config
-from palf_dist.errors import RunDirectoryError
+from palf_dist.errors import PolicyFileError, RunDirectoryError
 from palf_dist.evaluation import plots
 from palf_dist.evaluation.derived import held_out
+from palf_dist.evaluation.inner_runs import dataset_facts
+from palf_dist.evaluation.interpretation import Interpretation, interpret
+from palf_dist.evaluation.interpretation_plots import pictures as interpretation_pictures
+from palf_dist.evaluation.interpretation_tables import tables as interpretation_tables
 from palf_dist.evaluation.methods import REFERENCE
 from palf_dist.evaluation.page import render_page
 from palf_dist.evaluation.statistics import Comparison
@@ -39,6 +43,8 @@ from palf_dist.evaluation.table import (
     to_pair_records,
     to_records,
 )
+from palf_dist.policies.meta_learned import needs_parameters
+from palf_dist.policies.policy_file import PolicyArtefact, load_policy
 from palf_dist.run_directory import (
     BEST,
     CHECKPOINTS,
@@ -65,6 +71,14 @@ CAPTIONS = {
     "tuned cross-entropy; a bar that crosses it settles nothing, one that reaches the frame goes on.",
     "noise": "The same by label noise: the policy and the best of the other methods.",
     "alpha": "What the policy does while an inner model trains, over the last outer steps.",
+    "controls": "The same by family, label noise and architecture: each control that the policy moves, the mean over "
+    "tasks. Bands: one standard error of that mean to each side, clustered by dataset; none with one dataset. Dotted: "
+    "the boundaries of the paper's phases.",
+    "phases": "The two moments at which three constants fit the mean controls best, with the interval when datasets "
+    "are drawn anew. Where a line with one bend explains as much, the controls change gradually, and there are no "
+    "phases.",
+    "importance": "Which state features move the controls: permutation importance on the states of the last outer "
+    "steps, by the selected policy.",
     "outer_loss": "Meta-training: the outer loss that the meta-learner minimises, and the score that picks the policy.",
 }
 
@@ -103,8 +117,12 @@ def make_report(run_dir: str | Path, location: str | Path | None = None) -> Repo
     pictures: dict[str, bytes] = {}
     if comparisons:
         pictures |= comparison_pictures(comparisons)
+    interpretation = None
     if (last := last_trajectories(location or run_dir)) is not None:
         pictures["alpha"] = plots.to_png(plots.plot_alpha(last))
+        facts = dataset_facts(last["dataset"].unique().to_pylist(), config.data.train)
+        interpretation = interpret(last, config, facts, [_best_policy(run_dir)])
+        pictures |= interpretation_pictures(interpretation)
     if metrics is not None and metrics.num_rows:
         pictures["outer_loss"] = plots.to_png(plots.plot_outer_loss(metrics))
 
@@ -113,7 +131,8 @@ def make_report(run_dir: str | Path, location: str | Path | None = None) -> Repo
         files[TABLE_MARKDOWN] = to_markdown(comparisons, pairs).encode()
         tables = {"held_out": to_records(comparisons), "pairs": to_pair_records(pairs)}
         files[TABLE_JSON] = (json.dumps(tables, indent=2) + "\n").encode()
-    files[PAGE] = _page(run_dir, location or run_dir, config, metrics, comparisons, pairs, card, pictures).encode()
+    page = _page(run_dir, location or run_dir, config, metrics, comparisons, pairs, interpretation, card, pictures)
+    files[PAGE] = page.encode()
     folder = run_dir / REPORT
     with replacing_folder(folder) as temporary:
         for name, data in files.items():
@@ -184,10 +203,12 @@ def _page(
     metrics: pa.Table | None,
     comparisons: Sequence[Comparison],
     pairs: Sequence[Comparison],
+    interpretation: Interpretation | None,
     card: dict[str, Any] | None,
     pictures: dict[str, bytes],
 ) -> str:
     policy = f"{BEST}/policy.safetensors"
+    has_use = (run_dir / policy).exists() and not needs_parameters(config.policy)
     looks = [
         "policy" if is_policy(item.method) else "reference" if item.method == REFERENCE else "" for item in comparisons
     ]
@@ -199,15 +220,20 @@ def _page(
         tables.append(
             _table(f"The {label_of(pairs[0].method)} against each", to_pair_cells(pairs), [""] * len(pairs), [])
         )
+    for item in interpretation_tables(interpretation) if interpretation else ():
+        tables.append(_table(item.title, item.cells, [""] * len(item.cells[1]), item.notes))
+    facts = _facts(config, metrics, card)
+    if interpretation is not None and not interpretation.curves:
+        facts["what the policy does"] = f"not measured: {interpretation.not_measured['curves']}"
     return render_page(
         "report.html.j2",
         pictures,
         CAPTIONS,
         name=config.name,
         headline=headline_sentence(comparisons),
-        facts=_facts(config, metrics, card),
+        facts=facts,
         tables=tables,
-        usage=usage(join(location, policy)) if (run_dir / policy).exists() and config.policy.shield is None else None,
+        usage=usage(join(location, policy)) if has_use else None,
         policy=None if card is None else json.dumps(card, indent=2, sort_keys=True),
         configuration=dump_config(config),
     )
@@ -267,6 +293,14 @@ def _contributions(sums: dict[str, float]) -> str:
     causes = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in refused.items() if count)
     counts = f"{sums['applied']:.0f} applied, {sums['reissued']:.0f} reissued, {sum(refused.values())} refused"
     return f"{counts} ({causes})" if causes else counts
+
+
+def _best_policy(run_dir: Path) -> PolicyArtefact | None:
+    """None where there is none yet, or for a moment of a run at work its two files do not fit together."""
+    try:
+        return load_policy(run_dir / BEST)
+    except PolicyFileError:
+        return None
 
 
 def _policy_card(path: Path) -> dict[str, Any] | None:

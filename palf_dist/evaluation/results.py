@@ -3,9 +3,8 @@ claims. results.md and results.json are written by this module alone, never by h
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,19 @@ import pyarrow as pa
 
 from palf_dist.atomic import write_atomic
 from palf_dist.config import RunConfig
-from palf_dist.config_loading import leaves
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import plots
+from palf_dist.evaluation.as_is import CAVEAT, AsIs, compare_as_is
 from palf_dist.evaluation.claims import FEWEST_CLUSTERS, Evidence, findings
 from palf_dist.evaluation.derived import held_out
+from palf_dist.evaluation.designs import RESULTS_JSON, Look, look, published_designs, with_look
 from palf_dist.evaluation.headline import Figure, headline
+from palf_dist.evaluation.inner_runs import dataset_facts
+from palf_dist.evaluation.interpretation import Interpretation, interpret
+from palf_dist.evaluation.interpretation_plots import pictures as interpretation_pictures
+from palf_dist.evaluation.interpretation_tables import section
+from palf_dist.evaluation.interpretation_tables import to_record as interpretation_record
+from palf_dist.evaluation.overhead import overhead_figure, read_overheads
 from palf_dist.evaluation.report import CAPTIONS, comparison_pictures, headline_sentence, last_trajectories
 from palf_dist.evaluation.runs import JoinedRuns, JudgedRun, read_runs
 from palf_dist.evaluation.statistics import Comparison
@@ -28,31 +34,26 @@ from palf_dist.evaluation.table import (
     NOTHING,
     Cells,
     interval,
+    is_policy,
     label_of,
     markdown_table,
     number,
     signed,
+    to_cells,
     to_markdown,
     to_pair_records,
     to_records,
 )
+from palf_dist.evaluation.targets import judge_targets, target_cells
+from palf_dist.evaluation.transfer import Transfer, compare_transfer, transfer_figures, transfer_page
+from palf_dist.policies.policy_file import load_policy
 from palf_dist.redaction import redact
-from palf_dist.storage import is_remote, local_path
+from palf_dist.run_directory import BEST
+from palf_dist.storage import is_remote, join, local_path
 
-RESULTS_MARKDOWN, RESULTS_JSON, PICTURES = "results.md", "results.json", "results"
-
-NOT_OF_A_DESIGN: dict[str, Any] = {
-    "name": True,
-    "seed": True,
-    "data": True,
-    "policy": {"seed"},
-    "evaluation": {"methods", "noise_rates", "conditions", "suite_conditions", "imbalance", "seeds"},
-    "distributed": {"workers", "address", "gpus_per_worker", "unit_timeout", "max_attempts"},
-    "checkpoint": True,
-    "tracking": True,
-}
-"""Fields that do not make another design: what is learned from and judged on, seeds, and execution settings that do not
-touch a result."""
+RESULTS_MARKDOWN, PICTURES = "results.md", "results"
+BLOCK = ("<!-- results -->", "<!-- end of results -->")
+"""Around what the README shows of results.md."""
 
 
 @dataclass(frozen=True)
@@ -64,46 +65,51 @@ class Results:
     pictures: tuple[Path, ...]
     comparisons: tuple[Comparison, ...]
     record: dict[str, Any]  # of results.json
+    config: RunConfig  # of the first of the runs
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What several runs say together: all that the record and the page are made of."""
+
+    runs: JoinedRuns
+    compared: Sequence[Comparison]
+    pairs: Sequence[Comparison]
+    family_compared: Sequence[Comparison]  # of the runs that hold out a family, empty without such runs
+    family_pairs: Sequence[Comparison]
+    as_is: AsIs
+    transfers: Mapping[str, Transfer]
+    figures: Mapping[str, Figure]
+    family_figures: Mapping[str, Figure]
+    trajectories: pa.Table | None
+    interpretation: Interpretation | None
+    claims: Sequence[Mapping[str, str]]
+    targets: Sequence[Mapping[str, Any]]
 
 
 def make_results(places: Sequence[str], output: str | Path) -> Results:
     """Join the runs at ``places``, paths or URIs, into results.md, results.json and the folder of pictures ``results``
     in the folder ``output``. Equal runs give equal bytes, whatever their order.
 
-    Designs that an earlier results.json there lists stay in the list. Raises RunDirectoryError as ``read_runs``, for
-    an output folder that cannot be written, and for a results.json in it that is none.
+    Designs that an earlier results.json or ablations.json there lists stay in the list, and the overhead is that of the
+    file that its benchmark wrote there. Raises RunDirectoryError as ``read_runs``, for an output folder that cannot be
+    written, and for one of these files that is none.
     """
     if is_remote(output):
         raise RunDirectoryError(f"--output {redact(str(output))}: is no local folder; name one")
     folder = local_path(output)
-    published = _published_designs(folder / RESULTS_JSON)
+    published = published_designs(folder)
+    overhead = overhead_figure(read_overheads(folder))
     runs = read_runs(places)
-    rows = runs.rows
-    compared, pairs = held_out(rows)
-    figures = headline(rows, compared, pairs)
-    family_rows = runs.family_rows
-    family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
-    family_figures = headline(family_rows, family_compared, family_pairs) if family_rows else {}
-    trajectories = _trajectories(runs.folds)
-    claims = findings(Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories))
-    designs = _with_design(published, runs, figures["diff_vs_tuned_ce"])
-    record = {
-        "headline": {name: number(figure.value) for name, figure in figures.items()}
-        | {"held_out_designs": len(designs)},
-        "not_measured": {name: figure.meaning for name, figure in figures.items() if figure.value is None},
-        "headline_details": {name: _details(figure) for name, figure in figures.items() if figure.estimate is not None},
-        "claims": claims,
-        "designs": designs,
-        "table": to_records(compared),
-        "pairs": to_pair_records(pairs),
-        "families": to_records(family_compared),
-        "family_headline": {name: number(figure.value) for name, figure in family_figures.items()},
-        "runs": [_about(run) for run in (*runs.folds, *runs.families)],
-    }
-    pictures = comparison_pictures(compared)
-    if trajectories is not None:
-        pictures["alpha"] = plots.to_png(plots.plot_alpha(trajectories))
-    page = _page(runs, figures, (compared, pairs), (family_compared, family_pairs), claims, designs, list(pictures))
+    joined = _joined(runs, overhead)
+    designs = _with_designs(published, runs, joined.figures)
+    record = _record(joined, designs)
+    pictures = comparison_pictures(joined.compared)
+    if joined.trajectories is not None:
+        pictures["alpha"] = plots.to_png(plots.plot_alpha(joined.trajectories))
+    explained = {} if joined.interpretation is None else interpretation_pictures(joined.interpretation)
+    page = _page(joined, len(designs), list(pictures), list(explained))
+    pictures |= explained
     try:
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
         for name in CAPTIONS:
@@ -122,46 +128,78 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
         folder / RESULTS_MARKDOWN,
         folder / RESULTS_JSON,
         tuple(folder / PICTURES / f"{name}.png" for name in pictures),
-        tuple(compared),
+        tuple(joined.compared),
         record,
+        runs.config,
     )
 
 
-def design_of(config: RunConfig) -> str:
-    """Digest of all that makes a design of a configuration. Fields at their default are left out, so that a design
-    stays the same when a later version has more fields."""
-    fields = leaves(config.model_dump(mode="json", exclude=NOT_OF_A_DESIGN, exclude_defaults=True))
-    # The kinds of architectures tell them apart, also the one that is the default of its own section.
-    fields["tasks.architectures"] = [item.model_dump(mode="json") for item in config.tasks.architectures]
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _published_designs(path: Path) -> list[dict[str, Any]]:
-    """The designs of an earlier results.json; none where there is no such file."""
-    try:
-        designs = json.loads(path.read_bytes())["designs"]
-        if all({"digest", "name"} <= design.keys() for design in designs):
-            return designs
-        problem = "its designs have no digest and name"
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise RunDirectoryError(
-        f"{path}: is no file of this command ({problem}), and the designs that it counts would be lost; restore it, or "
-        "name another --output"
+def _joined(runs: JoinedRuns, overhead: Figure) -> Joined:
+    rows, family_rows = runs.rows, runs.family_rows
+    compared, pairs = held_out(rows)
+    as_is = compare_as_is(rows, runs.config.evaluation)
+    transfers = {
+        kind: compare_transfer(kind, judged[0].config, judged[0].card, [row for run in judged for row in run.rows])
+        for kind, judged in runs.transfers.items()
+    }
+    figures = headline(rows, compared, pairs, runs.config) | transfer_figures(transfers)
+    figures |= as_is.figures() | {overhead.name: overhead}
+    family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
+    family_figures = headline(family_rows, family_compared, family_pairs, runs.config) if family_rows else {}
+    trajectories = _trajectories(runs.folds)
+    interpretation = None if trajectories is None else _interpretation(runs, trajectories)
+    evidence = Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories, interpretation)
+    return Joined(
+        runs=runs,
+        compared=compared,
+        pairs=pairs,
+        family_compared=family_compared,
+        family_pairs=family_pairs,
+        as_is=as_is,
+        transfers=transfers,
+        figures=figures,
+        family_figures=family_figures,
+        trajectories=trajectories,
+        interpretation=interpretation,
+        claims=findings(evidence),
+        targets=judge_targets(figures, family_figures, {run.family for run in runs.families}),
     )
 
 
-def _with_design(published: list[dict[str, Any]], runs: JoinedRuns, figure: Figure) -> list[dict[str, Any]]:
-    """The designs so far and this one, last where it is new. An entry stays unless all but its name is the same: to
-    judge a design again, with another seed or on other datasets, is another look at held-out data."""
-    config = runs.config
-    datasets = sorted({name for run in runs.folds for name in run.judged})
-    looked = {"digest": design_of(config), "seed": config.seed, "datasets": datasets, figure.name: number(figure.value)}
-    own = {"name": config.name, **looked}
-    designs = [own if design == looked | {"name": design["name"]} else design for design in published]
-    return designs if own in designs else [*designs, own]
+def _record(joined: Joined, designs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """results.json."""
+    figures, interpretation = joined.figures, joined.interpretation
+    return {
+        "headline": {name: number(figure.value) for name, figure in figures.items()}
+        | {"held_out_designs": len(designs)},
+        "not_measured": {name: figure.meaning for name, figure in figures.items() if figure.value is None},
+        "headline_details": {name: _details(figure) for name, figure in figures.items() if figure.estimate is not None},
+        "as_is": joined.as_is.record(),
+        "targets": joined.targets,
+        "claims": joined.claims,
+        "designs": designs,
+        "table": to_records(joined.compared),
+        "pairs": to_pair_records(joined.pairs),
+        "families": to_records(joined.family_compared),
+        "family_headline": {name: number(figure.value) for name, figure in joined.family_figures.items()},
+        "interpretation": None if interpretation is None else interpretation_record(interpretation),
+        "transfers": {kind: to_records(transfer.compared) for kind, transfer in joined.transfers.items()},
+        "runs": [_about(run) for run in joined.runs.all],
+    }
+
+
+def _with_designs(
+    published: Sequence[Look], runs: JoinedRuns, figures: Mapping[str, Figure]
+) -> list[Mapping[str, Any]]:
+    """The designs so far, that of the folds, and those of transfers."""
+    designs = list(published)
+    for name, judged in (
+        ("diff_vs_tuned_ce", runs.folds),
+        *((f"diff_{kind}_transfer", judged) for kind, judged in runs.transfers.items()),
+    ):
+        datasets = {dataset for run in judged for dataset in run.judged}
+        designs = with_look(designs, look(judged[0].config, datasets, number(figures[name].value)))
+    return designs
 
 
 def _trajectories(folds: Sequence[JudgedRun]) -> pa.Table | None:
@@ -181,12 +219,22 @@ def _trajectories(folds: Sequence[JudgedRun]) -> pa.Table | None:
     return pa.concat_tables([table for _, table in tables]) if tables else None
 
 
+def _interpretation(runs: JoinedRuns, trajectories: pa.Table) -> Interpretation:
+    """Of the trajectories that ``_trajectories`` gives."""
+    folds = [run for run in runs.folds if run.learned is None]
+    sources = [source for run in folds for source in run.config.data.train]
+    facts = dataset_facts(trajectories["dataset"].unique().to_pylist(), sources, runs.rows)
+    return interpret(trajectories, runs.config, facts, [load_policy(join(run.place, BEST)) for run in folds])
+
+
 def _details(figure: Figure) -> dict[str, Any]:
     estimate = figure.estimate
     assert estimate is not None
     return {
         "meaning": figure.meaning,
         "against": figure.of,
+        "missing": list(figure.missing),
+        "unit": figure.unit,
         "difference": number(estimate.mean),
         "se": number(estimate.se),
         "ci95": None if number(estimate.se) is None else [number(estimate.low), number(estimate.high)],
@@ -201,6 +249,7 @@ def _about(run: JudgedRun) -> dict[str, Any]:
         "policy": run.config.policy.kind,
         "held_out": run.judged,
         "family": run.family,
+        "transfer": run.transfer,
         "trained_on": run.card["trained_on"],
         "outer_step": run.card.get("outer_step"),
         "selection_score": run.card.get("selection_score"),
@@ -208,45 +257,70 @@ def _about(run: JudgedRun) -> dict[str, Any]:
     }
 
 
-def _page(
-    runs: JoinedRuns,
-    figures: Mapping[str, Figure],
-    tables: tuple[Sequence[Comparison], Sequence[Comparison]],
-    family_tables: tuple[Sequence[Comparison], Sequence[Comparison]],
-    claims: Sequence[Mapping[str, str]],
-    designs: Sequence[Mapping[str, Any]],
-    pictures: Sequence[str],
-) -> str:
-    """results.md."""
+def _page(joined: Joined, designs: int, compared: Sequence[str], explained: Sequence[str]) -> str:
+    """results.md. ``compared``, ``explained``: names of the pictures of the comparison, and of the interpretation."""
+    runs, figures, as_is = joined.runs, joined.figures, joined.as_is
+
+    def shown(names: Sequence[str]) -> list[str]:
+        return [f"![{name}]({PICTURES}/{name}.png)\n\n{CAPTIONS[name]}\n" for name in names]
+
+    shifted = {row["condition"] for row in runs.rows if row["target_prior"] != "train"}
     parts = [
         f"# Results: {runs.config.name}\n",
         "Written by `palf-dist results`, never by hand; [evaluation.md](evaluation.md) explains every figure, and "
         f"[{RESULTS_JSON}]({RESULTS_JSON}) has them all.\n",
-        f"**{headline_sentence(tables[0])}**\n",
+        "## The held-out comparison\n",
+        BLOCK[0],
+        f"**{headline_sentence(joined.compared)}**\n",
+        f"Designs judged on held-out datasets and published here so far, this one among them: {designs}.\n",
+        _brief_table(joined.compared, shifted) + BLOCK[1] + "\n",
+        "All conditions and rates of noise:\n",
+        to_markdown(joined.compared, joined.pairs),
         "## Headline\n",
         markdown_table(_headline_cells(figures), texts=2),
-        "## The held-out comparison\n",
-        f"Designs judged on held-out datasets and published here so far, this one among them: {len(designs)}.\n",
-        to_markdown(*tables),
-        *(f"![{name}]({PICTURES}/{name}.png)\n\n{CAPTIONS[name]}\n" for name in pictures),
+        "## What was to be reached\n",
+        "Gains in points of clean test accuracy over what is named, on held-out datasets, as set before these "
+        f"measurements. *not measured* also with fewer than {FEWEST_CLUSTERS} independent datasets.\n",
+        markdown_table(target_cells(joined.targets), texts=4),
+        *(["## Datasets as they are\n", f"{CAVEAT}\n", markdown_table(as_is.cells())] if as_is.differences else []),
+        *shown(compared),
+        "## What the policy does\n",
+        *section(joined.interpretation),
+        *shown(explained),
     ]
     if runs.families:
         families = ", ".join(sorted({run.family or "" for run in runs.families}))
         parts += [
             "## Families never seen\n",
             f"Each family ({families}) judged by a policy that was trained on none of it.\n",
-            to_markdown(*family_tables),
+            to_markdown(joined.family_compared, joined.family_pairs),
+            "The headline figures of these runs:\n",
+            markdown_table(_headline_cells(joined.family_figures), texts=2),
         ]
     parts += [
+        *transfer_page(joined.transfers),
         "## The claims of the paper\n",
         "*reproduced* where the 95 % interval lies above zero and the mean reaches what is claimed; *opposite* where "
         "the interval lies below zero; else *not reproduced*. *not measured* where there is no such figure, or fewer "
-        f"than {FEWEST_CLUSTERS} independent datasets. The claim about every dataset goes by their own intervals.\n",
-        markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in claims]), texts=3),
+        f"than {FEWEST_CLUSTERS} independent datasets. The claims about every dataset, distinct phases and features "
+        "have rules of their own, and that about time goes by the benchmark of overhead alone.\n",
+        markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in joined.claims]), texts=3),
         "## Runs\n",
-        markdown_table(_run_cells((*runs.folds, *runs.families)), texts=3),
+        markdown_table(_run_cells(runs.all), texts=3),
     ]
     return "\n".join(parts)
+
+
+def _brief_table(comparisons: Sequence[Comparison], shifted: Collection[str]) -> str:
+    """The first table of the page with its main columns alone: over all tasks, with no noise, with the highest
+    rate of the first kind of noise, and the ``shifted`` conditions."""
+    kinds = [noise for noise in comparisons[0].by_noise if noise.rate]
+    shown = [f"noise {noise}" for noise in comparisons[0].by_noise if not noise.rate]
+    shown += [f"noise {noise}" for noise in kinds if noise.kind == kinds[0].kind][-1:]
+    header, rows = to_cells(comparisons)
+    kept = [index for index, name in enumerate(header) if index < 4 or name in shown or name in shifted]
+    cells = [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
+    return markdown_table(cells, [is_policy(item.method) for item in comparisons])
 
 
 def _headline_cells(figures: Mapping[str, Figure]) -> Cells:
@@ -254,7 +328,7 @@ def _headline_cells(figures: Mapping[str, Figure]) -> Cells:
     for figure in figures.values():
         value, within, meaning = NOTHING, NOTHING, f"not measured: {figure.meaning}"
         if figure.value is not None:
-            value = f"{figure.value:.2f}"
+            value = f"{figure.value:.2f}" if isinstance(figure.value, float) else str(figure.value)
             meaning = f"{figure.meaning}, against {label_of(figure.of)}" if figure.of else figure.meaning
         if figure.estimate is not None and figure.value == figure.estimate.mean:  # rather than a ratio
             value, within = signed(figure.estimate), interval(figure.estimate)
@@ -269,7 +343,7 @@ def _run_cells(runs: Sequence[JudgedRun]) -> Cells:
         score = about["selection_score"]
         rows.append(
             [
-                about["name"],
+                f"{about['name']} ({about['transfer']} transfer)" if about["transfer"] else about["name"],
                 about["policy"],
                 ", ".join(about["held_out"]),
                 f"{len(about['trained_on'])} datasets",

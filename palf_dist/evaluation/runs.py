@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import chain, product
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from palf_dist.config_loading import RESUMABLE, config_differences, is_search_co
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation.methods import LEARNED, REFERENCE, select_methods
 from palf_dist.evaluation.statistics import task_of
+from palf_dist.evaluation.transfer import FREE_OF_TRANSFERS, KINDS, transfer_of
 from palf_dist.policies.policy_file import load_policy, trained_on
 from palf_dist.run_directory import BEST, CONFIG, RESULTS, no_run
 from palf_dist.storage import exists, first_line, join, read_file
@@ -44,6 +45,7 @@ class JudgedRun:
     card: Mapping[str, Any]  # of its policy
     rows: Sequence[Row]  # of results.parquet
     learned: str | None = None  # the method that its policy is, beside that of the other runs: one of ``LEARNED``
+    transfer: str | None = None  # the policy judged on what it was not trained on: one of ``transfer.KINDS``
 
     @property
     def judged(self) -> list[str]:
@@ -66,6 +68,11 @@ class JoinedRuns:
     config: RunConfig  # of the first; the others are equal but for ``FREE``
     folds: list[JudgedRun]  # each dataset is judged by a policy of the other datasets
     families: list[JudgedRun]  # ... of the other families
+    transfers: dict[str, list[JudgedRun]]  # evaluations by kind of transfer
+
+    @property
+    def all(self) -> list[JudgedRun]:
+        return [*self.folds, *self.families, *chain.from_iterable(self.transfers.values())]
 
     @property
     def rows(self) -> list[Row]:
@@ -80,21 +87,20 @@ def read_runs(places: Sequence[str]) -> JoinedRuns:
     """The runs at these paths or URIs. Raises RunDirectoryError where one has not been evaluated, where they do not
     belong together, and where a policy was trained on what it judged; ConfigError and PolicyFileError for damaged
     files."""
-    runs = _with_learned([_read(place) for place in places])
+    read = [read_run(place) for place in places]
+    runs = _with_learned([run for run in read if not run.transfer])
     runs.sort(key=lambda run: (run.family or "", run.learned or "", run.judged, run.place))
+    if not runs:
+        raise RunDirectoryError(
+            f"{places[0]}: all runs are evaluations of a transfer; name the runs of a suite's folds, and these besides"
+        )
     first = runs[0]
     for run in runs:
         free = (
-            *FREE,
             *(("policy", "evaluation.methods") if run.learned else ()),
             *(FREE_OF_FAMILIES if run.family else ()),
         )
-        different = config_differences(first.config, run.config, free, (f"in {first.place}", f"in {run.place}"))
-        if different:
-            raise RunDirectoryError(
-                f"{run.place}: its configuration is not that of {first.place}; runs of one report may differ in name, "
-                "datasets and where they ran, so name runs of one design\n" + "\n".join(different)
-            )
+        _check_one_design(first, run, free)
         _check_unseen(run)
     folds = [run for run in runs if run.family is None]
     families = [run for run in runs if run.family is not None]
@@ -105,10 +111,43 @@ def read_runs(places: Sequence[str]) -> JoinedRuns:
     for kind in (folds, families):
         _check_judged_once(kind)
         _check_same_tasks(kind)
-    return JoinedRuns(first.config, folds, families)
+    return JoinedRuns(first.config, folds, families, _transfers(first, [run for run in read if run.transfer]))
 
 
-def _read(place: str) -> JudgedRun:
+def _transfers(first: JudgedRun, runs: Sequence[JudgedRun]) -> dict[str, list[JudgedRun]]:
+    """The evaluations of each kind of transfer, of the design of ``first`` but for what they transfer to."""
+    transfers = {}
+    for kind in KINDS:
+        judged = sorted((run for run in runs if run.transfer == kind), key=lambda run: (run.judged, run.place))
+        for run in judged:
+            _check_one_design(first, run, FREE_OF_TRANSFERS)
+            _check_one_design(judged[0], run)
+            if run.card.get("architectures") != judged[0].card.get("architectures"):
+                raise RunDirectoryError(
+                    f"{run.place}: its policy was trained on other architectures than that of {judged[0].place}; name "
+                    "evaluations of one design"
+                )
+            _check_unseen(run)
+        _check_judged_once(judged)
+        if judged:
+            transfers[kind] = judged
+    return transfers
+
+
+def _check_one_design(first: JudgedRun, run: JudgedRun, free: Sequence[str] = ()) -> None:
+    """That two configurations differ in ``FREE`` and ``free`` only."""
+    places = (f"in {first.place}", f"in {run.place}")
+    different = config_differences(first.config, run.config, (*FREE, *free), places)
+    if different:
+        raise RunDirectoryError(
+            f"{run.place}: its configuration is not that of {first.place}; runs of one report may differ in name, "
+            "datasets and where they ran, so name runs of one design\n" + "\n".join(different)
+        )
+
+
+def read_run(place: str) -> JudgedRun:
+    """The run at a path or URI. Raises RunDirectoryError where it has not been evaluated, or not as its configuration
+    asks for; ConfigError and PolicyFileError for damaged files."""
     if not exists(join(place, CONFIG)):
         raise no_run(place)
     if is_search_config(join(place, CONFIG)):
@@ -128,7 +167,7 @@ def _read(place: str) -> JudgedRun:
     card = load_policy(join(place, BEST)).card
     if missing := sorted({*COLUMNS} - {*table.column_names} | {"trained_on", "origins"} - card.keys()):
         raise RunDirectoryError(f"{place}: its results or its policy's card lack {', '.join(missing)}; restore the run")
-    run = JudgedRun(place, config, card, table.to_pylist())
+    run = JudgedRun(place, config, card, table.to_pylist(), transfer=transfer_of(config, card, place))
     _check_complete(run)
     return run
 
@@ -149,14 +188,11 @@ def _check_complete(run: JudgedRun) -> None:
 
 
 def _with_learned(runs: list[JudgedRun]) -> list[JudgedRun]:
-    """Runs of a learned schedule or of learned constants are methods to compare with, beside runs of another policy."""
+    """Runs of policies of ``LEARNED`` are methods to compare with, beside runs of another policy."""
     if all(run.config.policy.kind in LEARNED for run in runs):
         return runs
     kinds = [run.config.policy.kind for run in runs]
-    return [
-        JudgedRun(run.place, run.config, run.card, run.rows, kind if kind in LEARNED else None)
-        for run, kind in zip(runs, kinds, strict=True)
-    ]
+    return [replace(run, learned=kind if kind in LEARNED else None) for run, kind in zip(runs, kinds, strict=True)]
 
 
 def _check_unseen(run: JudgedRun) -> None:
@@ -178,7 +214,7 @@ def _check_judged_once(runs: Iterable[JudgedRun]) -> None:
 
 
 def _check_same_tasks(runs: Sequence[JudgedRun]) -> None:
-    """Runs of a learned schedule or learned constants have to have judged under the same tuned values: the reference
+    """Runs of ``LEARNED`` have to have judged under the same tuned values: the reference
     then has the same results, byte for byte."""
     reference = {task_of(row): row["accuracy"] for run in runs if not run.learned for row in _of(run, REFERENCE)}
     for run in runs:

@@ -38,6 +38,18 @@ class Task(NamedTuple):
     seed: int
 
 
+class Noise(NamedTuple):
+    """What label noise was added to a task: no kind where there is none."""
+
+    kind: str
+    rate: float
+
+    def __str__(self) -> str:
+        """As columns are called: the rate alone, with the kind where it is not the usual one."""
+        kind = "" if self.kind in ("", "uniform") else f"{self.kind.replace('_', '-')} "
+        return f"{kind}{self.rate:g}"
+
+
 Rows: TypeAlias = pa.Table | Iterable[Mapping[str, Any]]
 
 
@@ -69,7 +81,7 @@ class Comparison:
     measure: Measure
     overall: Slice
     bootstrap: tuple[float, float]  # 95 % interval of the overall difference
-    by_noise: dict[float, Slice]
+    by_noise: dict[Noise, Slice]  # no noise first, then each kind in the order of the rows
     by_condition: dict[str, Slice]
     by_cell: dict[tuple[str, float], Slice]  # (condition, noise rate)
     by_dataset: dict[str, Slice]  # here the standard error is over tasks: it speaks of this dataset only
@@ -127,6 +139,10 @@ def task_of(row: Mapping[str, Any]) -> Task:
     # Results of earlier versions have no kind of noise.
     kind, rate = row.get("noise_kind") or "uniform", round(row["noise_rate"], 6)
     return Task(row["dataset"], row["architecture"], kind, rate, row["condition"], row["seed"])
+
+
+def noise_of(task: Task) -> Noise:
+    return Noise(task.noise_kind if task.noise_rate else "", task.noise_rate)
 
 
 def clusters_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -207,6 +223,11 @@ def _compare(
 
     order = [*CONDITIONS, *(task.condition for task in tasks)]
     by_condition = split(lambda task: task.condition)
+    by_noise = split(noise_of)
+    kinds = ["", *(task.noise_kind for task in tasks)]
+
+    def noise_order(noise: Noise) -> tuple[int, float]:
+        return kinds.index(noise.kind), noise.rate
 
     def own_summary(chosen: list[Task]) -> Slice:
         return summary(chosen, cluster=lambda task: task)
@@ -221,7 +242,7 @@ def _compare(
         measure=measure,
         overall=summary(paired),
         bootstrap=bootstrap_interval([own[task] - other[task] for task in paired], [*map(cluster_of, paired)]),
-        by_noise={rate: summary(chosen) for rate, chosen in split(lambda task: task.noise_rate).items()},
+        by_noise={noise: summary(by_noise[noise]) for noise in sorted(by_noise, key=noise_order)},
         by_condition={name: summary(by_condition[name]) for name in sorted(by_condition, key=order.index)},
         by_cell={
             cell: summary(chosen) for cell, chosen in split(lambda task: (task.condition, task.noise_rate)).items()

@@ -51,7 +51,7 @@ def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             "label": label_of(item.method),
             "accuracy": number(item.overall.value),
             **_difference(item.overall.difference),
-            "by_noise": _slices({f"{rate:g}": part for rate, part in item.by_noise.items()}),
+            "by_noise": _slices({str(noise): part for noise, part in item.by_noise.items()}),
             "by_condition": _slices(item.by_condition),
             "by_condition_and_noise": _slices(
                 {f"{name} {rate:g}": part for (name, rate), part in item.by_cell.items()}
@@ -93,7 +93,7 @@ def to_measure_cells(comparisons: Sequence[Comparison]) -> Cells:
     parts = measure_columns(comparisons)
     header = ["method", *(name for name, _ in parts), "bootstrap", "p (Holm)", "won-tied-lost"]
     rows = [
-        [label_of(item.method), *(_cell(item, slices[index]) for _, slices in parts), *_certainty(item)]
+        [label_of(item.method), *(_cell(item, slices[index]) for _, slices in parts), *certainty(item)]
         for index, item in enumerate(comparisons)
     ]
     return header, rows
@@ -103,21 +103,24 @@ def to_pair_cells(pairs: Sequence[Comparison]) -> Cells:
     """One method against each other one (``compare_each``)."""
     header = ["against", "difference", "95 % interval", "bootstrap", "p (Holm)", "won-tied-lost"]
     rows = [
-        [label_of(item.reference), signed(item.overall.difference), _interval(item), *_certainty(item)]
-        for item in pairs
+        [label_of(item.reference), signed(item.overall.difference), _interval(item), *certainty(item)] for item in pairs
     ]
     return header, rows
 
 
 def to_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] = ()) -> str:
     """Markdown tables with all columns, the policy in bold, and the notes below each; ``pairs`` as a last one."""
-    bold = [is_policy(item.method) for item in comparisons]
-    parts = [
-        markdown_table(to_cells(comparisons), bold),
-        _markdown_notes(table_notes(comparisons)),
-        markdown_table(to_measure_cells(comparisons), bold),
-        _markdown_notes(measure_notes(comparisons)),
-    ]
+    return "\n".join([to_main_markdown(comparisons), to_other_markdown(comparisons, pairs)])
+
+
+def to_main_markdown(comparisons: Sequence[Comparison]) -> str:
+    """The first table of ``to_markdown``, by accuracy, with its notes."""
+    return "\n".join([_bold_table(to_cells(comparisons), comparisons), markdown_notes(table_notes(comparisons))])
+
+
+def to_other_markdown(comparisons: Sequence[Comparison], pairs: Sequence[Comparison] = ()) -> str:
+    """What comes after it in ``to_markdown``."""
+    parts = [_bold_table(to_measure_cells(comparisons), comparisons), markdown_notes(measure_notes(comparisons))]
     if pairs:
         title = f"The {label_of(pairs[0].method)} against each of the others, in points of accuracy:\n"
         parts += [title, markdown_table(to_pair_cells(pairs))]
@@ -148,8 +151,8 @@ def condition_columns(comparisons: Sequence[Comparison]) -> list[Column]:
 
 
 def noise_columns(comparisons: Sequence[Comparison]) -> list[Column]:
-    """Per noise rate a header and the slice of every comparison."""
-    return [(f"noise {rate:g}", [item.by_noise[rate] for item in comparisons]) for rate in comparisons[0].by_noise]
+    """Per kind and rate of noise a header and the slice of every comparison."""
+    return [(f"noise {noise}", [item.by_noise[noise] for item in comparisons]) for noise in comparisons[0].by_noise]
 
 
 def measure_columns(comparisons: Sequence[Comparison]) -> list[Column]:
@@ -202,6 +205,12 @@ def table_notes(comparisons: Sequence[Comparison]) -> list[str]:
             "balanced: class frequencies as the data has them. matched: imbalanced training and test rows. "
             "shifted: imbalanced training rows, balanced test rows."
         )
+    without_noise = [name for name, rate in reference.by_cell if rate == 0]
+    if without_noise and set(without_noise) != set(reference.by_condition):
+        notes.append(
+            f"noise 0: all tasks to which no label noise was added, of the conditions {', '.join(without_noise)}; each "
+            "kind of noise has columns of its own."
+        )
     if reference.overall.difference.clusters == 1:
         notes.append("With one dataset there is no standard error: hold out two or more that share no rows.")
     known = [DESCRIBED[item.method] for item in comparisons if item.method in DESCRIBED]
@@ -241,7 +250,7 @@ def signed(estimate: Estimate) -> str:
     if math.isnan(estimate.mean):
         return NOTHING
     error = "" if math.isnan(estimate.se) else f" ({estimate.se:.2f})".replace("(0.", "(.")
-    return f"{estimate.mean:+.2f}{error}"
+    return f"{estimate.mean:+z.2f}{error}"
 
 
 def _accuracy(part: Slice) -> str:
@@ -256,7 +265,7 @@ def interval(estimate: Estimate) -> str:
     """The 95 % interval, as "+2.40 to +6.20"."""
     if math.isnan(estimate.se):
         return NOTHING
-    return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
+    return f"{estimate.low:+z.2f} to {estimate.high:+z.2f}"
 
 
 def _rich_tables(title: str, comparisons: Sequence[Comparison], parts: Sequence[Column]) -> list[Table]:
@@ -278,20 +287,24 @@ def _rich_table(title: str, comparisons: Sequence[Comparison], parts: Sequence[C
     return table
 
 
-def _certainty(item: Comparison) -> list[str]:
+def certainty(item: Comparison) -> list[str]:
     """Bootstrap interval, corrected p-value and tally."""
     low, high = item.bootstrap
     if item.method == item.reference or math.isnan(low):
         return [NOTHING] * 3
     tally = item.tally
-    p = (
-        NOTHING
-        if math.isnan(item.adjusted_p)
-        else "<.001"
-        if item.adjusted_p < 0.001
-        else f"{item.adjusted_p:.3f}".lstrip("0")
-    )
-    return [f"{low:+.2f} to {high:+.2f}", p, f"{tally.wins}-{tally.ties}-{tally.losses}"]
+    return [f"{low:+z.2f} to {high:+z.2f}", p_value(item.adjusted_p), f"{tally.wins}-{tally.ties}-{tally.losses}"]
+
+
+def p_value(p: float) -> str:
+    """As ".034"."""
+    if math.isnan(p):
+        return NOTHING
+    return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0")
+
+
+def _bold_table(cells: Cells, comparisons: Sequence[Comparison]) -> str:
+    return markdown_table(cells, [is_policy(item.method) for item in comparisons])
 
 
 def markdown_table(table: Cells, bold: Sequence[bool] | None = None, texts: int = 1) -> str:
@@ -303,7 +316,8 @@ def markdown_table(table: Cells, bold: Sequence[bool] | None = None, texts: int 
     return "\n".join(lines) + "\n"
 
 
-def _markdown_notes(notes: Sequence[str]) -> str:
+def markdown_notes(notes: Sequence[str]) -> str:
+    """The notes below a table, as a Markdown list."""
     return "".join(f"- {note}\n" for note in notes)
 
 

@@ -2,12 +2,20 @@
 
 from palf_dist.policies.base import Policy
 from palf_dist.policies.hedge import HedgePolicy
-from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, RecurrentPolicy, make_policy, policy_spec
+from palf_dist.policies.meta_learned import (
+    AdaptingPolicy,
+    LearnedPolicy,
+    PolicySpec,
+    RecurrentPolicy,
+    make_policy,
+    policy_spec,
+)
 from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.policies.schedule import CurriculumPolicy, RecordedSchedule
 from palf_dist.policies.static import StaticPolicy
 
 __all__ = [
+    "AdaptingPolicy",
     "CurriculumPolicy",
     "HedgePolicy",
     "LearnedPolicy",

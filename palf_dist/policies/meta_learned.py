@@ -1,6 +1,6 @@
 """The meta-learned policy: a small tanh MLP, or a GRU cell over the refreshes, from the normalised training state to
 mixture weights and bounded loss hyper-parameters. Its output layer starts at zero, so that an untrained policy is
-exactly its static starting point.
+exactly its static starting point. And a point that each task adapts by itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPER
 
 OUTPUT_SCALE = 2.0  # multiplies the output layer: a unit of phi moves a control by a useful amount
 
-_UPPER = {"e": 0.95, "ew": 1.0, "eps": 0.5, "q": 1.0}
+_UPPER = {"e": 0.95, "ew": 1.0, "eps": 0.5, "q": 1.0, "beta": 1.0}
 """Hyper-parameters in (0, upper): upper * sigmoid."""
 _LOG_RANGE = {"la": (-4.0, 1.0), "wd": (-2.0, 1.5), "gamma": (-2.0, 1.0), "a": (-4.0, 2.0), "b": (-4.0, 2.0)}
 _LOG_RANGE |= {"tau": (-1.5, 1.5), "lam": (-4.0, 1.5)}
@@ -43,10 +43,16 @@ _PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "recurrent": {"features": _ROBUST_FEATURES, **_ROBUST},
     "schedule": {"features": ("time",), **_ROBUST},
     "constant": {"features": (), **_ROBUST},
+    "maml": {"features": (), **_ROBUST},
     "palf": {"features": PAPER_FEATURES, "basis": _PAPER_BASIS, "hyperparameters": ()},
     "widened": {"features": PAPER_FEATURES, "basis": _PAPER_BASIS, "hyperparameters": ("gamma", "eps", "a", "b")},
 }
 _ROBUST_SHARE = 0.96  # mixture weight of robust_ce at the start of the robust preset: nearly the static S5
+
+DESCENT = "descent_"
+"""What an adapting policy reads, by control: the sum of the gradients of its validation loss."""
+_ADAPTATION_RATE = 0.25  # of the untrained policy: how far a sum of its usual size moves an output
+_LOG_RATE_RANGE = (-5.0, 3.0)  # of what meta-training makes of that rate
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,10 @@ class PolicySpec:
     shield: float | None = None  # kappa of the Lyapunov shield
 
     def __post_init__(self) -> None:
-        check_features(self.features)
-        if problem := misread(self.kind, self.features):
-            raise ConfigError(f"policy.features: {problem}")
+        if self.kind != "maml" or self.features != descents(self.basis, self.hyperparameters):
+            check_features(self.features)
+            if problem := misread(self.kind, self.features):
+                raise ConfigError(f"policy.features: {problem}")
         assert len(self.initial_weights) == len(self.basis)
 
 
@@ -78,12 +85,19 @@ def start_values(start: PolicyStart) -> dict[str, float]:
     return {name: value for name, value in given.items() if value != DEFAULT_HYPERPARAMETERS[name]}
 
 
+def descents(basis: Sequence[str], hyperparameters: Sequence[str]) -> tuple[str, ...]:
+    """The features of an adapting policy that sets these controls, one for each of its outputs."""
+    return tuple(DESCENT + name for name in (*basis, *hyperparameters))
+
+
 def misread(kind: str, features: tuple[str, ...]) -> str | None:
     """What is wrong with features that would make a policy another one than its kind says; None: nothing."""
     if kind in ("schedule", "constant") and features != _PRESETS[kind]["features"]:
         reads = "time alone" if kind == "schedule" else "no state"
         given = ", ".join(features) or "none"
         return f"{given} given, but a {kind} policy reads {reads}; leave it out, or choose policy.kind: robust"
+    if kind == "maml":
+        return "a maml policy reads its own validation loss alone; leave it out, or choose policy.kind: robust"
     validation = [name for name in features if name in VALIDATION_FEATURES]
     if kind == "validation_free" and validation:
         return (
@@ -97,6 +111,8 @@ def policy_spec(config: PolicyConfig) -> PolicySpec:
     """Fill in the preset's values for fields that the configuration leaves out."""
     preset = _PRESETS[config.kind]
     basis = config.basis or preset["basis"]
+    hyperparameters = preset["hyperparameters"] if config.hyperparameters is None else config.hyperparameters
+    features = descents(basis, hyperparameters) if config.kind == "maml" else preset["features"]
     others = max(len(basis) - 1, 1)
     if "robust_ce" in basis and len(basis) > 1:
         weights = tuple(_ROBUST_SHARE if name == "robust_ce" else (1 - _ROBUST_SHARE) / others for name in basis)
@@ -104,9 +120,9 @@ def policy_spec(config: PolicyConfig) -> PolicySpec:
         weights = (1 / len(basis),) * len(basis)
     return PolicySpec(
         kind=config.kind,
-        features=preset["features"] if config.features is None else config.features,
+        features=features if config.features is None else config.features,
         basis=basis,
-        hyperparameters=preset["hyperparameters"] if config.hyperparameters is None else config.hyperparameters,
+        hyperparameters=hyperparameters,
         hidden=config.hidden,
         refresh=config.refresh,
         seed=config.seed,
@@ -221,9 +237,66 @@ class RecurrentPolicy(LearnedPolicy):
         return found
 
 
+class AdaptingPolicy(LearnedPolicy):
+    """An initial point of the outputs that each task then moves down its own validation loss: MAML (Finn et al. 2017)
+    with the controls in the place of the weights. phi is that point u_0 and the logarithm of the rate eta;
+
+        u = u_0 - eta * (sum of d Val / d u over the refreshes so far) / rms.
+
+    It reads that sum [G, A], one entry for each output; ``mean`` and ``std`` give its usual root mean square. The
+    sum is a constant for the meta-gradient, as every state is: first-order MAML.
+    """
+
+    def _layers(self, inputs: int, outputs: int) -> tuple[tuple[int, ...], ...]:
+        return (outputs,), (1,)
+
+    def initial(self) -> np.ndarray:
+        return np.zeros(self.num_parameters, np.float32)
+
+    def controls(self, phi: Tensor, state: Tensor) -> Tensor:
+        return self._controls_from(self._point(phi, state))
+
+    def descent(self, phi: Tensor, state: Tensor, of_controls: Tensor) -> Tensor:
+        """The gradient [G, A] in the outputs, from that in the controls [G, U]; 0 where that is not finite."""
+        with torch.enable_grad():
+            point = self._point(phi, state).detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad((self._controls_from(point) * of_controls).sum(), point)
+        return torch.where(gradient.isfinite(), gradient, 0.0)
+
+    def _point(self, phi: Tensor, state: Tensor) -> Tensor:
+        start, log_rate = self._parts(phi)
+        rate = _ADAPTATION_RATE * log_rate.clamp(*_LOG_RATE_RANGE).exp()
+        return start - rate * torch.nan_to_num(state / torch.hypot(self.mean, self.std).to(state))
+
+
+def needs_parameters(policy: PolicyConfig | PolicySpec) -> str | None:
+    """The field by which a policy takes gradients with respect to a model's parameters, so that ``AdaptiveLoss``, which
+    sees the logits alone, refuses it. None: there is none."""
+    if policy.shield is not None:
+        return "shield"
+    return "kind" if policy.kind == "maml" else None
+
+
+def check_for_use(spec: PolicySpec) -> None:
+    """Refuse, with a ConfigError, a policy that ``AdaptiveLoss`` cannot follow."""
+    field = needs_parameters(spec)
+    if field == "shield":
+        raise ConfigError(
+            f"policy.shield: the policy was meta-trained under a Lyapunov shield ({spec.shield:g}), which compares "
+            "gradients with respect to a model's parameters; a loss sees the logits alone, where the condition "
+            "promises nothing. Meta-train a policy without one"
+        )
+    if field == "kind":
+        raise ConfigError(
+            f"policy.kind: a {spec.kind} policy takes gradients of the validation loss with respect to a model's "
+            "parameters; a loss sees the logits alone. Meta-train a policy of another kind"
+        )
+
+
 def make_policy(spec: PolicySpec, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> LearnedPolicy:
     """The policy that ``spec`` describes."""
-    return (RecurrentPolicy if spec.kind == "recurrent" else LearnedPolicy)(spec, mean, std)
+    kinds = {"recurrent": RecurrentPolicy, "maml": AdaptingPolicy}
+    return kinds.get(spec.kind, LearnedPolicy)(spec, mean, std)
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from palf_dist.training_state import SNAPSHOTS
 REFERENCE = "ce"
 PER_EXAMPLE = (REFERENCE, "focal", "label_smoothing", "symmetric_ce")
 """The paper's basis losses that are a function of the model and one example: LearnLoss compares their means between
-snapshots. info_nce depends on the rest of the batch, robust_ce and elr on the run's averaged predictions."""
+snapshots. info_nce depends on the rest of the batch, robust_ce, elr and bootstrap on the run's averaged predictions."""
 
 
 class OnlineLearnLoss(WithoutParameters):

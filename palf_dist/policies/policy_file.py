@@ -46,6 +46,11 @@ class PolicyArtefact:
 
         return make_policy(self.spec, torch.from_numpy(self.mean.copy()), torch.from_numpy(self.std.copy()))
 
+    def refresh_in(self, steps: int) -> int:
+        """Steps between two refreshes in a run of ``steps`` steps: as many refreshes as the policy had in
+        meta-training, however long the run."""
+        return max(1, round(self.spec.refresh * steps / self.card.get("inner_steps", steps)))
+
 
 def policy_bytes(artefact: PolicyArtefact) -> tuple[bytes, bytes]:
     """The contents of policy.safetensors and policy.json; equal policies give equal bytes."""

@@ -18,11 +18,15 @@ from safetensors.numpy import load_file
 from palf_dist import faults
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
+from palf_dist.distributed import driver
 from palf_dist.distributed.cluster import Share
-from palf_dist.distributed.driver import RunResult, evaluate_policy, meta_train
-from palf_dist.errors import DataError, PolicyFileError, RunDirectoryError
+from palf_dist.distributed.driver import RunResult, _at_use, evaluate_policy, meta_train
+from palf_dist.errors import ConfigError, DataError, PolicyFileError, RunDirectoryError
+from palf_dist.evaluation.runs import read_run
+from palf_dist.memory import Plan
 from palf_dist.policies.policy_file import load_policy, save_policy
 from palf_dist.progress import Progress
+from palf_dist.tasks.datasets import load_all
 from palf_dist.types import Contribution, Unit
 from palf_dist.units import Runner
 from tests.distributed.fingerprint import fingerprint
@@ -183,6 +187,76 @@ def test_evaluate_policy_gives_the_rows_of_the_run(undisturbed: Path) -> None:
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in kept]
     with pytest.raises(PolicyFileError, match="policy section"):
         evaluate_policy(small_config(policy={"hidden": 3}), undisturbed / "best")
+
+
+def test_a_policy_is_judged_on_another_architecture_and_horizon(undisturbed: Path, tmp_path: Path) -> None:
+    """Tuned anew there, and asked as often as in its training: every 4 of 12 steps, every 10 of 30."""
+    card = load_policy(undisturbed / "best").card
+    assert card["inner_steps"] == 12 and [item["kind"] for item in card["architectures"]] == ["mlp"]
+    wide = {"architectures": [{"kind": "mlp", "hidden": [16]}]}
+    found = {}
+    for name, sections in {"longer": {"inner": {"steps": 30}}, "wider": {"tasks": wide}}.items():
+        config, screen = small_config(**sections), io.StringIO()
+        found[name] = evaluate_policy(
+            config, undisturbed / "best", run_dir=tmp_path / name, progress=Progress(Console(file=screen, width=200))
+        )
+        assert "tuning 8/8" in screen.getvalue()
+        kept = read_run(str(tmp_path / name))
+        assert kept.rows == found[name] and kept.config == config
+        assert kept.transfer == {"longer": "horizon", "wider": "architecture"}[name]
+        for file in ("policy.safetensors", "policy.json"):
+            assert (tmp_path / name / "best" / file).read_bytes() == (undisturbed / "best" / file).read_bytes()
+    asked = small_config(inner={"steps": 30}, policy={"refresh": 10})
+    artefact = load_policy(undisturbed / "best")
+    scaled = dataclasses.replace(
+        artefact,
+        spec=dataclasses.replace(artefact.spec, refresh=10),
+        card={name: value for name, value in artefact.card.items() if name != "inner_steps"},
+    )
+    save_policy(tmp_path / "scaled", scaled)
+    rows = evaluate_policy(asked, tmp_path / "scaled", progress=Progress(Console(file=io.StringIO())))
+    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in found["longer"]]
+
+
+def test_what_evaluate_keeps_goes_into_a_new_folder(undisturbed: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        evaluate_policy(small_config(), undisturbed / "best", run_dir=undisturbed)
+    trained_on_it = small_config(data={"train": ["digits"], "held_out": ["wine"]})
+    with pytest.raises(DataError, match="trained on rows of wine"):
+        evaluate_policy(trained_on_it, undisturbed / "best", run_dir=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_an_evaluation_that_is_kept_is_no_run_to_resume(undisturbed: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    shutil.copytree(undisturbed / "best", kept / "best")
+    for name in ("config.yaml", "results.parquet"):
+        shutil.copy(undisturbed / name, kept)
+    before = contents(kept)
+    with pytest.raises(RunDirectoryError, match=r"keeps an evaluation .* cannot be resumed"):
+        meta_train(small_config(), kept, resume=True)
+    assert {path: content for path, content in contents(kept).items() if path.name != ".lock"} == before
+
+
+def test_an_evaluation_is_kept_whole_or_is_no_run(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "_write_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_policy(small_config(), undisturbed / "best", run_dir=tmp_path / "kept")
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        meta_train(small_config(), tmp_path / "kept", resume=True)
+
+
+def test_no_memory_is_asked_for_a_meta_gradient_that_is_not_taken() -> None:
+    """What the exact gradient of so long a run would keep is more than one worker may take."""
+    config = small_config(inner={"steps": 3000}, distributed={"workers": 0, "memory_per_worker": 0.005})
+    with pytest.raises(ConfigError, match="meta_gradient"):
+        Plan(config, load_all(config.data)).check()
+    Plan(_at_use(config, refresh=1000), load_all(config.data)).check()
 
 
 def test_evaluate_policy_refuses_what_the_policy_was_trained_on(undisturbed: Path, tmp_path: Path) -> None:

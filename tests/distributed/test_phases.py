@@ -15,8 +15,11 @@ from palf_dist.distributed.session import Session
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 
 
-@pytest.mark.parametrize("shield", ["0.5", "null"])
-def test_who_meta_trains_under_a_shield_is_told_before_any_work(shield: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "told_of"),
+    [("shield=0.5", "one with a shield; leave it out"), ("kind=maml", "a maml one"), ("shield=null", None)],
+)
+def test_who_meta_trains_what_no_loop_takes_is_told_before_any_work(setting: str, told_of: str | None) -> None:
     told: list[str] = []
 
     def gather(*_: Any, **__: Any) -> list[Any]:
@@ -24,7 +27,7 @@ def test_who_meta_trains_under_a_shield_is_told_before_any_work(shield: str) -> 
         return []
 
     progress = SimpleNamespace(event=told.append, begin=lambda *_: None)
-    config = load_config(SMOKE, [f"policy.shield={shield}", "inner.learning_rate=0.1", "inner.weight_decay=0.0"])
+    config = load_config(SMOKE, [f"policy.{setting}", "inner.learning_rate=0.1", "inner.weight_decay=0.0"])
     phases.prepare(cast(Session, SimpleNamespace(config=config, progress=progress, gather=gather)))
-    warned = ["AdaptiveLoss refuses one with a shield" in sentence for sentence in told]
-    assert warned == ([True] if shield == "0.5" else []) + [False, False]
+    warned = [f"AdaptiveLoss refuses {told_of}" in sentence for sentence in told]
+    assert warned == ([True] if told_of else []) + [False, False]

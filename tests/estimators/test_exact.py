@@ -242,8 +242,8 @@ def test_kinds_equal_finite_differences(kind: str) -> None:
 @pytest.mark.parametrize("name", ["mlp", "conv", "resnet", "transformer"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
 def test_both_equal_finite_differences(name: str, optimiser: str, outer: OuterLossConfig) -> None:
-    """Without robust_ce and elr nothing is stopped, and the gradient is that of the outer loss itself."""
-    hyper = tuple(h for h in HYPERPARAMETERS if h not in ("e", "la", "ew", "lam"))
+    """Without robust_ce, elr and bootstrap nothing is stopped, and the gradient is that of the outer loss itself."""
+    hyper = tuple(h for h in HYPERPARAMETERS if h not in ("e", "la", "ew", "lam", "beta"))
     policy, phi = stopped_policy((*BASIS_LOSSES[:5], "generalised_ce", "mae"), hyper)
     loop = InnerLoop(make_group(name, optimiser, steps=5), policy, InnerConfig())
     torch.manual_seed(2)
@@ -266,13 +266,13 @@ def test_float32_is_close_to_float64() -> None:
 
 
 @pytest.mark.parametrize("shield", [None, 0.7])
-@pytest.mark.parametrize(("kind", "refresh"), [("full", 2), ("full", 3), ("recurrent", 3)])
+@pytest.mark.parametrize(("kind", "refresh"), [("full", 2), ("full", 3), ("recurrent", 3), ("maml", 3)])
 def test_windows_chain_the_inner_state_and_use_the_present_policy(
     kind: str, refresh: int, shield: float | None
 ) -> None:
     """Adjoint = unroll on a window that starts with a refresh or between two, under a policy that has changed."""
     policy, phi = full_policy(refresh)
-    if kind == "recurrent":
+    if kind != "full":
         policy, phi = random_policy(PolicyConfig(kind=kind, refresh=refresh, hidden=4))
     policy.shield = shield
     loop = InnerLoop(make_group(), policy, InnerConfig())
@@ -284,6 +284,9 @@ def test_windows_chain_the_inner_state_and_use_the_present_policy(
         estimate(kind, loop, moved, RUN, InnerState.from_arrays(arrays, CPU)) for kind in ("adjoint", "unroll")
     )
     assert relative(got.gradient, want.gradient) <= 1e-10
+    if shield is not None:
+        share = got.metrics["shield_share"]
+        assert 0 < share < 1 or (kind == "full" and share == 1)
 
 
 @pytest.mark.parametrize("outer", [OUTER, INFORMATION, RUN], ids=["validation", "information", "along the run"])
@@ -324,7 +327,7 @@ def shielded() -> tuple[InnerLoop, torch.Tensor]:
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
 def test_adjoint_equals_unroll_under_the_shield(name: str, optimiser: str) -> None:
     policy, phi = full_policy(refresh=2)
-    policy.shield = 1.0
+    policy.shield = 0.9 if (name, optimiser) == ("module", "adam") else 1.0  # so that it acts at some, not at all
     loop = InnerLoop(make_group(name, optimiser), policy, InnerConfig())
     adjoint, unroll = (estimate(kind, loop, phi, RUN) for kind in ("adjoint", "unroll"))
     assert relative(adjoint.gradient, unroll.gradient) <= 1e-10

@@ -42,6 +42,7 @@ GAINS = {
     "generalised_ce": 0.6,
     "mae": -1.2,
     "elr": 0.1,
+    "bootstrap": 0.15,
     "ce_early_stopping": -0.1,
 }
 GAINS |= {f"{name}_tuned": GAINS[name] + 0.1 for name, *_ in TUNED}

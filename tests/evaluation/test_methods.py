@@ -41,8 +41,9 @@ def test_the_constants_of_the_methods_document():
     ce_rce = named("ce_rce")
     assert ce_rce["symmetric_ce"] == 1 and (ce_rce["a"], ce_rce["b"]) == pytest.approx((0.1, 1))
     uniform = named("uniform")
-    assert [uniform[name] for name in BASIS_LOSSES] == pytest.approx([0.2] * 5 + [0] * 4)
+    assert [uniform[name] for name in BASIS_LOSSES] == pytest.approx([0.2] * 5 + [0] * 5)
     assert named("generalised_ce")["q"] == pytest.approx(0.7) and named("elr")["lam"] == 3
+    assert named("bootstrap")["beta"] == pytest.approx(0.8)
     ce = named("ce")
     assert {name: ce[name] for name in DEFAULT_HYPERPARAMETERS} == pytest.approx(DEFAULT_HYPERPARAMETERS)
 
@@ -69,7 +70,7 @@ def test_the_curriculum_follows_the_clock():
 
 
 def test_selection_keeps_the_table_order_and_always_holds_the_reference():
-    by_name = ["policy_schedule", "policy_shuffled", "hedge", "generalised_ce", "mae", "elr"]
+    by_name = ["policy_schedule", "policy_shuffled", "hedge", "generalised_ce", "mae", "elr", "bootstrap"]
     by_name += [f"{name}_tuned" for name, *_ in TUNED]
     assert [method.name for method in select_methods()] == [name for name in METHODS if name not in by_name]
     assert [method.name for method in select_methods(by_name)] == [*by_name[:2], "ce", *by_name[2:]]

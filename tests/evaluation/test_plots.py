@@ -15,7 +15,7 @@ from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.plots import plot_alpha, plot_held_out, plot_noise, plot_outer_loss, to_png
 from palf_dist.evaluation.statistics import compare
 from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
-from tests.evaluation.synthetic import TRAINING, metrics_table, result_rows, trajectory
+from tests.evaluation.synthetic import TRAINING, few_rows, metrics_table, result_rows, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,36 @@ def test_noise_shows_the_policy_and_the_best_others_with_their_intervals(compari
     assert line.get_ydata().tolist() == [estimate.mean for estimate in estimates]
     ends = np.array([segment[:, 1] for segment in bars.get_segments()])
     assert ends == pytest.approx(np.array([[estimate.low, estimate.high] for estimate in estimates]))
+
+
+def test_many_conditions_wrap_and_each_row_of_panels_names_the_methods():
+    rows = [row | {"condition": f"c{index}"} for index in range(5) for row in few_rows() if row["noise_rate"] == 0]
+    figure = plot_held_out(compare(rows))
+    axes = visible(figure)
+    assert len(axes) == 6 and figure.get_figwidth() == pytest.approx(2.6 + 4 * 2.5)
+    figure.draw_without_rendering()
+    named = [axis for axis in axes if any(text.get_visible() and text.get_text() for text in axis.get_yticklabels())]
+    lefts = [axis.get_position().x0 for axis in (axes[0], axes[4])]
+    assert [axis.get_title() for axis in named] == [axes[0].get_title(), axes[4].get_title()]
+    assert lefts[0] == pytest.approx(lefts[1])
+
+
+def test_kinds_of_noise_have_panels_of_their_own():
+    rows = few_rows()
+    flipped = [row | {"noise_kind": "pair_flip", "accuracy": 0.5} for row in rows if row["noise_rate"]]
+    axes = visible(plot_noise(compare(rows + flipped)))
+    assert [axis.get_title() for axis in axes] == ["uniform noise", "pair-flip noise"]
+    policy = next(item for item in compare(rows) if item.method == "policy")
+    alone = [part.difference.mean for part in policy.by_noise.values()]
+    drawn = [axis.containers[0].lines[0].get_ydata().tolist() for axis in axes]
+    assert drawn == [pytest.approx(alone), pytest.approx([alone[0], 0.0])]
+
+
+def test_controls_are_none_of_the_best_others():
+    rows = few_rows()
+    control = [row | {"method": "policy_schedule", "accuracy": 0.99} for row in rows if row["method"] == "s5"]
+    labels = [text.get_text() for text in plot_noise(compare(rows + control)).legends[0].get_texts()]
+    assert labels == [METHODS[name].label for name in ("policy", "s5")]
 
 
 @pytest.mark.parametrize("plot", [plot_held_out, plot_noise])

@@ -32,6 +32,7 @@ def report(run_dir):
 def test_a_finished_run_gives_every_file(run_dir, report):
     assert report.folder == run_dir / "report"
     names = {"alpha.png", "outer_loss.png", "held_out.png", "noise.png", "table.md", "table.json", "index.html"}
+    names |= {"controls.png", "phases.png"}  # for the importance of features these trajectories lack the states
     assert {path.name for path in report.folder.iterdir()} == names
     assert {path.name for path in (report.page, *report.pictures, *report.tables)} == names
     records = json.loads((report.folder / "table.json").read_text())["held_out"]
@@ -57,11 +58,18 @@ def test_the_page_is_self_contained_and_holds_all_parts(report):
     assert re.search(r"torch \d", page)
 
 
-def test_a_policy_that_no_loop_takes_is_shown_without_one(tmp_path):
-    """AdaptiveLoss refuses policies with a shield."""
+def test_the_page_says_what_the_policy_does(report):
+    page = report.page.read_text()
+    assert "<h2>What the policy sets</h2>" in page and "<h2>Phases of the run</h2>" in page
+    assert "<td>noise above 0.3</td>" in page and "<td>image</td>" in page
+    assert "Not measured: importance (the trajectories do not hold what the policy reads: entropy" in page
+
+
+@pytest.mark.parametrize("setting", ["shield=0.5", "kind=maml"])
+def test_a_policy_that_no_loop_takes_is_shown_without_one(setting, tmp_path):
     run = write_run(tmp_path / "run", outer_steps=1, trajectories=0, results=few_rows())
     assert "AdaptiveLoss" in make_report(run).page.read_text()
-    (run / CONFIG).write_text(dump_config(load_config(run / CONFIG, ["policy.shield=0.5"])))
+    (run / CONFIG).write_text(dump_config(load_config(run / CONFIG, [f"policy.{setting}"])))
     assert "AdaptiveLoss" not in make_report(run).page.read_text()
 
 
@@ -74,11 +82,19 @@ def test_text_of_the_run_is_escaped(tmp_path):
 def test_a_partial_run_says_what_is_not_there_yet(tmp_path):
     run = write_run(tmp_path / "partial", outer_steps=3)
     report = make_report(run)
-    assert {path.name for path in report.folder.iterdir()} == {"alpha.png", "outer_loss.png", "index.html"}
+    pictures = {"alpha.png", "controls.png", "phases.png", "outer_loss.png"}
+    assert {path.name for path in report.folder.iterdir()} == pictures | {"index.html"}
     assert report.tables == () and report.comparisons == ()
     page = report.page.read_text()
     assert "no held-out results yet" in page and "No policy has been selected yet" in page and "3 of 100" in page
     assert "6 applied, 0 reissued, 0 refused<" in page
+
+
+def test_a_policy_that_does_nothing_is_said_to(tmp_path):
+    run = write_run(tmp_path / "run", outer_steps=1, trajectories=1)
+    (run / CONFIG).write_text(dump_config(load_config(run / CONFIG, ["inner.steps=300"])))
+    page = make_report(run).page.read_text()
+    assert "not measured: no inner run of the trajectories is whole and finite (40 are not)" in page
 
 
 def test_a_run_that_has_only_begun(tmp_path, run_dir):

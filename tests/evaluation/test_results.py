@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -12,15 +11,16 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from palf_dist.config_loading import parse_config
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import results
-from palf_dist.evaluation.headline import Figure
+from palf_dist.evaluation.overhead import OVERHEAD_JSON
 from palf_dist.evaluation.report import make_report
-from palf_dist.evaluation.results import _trajectories, _with_design, design_of, make_results
+from palf_dist.evaluation.results import BLOCK, _brief_table, _trajectories, make_results
 from palf_dist.evaluation.runs import read_runs
+from palf_dist.evaluation.statistics import compare
+from palf_dist.evaluation.table import to_main_markdown
 from tests.evaluation.judged import FEW, FOLDS, judged_folds, judged_run, rows_of
-from tests.evaluation.synthetic import few_rows
+from tests.evaluation.synthetic import few_rows, result_rows
 
 KEYS = ["dataset", "architecture", "noise_rate", "condition", "seed"]
 
@@ -45,6 +45,21 @@ def small(tmp_path_factory):
     ]
 
 
+def test_the_brief_table_has_the_main_columns_of_the_full_one():
+    kinds = [row | {"noise_kind": "pair_flip", "seed": 9} for row in result_rows(noise_rates=(0.3,), seeds=1)]
+    comparisons = compare(result_rows(noise_rates=(0.0, 0.2, 0.4), seeds=1) + kinds)
+    brief, full = (
+        {line.split(" | ")[0]: line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")}
+        for text in (_brief_table(comparisons, {"shifted"}), to_main_markdown(comparisons))
+    )
+    header, columns = ([cell.strip() for cell in cells["| method"]] for cells in (brief, full))
+    assert header == ["method", "accuracy %", "difference", "95 % interval", "shifted", "noise 0", "noise 0.4"]
+    assert "noise pair-flip 0.3" in columns and list(brief) == list(full)
+    for name, cells in brief.items():
+        if "---" not in name:
+            assert [cell.strip() for cell in cells] == [full[name][columns.index(each)].strip() for each in header]
+
+
 @pytest.mark.slow
 def test_the_joined_report_is_that_of_one_run_over_all_rows(made, tmp_path):
     rows = [*chain.from_iterable(map(rows_of, FOLDS))]
@@ -52,13 +67,18 @@ def test_the_joined_report_is_that_of_one_run_over_all_rows(made, tmp_path):
     table = json.loads((one.folder / "table.json").read_text())
     assert made.record["table"] == table["held_out"] and made.record["pairs"] == table["pairs"]
     page = made.markdown.read_text()
-    assert (one.folder / "table.md").read_text() in page
+    _, start, rest = page.partition(BLOCK[0] + "\n")
+    block, end, after = rest.partition(BLOCK[1] + "\n")
+    assert start and end and (one.folder / "table.md").read_text() in after and "| noise 0.3 |" in block
+    assert block.startswith("**The meta-learned policy reaches") and "| **meta-learned policy** |" in block
+    assert "published here so far, this one among them: 1." in block
     for name in ("held_out", "noise"):
         assert (made.markdown.parent / "results" / f"{name}.png").read_bytes() == (
             one.folder / f"{name}.png"
         ).read_bytes()
         assert f"](results/{name}.png)" in page
-    assert {path.name for path in made.pictures} == {"held_out.png", "noise.png", "alpha.png"}
+    explained = {"alpha.png", "controls.png", "phases.png"}
+    assert {path.name for path in made.pictures} == {"held_out.png", "noise.png", *explained}
     assert json.loads(made.json.read_text()) == made.record
 
 
@@ -81,9 +101,16 @@ def test_the_headline_is_what_numpy_finds(made):
     statics = ["ce", "s5", "focal"]
     best = "s5"  # by ``tuning_accuracy``
     oracle = wide[statics].max(axis=1)
+    looks = frame.pivot(index=KEYS, columns="method", values="validation_accuracy")[statics]
+    picked = wide[statics].where(looks.eq(looks.max(axis=1), axis=0)).mean(axis=1)
 
     def steps(row: pd.Series, target: float) -> float:
         return next((s for s, a in zip(row.curve_steps, row.curve_accuracy, strict=True) if a >= target), 150)
+
+    def mean_curve(method: str) -> pd.Series:
+        curves = frame[frame.method == method]
+        mean = np.mean([*curves.curve_accuracy], axis=0)
+        return pd.Series({"curve_steps": curves.curve_steps.iloc[0], "curve_accuracy": mean})
 
     rows = frame.set_index([*KEYS, "method"])
     taken = {
@@ -99,10 +126,27 @@ def test_the_headline_is_what_numpy_finds(made):
         "diff_at_no_noise": clustered(ahead[(condition == "balanced") & (noise == 0)])[0],
         "diff_at_high_noise": clustered(ahead[(condition == "balanced") & (noise >= 0.3)])[0],
         "diff_shifted_prior": clustered((balanced["policy"] - balanced["ce"])[condition == "shifted"])[0],
+        "diff_unseen_noise_pair_flip": None,
+        "diff_unseen_noise_class_dependent": None,
+        "diff_unseen_noise_instance_dependent": None,
         "diff_vs_best_static": clustered(wide["policy"] - wide[best])[0],
+        "diff_vs_best_static_imbalanced": None,
+        "diff_vs_own_schedule": clustered(wide["policy"] - wide["policy_schedule"])[0],
+        "diff_vs_own_schedule_balanced": clustered((wide["policy"] - wide["policy_schedule"])[condition == "balanced"])[
+            0
+        ],
         "diff_vs_learned_schedule": None,
+        "diff_vs_learned_schedule_balanced": None,
+        "diff_vs_shuffled": None,
+        "diff_vs_picked_static": clustered(wide["policy"] - picked)[0],
         "diff_vs_oracle": clustered(wide["policy"] - oracle)[0],
         "steps_to_ce_best_ratio": taken["policy"] / taken["ce"],
+        "steps_to_ce_best_mean_ratio": steps(mean_curve("policy"), mean_curve("ce").curve_accuracy.max())
+        / mean_curve("ce").curve_steps[mean_curve("ce").curve_accuracy.argmax()],
+        "diff_architecture_transfer": None,
+        "diff_horizon_transfer": None,
+        "datasets_below_ce_as_is": None,
+        "diff_as_is": None,
         "overhead_percent": None,
         "held_out_designs": 1,
     }
@@ -110,12 +154,14 @@ def test_the_headline_is_what_numpy_finds(made):
         name: value if value is None else pytest.approx(value, abs=1e-4) for name, value in expected.items()
     }
     assert list(made.record["headline"]) == list(expected)
-    assert set(made.record["not_measured"]) == {"diff_vs_learned_schedule", "overhead_percent"}
+    assert set(made.record["not_measured"]) == {name for name, value in expected.items() if value is None}
     details = made.record["headline_details"]
     assert details["diff_vs_best_static"]["against"] == "best_static"
     shifted = clustered((balanced["policy"] - balanced["ce"])[condition == "shifted"])[1]
     assert details["diff_shifted_prior"]["se"] == pytest.approx(shifted, abs=1e-4)
     assert details["diff_at_no_noise"]["tasks"] == ((condition == "balanced") & (noise == 0)).sum() == 8
+    assert details["diff_vs_tuned_ce"]["unit"] == "points"
+    assert details["steps_to_ce_best_ratio"]["unit"] == "inner steps"
     page = made.markdown.read_text()
     assert (
         f"| `diff_vs_tuned_ce` | all tasks, against tuned CE | {mean:+.2f} (" in page
@@ -159,43 +205,6 @@ def test_designs_are_counted_and_never_dropped(tmp_path, small):
     back = make_results(small, docs)
     assert [each["name"] for each in back.record["designs"]] == ["suite", "narrow"], "in the place it had"
     assert back.markdown.read_text().count("this one among them: 2.") == 1
-
-
-@pytest.mark.parametrize(
-    ("override", "another"),
-    [
-        ("distributed.mode=async", True),
-        ("distributed.max_staleness=1", True),
-        ("distributed.threads=2", True),
-        ("distributed.memory_per_worker=2.0", True),
-        ("distributed.unit_timeout=9.0", False),
-        ("tasks.architectures=[{kind: conv}]", True),
-        ("policy.kind=schedule", True),
-        ("inner.steps=300", True),
-        ("evaluation.select_tasks=96", True),
-        ("tasks.noise.high=0.5", True),
-        ("distributed.workers=7", False),
-        ("data.held_out=[wine]", False),
-        ("evaluation.methods=[policy]", False),
-        ("evaluation.seeds=9", False),
-        ("checkpoint.every=7", False),
-    ],
-)
-def test_what_makes_another_design(override, another):
-    text = "data: {train: [digits], held_out: [iris]}"
-    assert (design_of(parse_config(text, "a", [override])) != design_of(parse_config(text, "a"))) == another
-
-
-def test_another_look_by_the_same_design_replaces_no_entry(small):
-    runs = read_runs(small)
-    first = _with_design([], runs, Figure("diff_vs_tuned_ce", "", 1.0))
-    assert _with_design(first, runs, Figure("diff_vs_tuned_ce", "", 1.0)) == first
-    second = _with_design(first, runs, Figure("diff_vs_tuned_ce", "", 2.0))
-    assert [entry["diff_vs_tuned_ce"] for entry in second] == [1.0, 2.0]
-    seeded = replace(runs, config=runs.config.model_copy(update={"seed": 7}))
-    assert [entry["seed"] for entry in _with_design(first, seeded, Figure("diff_vs_tuned_ce", "", 1.0))] == [0, 7]
-    fewer = replace(runs, folds=runs.folds[:1])
-    assert len(_with_design(first, fewer, Figure("diff_vs_tuned_ce", "", 1.0))) == 2
 
 
 def test_trajectories_of_two_versions_are_named(small, monkeypatch):
@@ -250,12 +259,47 @@ def test_families_and_a_learned_schedule_are_measured_where_there_are_runs_of_th
     assert record["families"][0]["method"] == "ce"
     assert {run["family"] for run in record["runs"]} == {None, "image"}
     page = made.markdown.read_text()
+    alone = page[page.index("## Families never seen") : page.index("## The claims of the paper")]
+    ahead = record["family_headline"]["diff_vs_tuned_ce"]
+    assert f"| `diff_vs_tuned_ce` | all tasks, against tuned CE | {ahead:+.2f} |" in alone
+    (target,) = (each for each in record["targets"] if "families never seen" in each["target"])
+    assert target["verdict"] == "not measured" and target["measured"].startswith(f"{ahead:+.2f}")
+    assert "1 independent datasets" in target["measured"]
     assert "## Families never seen" in page and "learned schedule (t/T only)" in page
     (claim,) = (each for each in record["claims"] if "families never seen" in each["claim"])
     assert claim["verdict"] == "not measured" and "1 independent datasets" in claim["measured"]
     assert (
         record["family_headline"]["diff_vs_tuned_ce"] == methods["policy"]["by_dataset"]["fashion_mnist"]["diff_vs_ce"]
     )
+
+
+def test_datasets_as_they_are_and_the_overhead_are_on_the_page(tmp_path):
+    conditions = "evaluation.suite_conditions=[{name: balanced}]"
+    rows = [row for row in few_rows() if row["noise_rate"] == 0]
+    worse = [
+        row
+        | {"origin": row["dataset"], "seed": seed, "accuracy": 0.7 - (row["method"] == "policy") * (0.1 + seed / 99)}
+        for row in rows
+        for seed in range(3)
+    ]
+    run = judged_run(tmp_path / "run", worse, conditions)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    model = {"percent": 4.25, "ci95": [3.0, 5.0], "seconds": 0.1}
+    measured = {"policy": "robust", "digest": "ab" * 32, "threads": 1, "torch": "2.9.1"}
+    (docs / OVERHEAD_JSON).write_text(json.dumps({"rounds": 31, "steps": 150, **measured, "models": {"MLP": model}}))
+    made = make_results([run], docs)
+    record, page = made.record, made.markdown.read_text()
+    assert record["as_is"]["significantly_below"] == ["iris", "wine"] and record["headline"]["overhead_percent"] == 4.25
+    assert record["headline"]["datasets_below_ce_as_is"] == 2
+    section = page[page.index("## Datasets as they are") : page.index("## The claims of the paper")]
+    assert "The unit here is the task" in section and "\n| wine | -11.01 (" in section
+    assert "points on every dataset): iris, wine | 2 |" in page
+    assert "| 3.2 % of additional training time (5.2) | 4.2 percent of additional training time, MLP" in page
+    assert "\n| tuned CE, matched prior | +3.0 or more | " in page
+    (docs / OVERHEAD_JSON).write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"results_overhead\.json: is no file of"):
+        make_results([run], docs)
 
 
 def test_what_the_rows_do_not_hold_is_null_with_a_reason(tmp_path):

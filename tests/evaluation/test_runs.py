@@ -140,14 +140,17 @@ def test_the_policy_is_one_of_the_methods(tmp_path):
 
 
 def test_runs_of_policies_that_know_less_are_methods(tmp_path, fold):
-    names = {"constant": "learned_constant", "schedule": "learned_schedule"}
+    names = {"constant": "learned_constant", "maml": "maml_loss", "schedule": "learned_schedule"}
     places = [judged_run(tmp_path / kind, rows("iris"), f"policy.kind={kind}") for kind in names]
     joined = read_runs([*places, fold]).rows
     policies = [row for row in rows("iris") if row["method"] == "policy"]
     assert joined == rows("iris") + [{**row, "method": name} for name in names.values() for row in policies]
     assert [run.learned for run in read_runs(places[:1]).folds] == [None], "alone it is the policy"
     few = [row for row in rows("iris") if row["method"] != "s5"]
-    assert read_runs([judged_run(tmp_path / "few", few, "policy.kind=constant"), fold]).rows == joined[: -len(policies)]
+    assert (
+        read_runs([judged_run(tmp_path / "few", few, "policy.kind=constant"), fold]).rows
+        == joined[: -2 * len(policies)]
+    )
     changed = [row | {"accuracy": row["accuracy"] + 0.01 * (row["method"] == "ce")} for row in rows("iris")]
     other = judged_run(tmp_path / "other", changed, "policy.kind=schedule")
     assert "ce has another result there on iris than in the other runs" in refused(fold, other)

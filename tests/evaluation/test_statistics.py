@@ -98,13 +98,26 @@ def test_slices_hold_their_own_tasks():
                 gain = rate / 10 + (0.02 if condition == "shifted" else 0) + (0.001 if dataset == "wine" else 0)
                 rows.append(row("s5", 0.5 + gain, dataset, rate, condition))
     s5 = by_method(rows)["s5"]
-    assert {rate: part.difference.mean for rate, part in s5.by_noise.items()} == pytest.approx({0.0: 1.05, 0.3: 4.05})
+    assert {str(noise): part.difference.mean for noise, part in s5.by_noise.items()} == pytest.approx(
+        {"0": 1.05, "0.3": 4.05}
+    )
     assert list(s5.by_condition) == ["balanced", "shifted"]
     assert s5.by_condition["shifted"].difference.mean == pytest.approx(3.55)
     assert s5.by_cell["balanced", 0.3].difference.mean == pytest.approx(3.05)
     assert s5.by_cell["balanced", 0.3].difference.clusters == 2
     assert s5.by_dataset["wine"].difference.mean == pytest.approx(2.6)
     assert s5.by_dataset["wine"].difference.clusters == 4  # tasks: within one dataset they are the replicates
+
+
+def test_kinds_of_noise_are_not_mixed():
+    rows = []
+    for kind, rate, gain in (("uniform", 0.3, 0.1), ("pair_flip", 0.0, 0.2), ("pair_flip", 0.3, 0.4)):
+        task = {"noise_rate": rate, "noise_kind": kind}
+        rows += [row("ce", 0.5, **task), row("s5", 0.5 + gain, **task)]
+    rows += [row("ce", 0.5, seed=1), row("s5", 0.6, seed=1)]
+    by_noise = by_method(rows)["s5"].by_noise
+    assert [str(noise) for noise in by_noise] == ["0", "0.3", "pair-flip 0.3"]
+    assert [part.difference.mean for part in by_noise.values()] == pytest.approx([15, 10, 40])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])

@@ -11,10 +11,19 @@ import pytest
 from rich.console import Console
 
 from palf_dist.evaluation.derived import PICKS, held_out
+from palf_dist.evaluation.inference import clustered_mean
 from palf_dist.evaluation.methods import METHODS
 from palf_dist.evaluation.statistics import compare
-from palf_dist.evaluation.table import to_markdown, to_pair_records, to_records, to_rich
-from tests.evaluation.synthetic import result_rows
+from palf_dist.evaluation.table import (
+    interval,
+    signed,
+    to_main_markdown,
+    to_markdown,
+    to_pair_records,
+    to_records,
+    to_rich,
+)
+from tests.evaluation.synthetic import few_rows, result_rows
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +173,16 @@ def test_the_other_measures_and_the_pairs_are_in_tables_of_their_own(rows):
         other = next(each for each in records if each["method"] == record["against"])
         assert record["difference"] == pytest.approx(policy["diff_vs_ce"] - other["diff_vs_ce"], abs=2e-4)
         assert float(against[other["label"]][1].split()[0]) == pytest.approx(record["difference"], abs=0.006)
+
+
+def test_what_no_noise_mixes_is_said():
+    few = [row | {"condition": "as-is" if row["noise_rate"] == 0 else "noisy"} for row in few_rows()]
+    few += [row | {"condition": "few-rows"} for row in few_rows() if row["noise_rate"] == 0]
+    text = to_main_markdown(compare(few))
+    assert "noise 0: all tasks to which no label noise was added, of the conditions as-is, few-rows;" in text
+    assert "noise 0: all" not in to_main_markdown(compare(few_rows()))
+
+
+def test_zero_has_one_sign():
+    estimate = clustered_mean([-0.003, 0.001], "ab")
+    assert signed(estimate).startswith("+0.00 (") and interval(clustered_mean([-0.001, -0.001], "ab")).count("-") == 0

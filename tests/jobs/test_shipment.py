@@ -3,18 +3,25 @@ from __future__ import annotations
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from palf_dist import cli_jobs
 from palf_dist.config_loading import load_config
 from palf_dist.errors import ConfigError, DataError, RunDirectoryError
 from palf_dist.jobs import shipment
-from palf_dist.jobs.shipment import Packer
+from palf_dist.jobs.shipment import Packer, Shipment
+from palf_dist.policies.policy_file import save_policy
 from palf_dist.search.config import load_search_config
+from palf_dist.tasks.suites import load_suite, suite_overrides
+from tests.adaptive_cases import untrained
 from tests.command import SMOKE, Command
+from tests.test_cli_results import SUITE
 
 DIGITS = str(Path(SMOKE).parent / "tune-digits.yaml")
 
@@ -135,12 +142,13 @@ def test_a_policy_goes_along(packer: Packer, tmp_path: Path) -> None:
     best.mkdir()
     for name in ("policy.safetensors", "policy.json", "notes.txt"):
         (best / name).write_text(name)
-    made = packer.evaluate(load_config(SMOKE), str(best), as_json=False)
-    assert made.arguments == ("policy", "--config", "config.yaml")
+    made = packer.evaluate(load_config(SMOKE), str(best), None, as_json=False)
+    assert made.arguments == ("policy", "--config", "config.yaml") and made.run_dir is None
     assert shipped(packer) == ["config.yaml", "policy/policy.json", "policy/policy.safetensors"]
     shutil.rmtree(packer.folder)
     packer.folder.mkdir()
-    packer.evaluate(load_config(SMOKE), str(best / "policy.safetensors"), as_json=False)
+    kept = packer.evaluate(load_config(SMOKE), str(best / "policy.safetensors"), "s3://bucket/kept", as_json=False)
+    assert kept.arguments[-2:] == ("--run-dir", "s3://bucket/kept") and kept.run_dir == "s3://bucket/kept"
     assert (packer.folder / "policy" / "policy.json").read_text() == "policy.json"
 
 
@@ -158,6 +166,46 @@ def test_a_policy_goes_along(packer: Packer, tmp_path: Path) -> None:
 def test_mistakes_are_told_before_anything_is_sent(cli: Command, arguments: tuple[str, ...], message: str) -> None:
     assert message in cli.refused("submit", "--address", "http://127.0.0.1:1", "--", *arguments)
     assert cli.files() == {}
+
+
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Shipment, str]]:
+    """What would be sent, with the text of its configuration, and no cluster."""
+    found: list[tuple[Shipment, str]] = []
+
+    def noted(client: object, job: Shipment, folder: str, max_restarts: int) -> str:
+        found.append((job, (Path(folder) / "config.yaml").read_text()))
+        return "palf-job"
+
+    monkeypatch.setattr(cli_jobs, "_send", noted)
+    monkeypatch.setattr(cli_jobs, "_client", lambda address: SimpleNamespace(address="http://127.0.0.1:1"))
+    monkeypatch.setattr(cli_jobs, "_begin", lambda client, job_id: "RUNNING")
+    return found
+
+
+def test_an_evaluation_is_sent_with_its_suite_and_whether_it_is_quick(
+    cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("own.yaml").write_text(yaml.safe_dump(SUITE))
+    save_policy(Path("best"), untrained())
+    made = sent(monkeypatch)
+    suite = ("--config", SMOKE, "--suite", "own.yaml", "--fold", "1")
+    for command in (("evaluate", "best", *suite, "--quick"), ("meta-train", *suite, "--run-dir", "s3://bucket/run")):
+        ended = cli("submit", "--", *command)
+        assert ended.code == 0, ended.err
+        assert ("resume  submit the same command again" in ended.out) == (command[0] == "meta-train")
+    held_out = [
+        source.name for source in load_config(SMOKE, suite_overrides(load_suite("own.yaml"), "1")).data.held_out
+    ]
+    for job, text in made:
+        data = yaml.safe_load(text)
+        assert [each["name"] for each in data["data"]["held_out"]] == held_out
+        assert len(data["evaluation"]["suite_conditions"]) == len(SUITE["conditions"])
+        assert ("--quick" in job.arguments) == (job.command == "evaluate")
+    ended = cli("submit", "--", "evaluate", "best", *suite, "--run-dir", "s3://bucket/kept")
+    assert ended.code == 0 and made[-1][0].run_dir is not None and "resume" not in ended.out
+    message = cli.refused("submit", "--", "evaluate", "best", *suite, "--quick", "--run-dir", "s3://bucket/kept")
+    assert "--quick gives no results to keep" in message and len(made) == 3
+    assert "--suite and --fold go together" in cli.refused("submit", "--", "evaluate", "best", "--fold", "1")
 
 
 def test_options_of_the_command_are_its_own(cli: Command) -> None:

@@ -12,13 +12,21 @@ from hypothesis import strategies as st
 from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.errors import ConfigError
 from palf_dist.evaluation.methods import METHODS, baseline_policy
-from palf_dist.policies import CurriculumPolicy, LearnedPolicy, Policy, RecurrentPolicy, make_policy, policy_spec
+from palf_dist.policies import (
+    AdaptingPolicy,
+    CurriculumPolicy,
+    LearnedPolicy,
+    Policy,
+    RecurrentPolicy,
+    make_policy,
+    policy_spec,
+)
 from palf_dist.training_state import FEATURES, PAPER_FEATURES, VALIDATION_FEATURES
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, HYPERPARAMETERS, NUM_BASIS
 
 ALL = PolicyConfig(basis=BASIS_LOSSES, hyperparameters=HYPERPARAMETERS)
 START = {"e": 0.94, "la": 0.3, "ew": 0.01, "wd": 5.0, "gamma": 4.0, "eps": 0.49, "a": 0.1, "b": 3.0, "tau": 0.07}
-START |= {"q": 0.99, "lam": 0.2}
+START |= {"q": 0.99, "lam": 0.2, "beta": 0.3}
 
 
 def learned(config: PolicyConfig) -> LearnedPolicy:
@@ -60,7 +68,8 @@ def test_controls_are_a_mixture_and_in_bounds(name: str, seed: int, scale: float
     assert (alpha >= 0).all() and (alpha[:, inactive] == 0).all()
     hyper = {h: controls[:, CONTROL_INDEX[h]] for h in HYPERPARAMETERS}
     assert (
-        all(((hyper[h] >= 0) & (hyper[h] <= 1)).all() for h in ("e", "ew", "eps", "q")) and (hyper["e"] <= 0.95).all()
+        all(((hyper[h] >= 0) & (hyper[h] <= 1)).all() for h in ("e", "ew", "eps", "q", "beta"))
+        and (hyper["e"] <= 0.95).all()
     )
     assert all((hyper[h] > 0).all() for h in ("la", "wd", "gamma", "a", "b", "tau", "lam"))
 
@@ -125,11 +134,29 @@ def test_a_constant_has_nothing_but_its_outputs() -> None:
         ("schedule", (), "policy.features: none given, but a schedule policy reads time alone; leave it out"),
         ("constant", ("time",), "policy.features: time given, but a constant policy reads no state"),
         ("validation_free", ("time", "loss_gap"), "policy.features: loss_gap read validation rows, which"),
+        ("maml", ("time",), "policy.features: a maml policy reads its own validation loss alone; leave it out"),
+        ("maml", (), "policy.features: a maml policy reads its own validation loss alone; leave it out"),
     ],
 )
 def test_features_that_contradict_the_kind_are_refused(kind: str, features: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         policy_spec(PolicyConfig(kind=kind, features=features))
+
+
+def test_an_adapting_policy_starts_as_s5_and_moves_against_what_it_reads() -> None:
+    policy = POLICIES["maml"]
+    assert isinstance(policy, AdaptingPolicy) and policy.num_parameters == 2 + 4 + 1
+    assert policy.features == tuple(f"descent_{name}" for name in ("ce", "robust_ce", "e", "la", "ew", "wd"))
+    phi = torch.from_numpy(policy.initial())
+    (untouched,) = policy.controls(phi, torch.zeros(1, 6))
+    torch.testing.assert_close(untouched, POLICIES["constant"].controls(torch.zeros(6), torch.zeros(1, 0))[0])
+    for index, name in enumerate(policy.features):
+        state = torch.zeros(1, 6)
+        state[0, index] = 1.0
+        column = CONTROL_INDEX[name.removeprefix("descent_")]
+        moved = policy.controls(phi, state)[0, column]
+        faster = policy.controls(torch.cat([phi[:-1], torch.ones(1)]), state)[0, column]
+        assert faster < moved < untouched[column], name
 
 
 def test_the_validation_free_preset_reads_no_validation_rows() -> None:

@@ -71,7 +71,7 @@ def test_a_shield_is_kept_and_asks_for_a_newer_format(
     "config",
     [
         PolicyConfig(basis=("ce", "generalised_ce", "mae")),
-        PolicyConfig(kind="schedule", basis=("elr",), hyperparameters=("lam",)),
+        PolicyConfig(kind="schedule", basis=("elr", "bootstrap"), hyperparameters=("lam", "beta")),
         PolicyConfig(start=PolicyStart(q=0.5), shield=0.5),
     ],
     ids=lambda config: config.kind,

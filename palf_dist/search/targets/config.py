@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from palf_dist import units
 from palf_dist.architecture_config import ConvConfig, MLPConfig, ModuleConfig, ResNetConfig, TransformerConfig
 from palf_dist.config import DatasetSource, RunConfig
 from palf_dist.config_loading import dump_config, leaves, load_config, parse_config
@@ -17,7 +18,7 @@ from palf_dist.learnloss.space import WeightSpace
 from palf_dist.search.domains import Choice, Domain
 from palf_dist.sections import Count, NonNegative, Positive, Section, Share
 from palf_dist.tasks.cache import cache_folder
-from palf_dist.types import BASIS_LOSSES
+from palf_dist.types import AVERAGED_BASIS, BASIS_LOSSES
 
 REFERENCE = "ce"
 """The feature whose weight is 1, of every model."""
@@ -29,8 +30,8 @@ SOFTMAX_WEIGHTS = {
     "logit_penalty": (1e-5, 1.0),
 }
 L2_PARTS = {"l2_numeric": (1e-5, 10.0), "l2_categorical": (1e-5, 10.0)}
-NETWORK_LOSSES = tuple(name for name in BASIS_LOSSES if name not in (REFERENCE, "elr"))
-"""Basis losses whose weights can be tuned. elr is left out: without a run's averaged predictions it is ce."""
+NETWORK_LOSSES = tuple(name for name in BASIS_LOSSES if name not in (REFERENCE, *AVERAGED_BASIS))
+"""Basis losses whose weights can be tuned. Those left out are ce without a run's averaged predictions."""
 NETWORK_WEIGHTS = dict.fromkeys(("focal", "label_smoothing", "symmetric_ce", "robust_ce"), (0.01, 10.0))
 DECAYS = {"sgd": (1e-3, 0.1), "momentum": (0.01, 1.0), "adam": (0.03, 10.0)}
 """Default ranges of the weights; that of a network's weight decay goes by its optimiser."""
@@ -227,7 +228,7 @@ class MetaTrainingConfig(Section):
     @property
     def reports(self) -> int:
         """One for each selection."""
-        return -(-self.base.meta_learner.outer_steps // self.base.evaluation.select_every)
+        return -(-self.base.meta_learner.outer_steps // units.select_every(self.base))
 
     @property
     def trained_at_once(self) -> bool:

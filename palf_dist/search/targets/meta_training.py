@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from palf_dist import units
 from palf_dist.atomic import replacing_folder
 from palf_dist.checkpoint import copy_checkpoint, latest_checkpoint
 from palf_dist.config import RunConfig
@@ -104,7 +105,7 @@ class MetaTrainingTarget:
                     newest = latest_checkpoint(run_dir)
                     assert newest is not None, "there is one at every selection"
                     yield Report(
-                        step=-(-selection.version // config.evaluation.select_every),
+                        step=-(-selection.version // units.select_every(config)),
                         error=0.0 - selection.score,
                         metrics={name: value for name, value in selection.metrics.items() if math.isfinite(value)},
                         artefact=artefact,

@@ -74,6 +74,8 @@ def test_too_many_workers_are_named_as_in_the_search(monkeypatch: pytest.MonkeyP
 def test_a_report_for_each_selection(steps: int, every: int, reports: int) -> None:
     base = small_config(meta_learner={"outer_steps": steps}, evaluation={"select_every": every})
     assert MetaTrainingTarget(config(base)).reports() == reports
+    windowed = base.model_copy(update={"estimator": base.estimator.model_copy(update={"window": 5})})  # of 12 steps
+    assert MetaTrainingTarget(config(windowed)).reports() == -(-reports // 3)
 
 
 def test_datasets_are_checked_before_any_work(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from palf_dist.search.targets import LossWeightsConfig
 from palf_dist.search.targets.config import NETWORK_LOSSES
 from palf_dist.search.targets.networks import NetworkTrainer
 from palf_dist.search.targets.rows import load_rows
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, NUM_BASIS
+from palf_dist.types import AVERAGED_BASIS, BASIS_LOSSES, CONTROL_INDEX, NUM_BASIS
 
 ALL = (*NETWORK_LOSSES, "weight_decay")
 
@@ -49,8 +49,8 @@ def test_features_and_error_are_the_definitions(tmp_path: Path) -> None:
         rows = slice(start, start + 16)
         labels = group.train.labels[:, rows]
         sums += reference_losses(z[:, rows], labels, h[:, rows], controls, context, BASIS_LOSSES).sum((1, 2))
-    assert sums[BASIS_LOSSES.index("elr")] == sums[0], "without averaged predictions it is ce"
-    phi = [*(sums[:-1] / 50).tolist(), float(0.5 * (theta**2).sum())]
+    assert [sums[BASIS_LOSSES.index(name)] for name in AVERAGED_BASIS] == [sums[0]] * 2, "they are ce"
+    phi = [*(sums[:-2] / 50).tolist(), float(0.5 * (theta**2).sum())]
     np.testing.assert_allclose(snapshot.features, phi, rtol=2e-4)
     p = torch.softmax(group.model.apply(theta, tuple(validation))[0], -1)[0]
     error = 1 - p[torch.arange(40), group.validation.labels[0]].mean()
@@ -64,7 +64,7 @@ def test_controls_are_the_weights_over_the_sum_of_the_mixture(tmp_path: Path) ->
     weights = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 0.5, 0.5, 8.0])
     controls = made.controls(weights)
     np.testing.assert_allclose(
-        controls[:NUM_BASIS], np.array([1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.5, 0.5, 0.0]) / 17, rtol=1e-6
+        controls[:NUM_BASIS], np.array([1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.5, 0.5, 0.0, 0.0]) / 17, rtol=1e-6
     )
     assert float(controls[CONTROL_INDEX["wd"]]) == pytest.approx(8 / 17)
 
