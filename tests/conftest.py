@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,8 @@ from tests.processes import spawn
 
 __all__ = ["spawn"]
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where a shell starts it in the background; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile("palf", deadline=None, database=None, derandomize="CI" in os.environ)
 settings.load_profile("palf")
