@@ -209,8 +209,8 @@ class EstimatorConfig(Section):
     sigma: Positive = Field(default=0.05, description="standard deviation of the perturbations of es and pes")
     task_clip: Positive | None = Field(
         default=None,
-        description="largest norm of one task's gradient with respect to its controls, of adjoint and one_step; none: "
-        "no limit",
+        description="largest norm of one task's gradient with respect to the controls that the policy sets, in each "
+        "window, of adjoint and one_step; none: no limit",
     )
 
 

@@ -17,7 +17,8 @@ from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.inner_optimisers import Slots
-from palf_dist.types import WD
+from palf_dist.policies import LearnedPolicy, Policy
+from palf_dist.types import CONTROL_INDEX, WD
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Adjoint:
             cotangents = self._walk_back(loop, start, state.slots, trace, recorder.complexity_cotangents())
         metrics = recorder.metrics()
         if self.task_clip is not None:
-            cotangents, metrics["clipped_share"] = _clipped(cotangents, self.task_clip)
+            cotangents, metrics["clipped_share"] = _clipped(cotangents, loop.policy, self.task_clip)
         return Estimate(
             gradient=policy_gradient(loop, phi, trace.states, trace.mixings, cotangents),
             outer_loss=float(recorder.objective().mean()),
@@ -164,13 +165,18 @@ class Adjoint:
         return of_theta, of_controls
 
 
-def _clipped(cotangents: list[Tensor], most: float) -> tuple[list[Tensor], float]:
-    """The cotangents [G, U] of all segments, those of each task scaled to a norm of at most ``most``, and the share of
-    tasks that were. Inner runs near the edge of stability have gradients thousands of times as large as the others',
-    and with no more to say: without a limit one of them speaks for its whole group."""
-    norms = torch.linalg.vector_norm(torch.stack(cotangents, 2).flatten(1), dim=1)
-    scale = (most / norms.clamp(min=most))[:, None]
-    return [cotangent * scale for cotangent in cotangents], float((norms > most).double().mean())
+def _clipped(cotangents: list[Tensor], policy: Policy, most: float) -> tuple[list[Tensor], float]:
+    """The cotangents [G, U] of all segments, those of each task scaled to a norm of at most ``most`` over the controls
+    that the policy sets, and the share of tasks that were; a gradient that is not finite is left out. Inner runs near
+    the edge of stability have gradients thousands of times as large as the others', and with no more to say: without a
+    limit one of them speaks for its whole group."""
+    assert isinstance(policy, LearnedPolicy)
+    columns = [CONTROL_INDEX[name] for name in (*policy.spec.basis, *policy.spec.hyperparameters)]
+    norms = torch.stack(cotangents, 2)[:, columns].double().flatten(1).norm(dim=1)
+    finite = norms.isfinite()
+    scale = torch.where(finite, most / norms.clamp(min=most), 0.0).to(cotangents[0])[:, None]
+    kept = [torch.where(finite[:, None], cotangent, 0.0) * scale for cotangent in cotangents]
+    return kept, float((~(norms <= most)).double().mean())
 
 
 class OneStep(Adjoint):

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from palf_dist.config import EstimatorConfig, InnerConfig, OuterLossConfig
+from palf_dist.config import EstimatorConfig, InnerConfig, OuterLossConfig, PolicyConfig
 from palf_dist.estimators import make_estimator
+from palf_dist.estimators.adjoint import _clipped
 from palf_dist.group_work import in_parts
 from palf_dist.inner_loop import InnerLoop
-from palf_dist.types import TaskGroup
+from palf_dist.policies import make_policy, policy_spec
+from palf_dist.types import CONTROL_INDEX, CONTROLS, TaskGroup
 from tests.groups import make_group
 from tests.test_inner_loop import full_policy
 
 OUTER = OuterLossConfig(every=3)
+
+
+@pytest.mark.parametrize("preset", ["palf", "robust", "widened", "recurrent"])
+def test_controls_that_the_policy_does_not_set_do_not_count(preset: str) -> None:
+    """The norm over what it sets, found from the gradients of a policy that is its own controls."""
+    spec = policy_spec(PolicyConfig(kind=preset, hidden=3, refresh=3))
+    policy = make_policy(spec, torch.zeros(len(spec.features)), torch.ones(len(spec.features)))
+    free = [CONTROL_INDEX[name] for name in (*spec.basis, *spec.hyperparameters)]
+    cotangents = [torch.randn(4, len(CONTROLS), generator=torch.manual_seed(seed)) for seed in range(3)]
+    norms = torch.stack([each[:, free] for each in cotangents]).square().sum((0, 2)).sqrt()
+    most = float(norms.sort().values[2:].mean())
+    clipped, share = _clipped(cotangents, policy, most)
+    assert share == 0.25
+    for before, after in zip(cotangents, clipped, strict=True):
+        torch.testing.assert_close(after, before * (most / norms).clamp(max=1)[:, None])
+
+
+@pytest.mark.parametrize("wild", [1e25, torch.inf, torch.nan])
+def test_what_is_no_gradient_takes_nobody_with_it(wild: float) -> None:
+    policy, _ = full_policy()
+    cotangents = [torch.ones(3, len(CONTROLS)), torch.ones(3, len(CONTROLS))]
+    cotangents[1][1] = wild
+    clipped, share = _clipped(cotangents, policy, 1e3)
+    assert share == pytest.approx(1 / 3) and all(torch.isfinite(each).all() for each in clipped)
+    assert torch.equal(clipped[0][[0, 2]], cotangents[0][[0, 2]])
+    norm = torch.stack(clipped).square().sum((0, 2)).sqrt()[1]
+    assert float(norm) == pytest.approx(1e3 if wild == 1e25 else 0.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["adjoint", "one_step"])
