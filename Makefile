@@ -12,7 +12,7 @@ MARKS := $(if $(OFFLINE),and not network)
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
-	@echo "make results      the published table: docs/results.md, and the README's, from both folds of the suite palf12, in runs/palf12, and every other run there that is finished; about 90 minutes on two cores; goes on where it was stopped"
+	@echo "make results      the published table: docs/results.md, and the README's, from both folds of the suite palf12, in runs/palf12, and every other run there that is finished; hours on two cores; goes on where it was stopped"
 	@echo "make results-all  the same after all runs that it has room for: learned schedule, constants, MAML-Loss, families never seen, transfers; many hours"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
 	@echo "make bench        all benchmarks, one after the other: hours"

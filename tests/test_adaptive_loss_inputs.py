@@ -98,10 +98,13 @@ def test_it_warns_once_where_the_weight_decay_goes_nowhere():
 
 
 def test_it_needs_no_index_where_the_policy_remembers_nothing():
-    criterion = AdaptiveLoss(artefact(features=("time", "loss"), basis=("ce", "focal")), total_steps=5)
+    forgetful = artefact(features=("time", "loss"), basis=("ce", "focal"))
+    without, given = (AdaptiveLoss(forgetful, total_steps=5) for _ in range(2))
+    logits, labels, index = batch(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        criterion(*batch(0)[:2])
+        loss = without(logits, labels)
+    assert torch.equal(loss, given(logits, labels, index=index))
 
 
 def test_it_warns_of_features_that_a_loss_cannot_see():
