@@ -1,7 +1,8 @@
 """The drop-in: a meta-learned policy as a loss module for anybody's PyTorch loop.
 
 It sees what the policy saw in meta-training, at the same moments of a run: the training state is read from the current
-batch as often per run, and each example's averaged prediction is gathered and scattered by its row index.
+batch as often per run, and each example's averaged prediction is gathered and scattered by its row index. Where several
+ranks train one model, each sees what one rank would see that had the rows of all.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from palf_dist.class_priors import checked_class_counts, log_prior_ratio
 from palf_dist.config import InnerConfig
+from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass
+from palf_dist.data_parallel import joined, of_first_rank, ranks
 from palf_dist.errors import ConfigError
-from palf_dist.losses import LossContext
-from palf_dist.mixture_loss import check_batch, mixture_loss
+from palf_dist.graph_curvature import graph_hessian_trace
+from palf_dist.losses import LossContext, column, mean_belief, posterior_belief
+from palf_dist.mixture_loss import mixture_loss
 from palf_dist.online_loss import OnlineLoss
 from palf_dist.policies.hedge import HedgePolicy
 from palf_dist.policies.meta_learned import check_for_use
@@ -28,19 +32,28 @@ from palf_dist.policies.online_learnloss import PER_EXAMPLE, OnlineLearnLoss
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
 from palf_dist.policies.static import restored_controls
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
+from palf_dist.soft_targets import soft_target_mixture
 from palf_dist.training_state import (
-    HUTCHINSON_ROWS,
     NEIGHBOUR_FEATURES,
     NOISE_FEATURES,
     VALIDATION_FEATURES,
     Observation,
+    RowStatistics,
     StateReader,
     TaskFacts,
-    hutchinson_probes,
 )
 from palf_dist.types import AVERAGED_BASIS, CONTROL_INDEX, CONTROLS
 
-PerClass = Sequence[float] | Tensor  # one number for each class
+
+class LossSettings(TypedDict, total=False):
+    """What ``AdaptiveLoss`` may be told besides the policy and the length of the run."""
+
+    class_counts: PerClass | None
+    target_prior: str | PerClass
+    weight: PerClass | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
 
 
 class AdaptiveLoss(LateBuffers):
@@ -48,11 +61,12 @@ class AdaptiveLoss(LateBuffers):
 
     ``loss = criterion(logits, y, index=rows); loss.backward(); criterion.step(model, optimizer); optimizer.step()``
 
-    Call ``step`` once per optimiser step, between ``backward`` and ``zero_grad``. In eval mode the module is the plain
-    mean cross-entropy. Everything that changes is in its ``state_dict``. It follows the logits to their device.
+    Call ``step`` once per optimiser step, between ``backward`` and ``zero_grad``. In eval mode the module is torch's
+    cross-entropy with the same arguments. Everything that changes is in its ``state_dict``. It follows the logits to
+    their device.
 
-    In meta-training the Hessian trace is known from t = 0; here the parameters are known only after the first ``step``,
-    so that a policy that reads the trace takes its frozen mean at the first refresh.
+    Where torch.distributed is initialised, every rank of the default process group must call it in step with the
+    others, as under DistributedDataParallel; controls and ``state_dict`` are then the same on all of them.
     """
 
     phi: Tensor
@@ -69,6 +83,10 @@ class AdaptiveLoss(LateBuffers):
         total_steps: int,
         class_counts: PerClass | None = None,
         target_prior: str | PerClass = "train",
+        weight: PerClass | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
     ) -> None:
         """
         Args:
@@ -77,6 +95,13 @@ class AdaptiveLoss(LateBuffers):
             class_counts: [C] how many training labels each class has (counts, not frequencies). Needed for a
                 target_prior other than "train"; otherwise estimated from the labels that pass.
             target_prior: class frequencies where the model will be used: "train" (as in training), "uniform", or [C].
+            weight: [C] class weights.
+            ignore_index: the label of what has none; such rows are as if they were not in the batch.
+            reduction: "none", "mean" or "sum".
+            label_smoothing: in [0, 1]; the policy reads the labels themselves.
+
+        The last four mean what they mean to ``torch.nn.CrossEntropyLoss``: a basis loss l(z, y) takes the place of
+        -log p_y everywhere.
 
         Raises:
             ConfigError: an argument is out of range, or they do not fit together; or the policy needs a model.
@@ -88,15 +113,19 @@ class AdaptiveLoss(LateBuffers):
                 f"total_steps: {total_steps!r} is not a positive whole number; give the optimiser steps of the run"
             )
         self.total_steps = total_steps
-        self.class_counts = None if class_counts is None else _class_counts(class_counts)
-        self.log_prior_ratio = _log_prior_ratio(self.class_counts, target_prior)
+        self.class_counts = None if class_counts is None else checked_class_counts(class_counts)
+        self.log_prior_ratio = log_prior_ratio(self.class_counts, target_prior)
+        self.arguments = CrossEntropyArguments(weight, ignore_index, reduction, label_smoothing)
         self.policy = artefact.policy()
+        if label_smoothing and "info_nce" in self.policy.active_basis:
+            raise ConfigError(
+                "label_smoothing: the policy's mixture holds info_nce, which compares whole labels; use 0"
+            )
         self._digest = hashlib.sha256(b"".join(policy_bytes(artefact))).hexdigest()
         self._step, self._refreshed_at = 0, -1
         self.refresh_every = artefact.refresh_in(total_steps)
         self._weight_decay_multiplier = 1.0
         self._context: LossContext | None = None
-        self._model_parameters: list[Tensor] = []  # for the Hessian trace
         self._said: set[str] = set()
         rows = 0 if self.class_counts is None else int(self.class_counts.sum())
         self.averages = PredictionAverages(artefact.card.get("ema", InnerConfig().ema), rows)
@@ -114,21 +143,14 @@ class AdaptiveLoss(LateBuffers):
             )
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        total_steps: int,
-        class_counts: PerClass | None = None,
-        target_prior: str | PerClass = "train",
-    ) -> AdaptiveLoss:
+    def load(cls, path: str | Path, *, total_steps: int, **settings: Unpack[LossSettings]) -> AdaptiveLoss:
         """Read a policy file (or the folder that holds it); the other arguments are the constructor's.
 
         Raises:
             PolicyFileError: the file is missing, too new, or was changed.
             ConfigError: as the constructor.
         """
-        return cls(load_policy(path), total_steps=total_steps, class_counts=class_counts, target_prior=target_prior)
+        return cls(load_policy(path), total_steps=total_steps, **settings)
 
     @staticmethod
     def online(basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0) -> OnlineLoss:
@@ -149,32 +171,44 @@ class AdaptiveLoss(LateBuffers):
 
     @torch.compiler.disable  # tracing it inside of a compiled training step would only break the graph in more places
     def forward(self, logits: Tensor, y: Tensor, features: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        """The mean adaptive loss of a batch (in eval mode: the mean cross-entropy).
+        """The adaptive loss of a batch (in eval mode: the cross-entropy), in float32 at least.
 
         Args:
-            logits: [n, C] floating point.
-            y: [n] int64 labels.
+            logits: [n, C] floating point, or [C], or dense ones [n, C, d1, ...].
+            y: [n] (or [], or [n, d1, ...]) whole labels; or class probabilities of the logits' shape, of which the
+                loss is the mean over labels, and the policy reads the likeliest class as the label.
             features: [n, D] penultimate features; needed where the policy's mixture holds info_nce.
-            index: [n] which training rows these are, for posterior weights, elr and bootstrap. Without it they are
-                left out.
+            index: of the labels' shape: which training rows these are, for posterior weights, elr and bootstrap.
+                Without it they are left out.
+
+        Returns:
+            [], or with reduction "none" the labels' shape. Without a label that counts, "mean" is NaN, as torch's.
 
         Raises:
-            ConfigError: shapes do not fit, the batch is empty, a label is out of range (not looked for on a GPU), or
-                features are missing.
+            ConfigError: shapes do not fit, the batch is empty, a label is out of range (not looked for on a GPU),
+                features are missing, or the policy cannot take probabilities.
         """
         if not self.training:
-            return functional.cross_entropy(logits, y)
-        self._check(logits, y, features, index)
-        if self.phi.device != logits.device:
-            self.to(logits.device)
-        with torch.autocast(logits.device.type, enabled=False):
-            z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-            h = features.flatten(1).to(z.dtype) if features is not None else None
-            y = y.to(z.device, torch.int64)
-            own = self._observe(z, y, index)
-            context = self._task(z) if own is None else self._task(z).with_averages(*own)
-            controls = self.controls.to(z.dtype)
-            return mixture_loss(z, y, h, controls, context, self.policy.active_basis)[0].mean()
+            return self.arguments.plain(logits, y)
+        active = self.policy.active_basis
+        rows = self.arguments.rows(logits, y, features if "info_nce" in active else None, index)
+        if "info_nce" in active and features is None:
+            raise ConfigError("features: the policy's mixture holds info_nce; pass the penultimate features [n, D]")
+        if "info_nce" in active and y.is_floating_point():
+            raise ConfigError("y: the policy's mixture holds info_nce, which compares whole labels, not probabilities")
+        z = rows.z
+        if self.class_counts is not None and len(self.class_counts) != z.shape[1]:
+            raise ConfigError(f"class_counts: {len(self.class_counts)} classes given, but logits have {z.shape[1]}")
+        if self.phi.device != z.device:
+            self.to(z.device)
+        with torch.autocast(z.device.type, enabled=False):
+            context, controls = self._observe(rows)
+            if rows.targets is not None:
+                values = soft_target_mixture(z, rows.labels, rows.targets, controls, context, active)
+            else:
+                h = rows.features.flatten(1).to(z.dtype) if rows.features is not None else None
+                values = mixture_loss(z, rows.labels, h, controls, context, active)[0]
+            return self.arguments.reduced(values, rows)
 
     @torch.compiler.disable
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -199,8 +233,6 @@ class AdaptiveLoss(LateBuffers):
                 raise ConfigError("step: no parameter has a gradient; call it after backward() and before zero_grad()")
             norm = torch.nn.utils.get_total_norm(gradients)
             self.gradient_norm2 = (norm**2)[None].to(self.gradient_norm2)
-        if "hessian_trace" in self.policy.features:
-            self._model_parameters = [p for p in model.parameters() if p.requires_grad]
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
@@ -222,17 +254,6 @@ class AdaptiveLoss(LateBuffers):
             state_dict[prefix + "controls"] = restored_controls(saved)  # in a copy: load_state_dict made one
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _check(self, logits: Tensor, y: Tensor, features: Tensor | None, index: Tensor | None) -> None:
-        check_batch(logits, y)
-        if index is not None and (index.shape != y.shape or index.is_floating_point()):
-            raise ConfigError(f"index: {list(index.shape)} {index.dtype} given; needs one whole row number per example")
-        if self.class_counts is not None and len(self.class_counts) != logits.shape[1]:
-            raise ConfigError(
-                f"class_counts: {len(self.class_counts)} classes given, but logits have {logits.shape[1]}"
-            )
-        if features is None and "info_nce" in self.policy.active_basis:
-            raise ConfigError("features: the policy's mixture holds info_nce; pass the penultimate features [n, D]")
-
     def _task(self, z: Tensor) -> LossContext:
         """The constant facts of the losses, made once per type and place of the logits."""
         context = self._context
@@ -243,32 +264,48 @@ class AdaptiveLoss(LateBuffers):
         return context
 
     @torch.no_grad()
-    def _observe(self, z: Tensor, y: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Refresh the controls where due and take in the batch. With an index: the averaged own-label probabilities
-        [1, n] and seen flags [1, n] as they were before this batch, and where a basis loss reads them the whole
-        averages [1, n, C]."""
-        if index is not None:
-            self.averages.reserve(index, z.shape[1])  # before the move: reading a GPU's values would wait for it
-            index = index.to(z.device, torch.int64)
-        elif self._remembers:
-            self._say(
-                "no index: posterior weights, noise features, and what elr and bootstrap read are left out; pass "
-                "index=row numbers of the batch"
-            )
+    def _observe(self, rows: LabelledRows) -> tuple[LossContext, Tensor]:
+        """Take in the rows of all ranks, and refresh the controls where due. The context of the losses, with averages
+        as they were before this batch, and the controls [U] of this batch."""
+        z, y, index = rows.z, rows.labels, rows.index
+        context, joint_index = self._task(z), None
+        if index is None:
+            (joint_labels,) = joined(y)
+            if self._remembers:
+                self._say(
+                    "no index: posterior weights, noise features, and what elr and bootstrap read are left out; pass "
+                    "index=row numbers of the batch"
+                )
+        else:
+            own_index = index.to(z.device, torch.int64)
+            joint_labels, joint_index, p = joined(y, own_index, torch.softmax(z, 1))
+            # one rank, as it was given: reading a GPU's values would wait for it
+            self.averages.reserve(joint_index if ranks() > 1 else index, z.shape[1])
+        if not len(joint_labels):
+            return context, self.controls.to(z.dtype)
         if self.class_counts is None:
             if not len(self.label_counts):
                 self.label_counts = self.label_counts.new_zeros(z.shape[1])
-            self.label_counts.scatter_add_(0, y, torch.ones_like(y, dtype=self.label_counts.dtype))
-        if self._step % self.refresh_every == 0 and self._refreshed_at != self._step:
-            self._refresh(z, y, index)
-        if index is None:
-            return None
+            self.label_counts.scatter_add_(0, joint_labels, torch.ones_like(joint_labels, dtype=torch.float32))
+        if self._step // self.refresh_every > self._refreshed_at // self.refresh_every:
+            self._refresh(z, y, joint_index)
+        controls = self.controls.to(z.dtype)
+        if joint_index is not None:
+            joint = self._recalled(context, joint_index, joint_labels)
+            context = joint
+            if ranks() > 1:
+                context = self._recalled(context, own_index, y)
+                controls = _among_all(controls, context, joint)
+            self.averages.update(joint_index, joint_labels, p)
+        return context, controls
+
+    def _recalled(self, context: LossContext, index: Tensor, y: Tensor) -> LossContext:
+        """The context with the averages of rows ``index`` [n]; whole ones only where a basis loss reads them."""
         own, seen = self.averages.recall(index, y)
         averaged = None
         if {*AVERAGED_BASIS} & {*self.policy.active_basis}:
-            averaged = self.averages.averaged[index].to(z.dtype)[None]
-        self.averages.update(index, y, torch.softmax(z, 1))
-        return own.to(z.dtype)[None], seen[None], averaged
+            averaged = self.averages.averaged[index].to(context.num_classes.dtype)[None]
+        return context.with_averages(own.to(context.num_classes.dtype)[None], seen[None], averaged)
 
     @property
     def _remembers(self) -> bool:
@@ -293,12 +330,12 @@ class AdaptiveLoss(LateBuffers):
         reader = StateReader(self.policy.features, self._facts(z, index))
         if self._refreshed_at >= 0:
             reader.statistics = self.statistics.to(z)
+        of_own = RowStatistics.of(z[None].detach(), y[None], self._task(z).class_mask)
         observation = Observation(
             time=min(self._step / self.total_steps, 1.0),
-            logits=z[None].detach(),
-            labels=y[None],
+            minibatch=RowStatistics(*(column[None] for column in joined(*(own[0] for own in of_own)))),
             gradient_norm2=self.gradient_norm2.to(z),
-            hessian_trace=self._hessian_trace(z, y),
+            hessian_trace=self._hessian_trace(z, y) if "hessian_trace" in self.policy.features else None,
         )
         if index is not None:
             observation = replace(
@@ -317,31 +354,14 @@ class AdaptiveLoss(LateBuffers):
         self._weight_decay_multiplier = float(self.controls[CONTROL_INDEX["wd"]])
         self._refreshed_at = self._step
 
-    @torch.enable_grad()
-    def _hessian_trace(self, z: Tensor, y: Tensor) -> Tensor | None:
-        """Hutchinson's trace [1] of the cross-entropy of a few rows, by double backward through the user's model."""
-        parameters = self._model_parameters
-        if not parameters or not z.requires_grad:
-            return None
-        few = functional.cross_entropy(z[:HUTCHINSON_ROWS], y[:HUTCHINSON_ROWS])
-        sizes = [p.numel() for p in parameters]
-        probes = hutchinson_probes(sum(sizes), z.dtype).to(z.device)
-        total = z.new_zeros(1)
+    def _hessian_trace(self, z: Tensor, y: Tensor) -> Tensor:
+        """The trace [1] on the first rows of the joined batch, NaN where it is not known."""
+        trace = None
         try:
-            gradients = torch.autograd.grad(
-                few, parameters, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            for probe in probes:
-                v = [part.view_as(p).to(p.dtype) for part, p in zip(probe.split(sizes), parameters, strict=True)]
-                product = sum((g * part).sum() for g, part in zip(gradients, v, strict=True))
-                hv = torch.autograd.grad(
-                    product, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                total += sum((a * b).sum() for a, b in zip(hv, v, strict=True)).detach()
-        except RuntimeError as error:  # a compiled model or a fused kernel without second derivatives
+            trace = graph_hessian_trace(z, y)
+        except RuntimeError as error:
             self._say(f"no Hessian trace ({error}); the policy takes its usual value")
-            return None
-        return total / len(probes)
+        return of_first_rank(z.new_full((1,), torch.nan) if trace is None else trace)
 
     def _say(self, message: str) -> None:
         """Warn, once."""
@@ -350,37 +370,9 @@ class AdaptiveLoss(LateBuffers):
             warnings.warn(f"AdaptiveLoss: {message}", stacklevel=2)
 
 
-def _class_counts(values: PerClass) -> Tensor:
-    counts = torch.as_tensor(values, dtype=torch.float64).cpu()
-    whole = counts.isfinite().all() and (counts >= 0).all() and (counts == counts.round()).all()
-    if counts.dim() != 1 or len(counts) < 2 or not whole or counts.sum() < len(counts):
-        raise ConfigError(
-            f"class_counts: {values} given; needs how many training labels each class has, as whole numbers with a sum "
-            "of at least the number of classes (not frequencies)"
-        )
-    return counts
-
-
-def _log_prior_ratio(class_counts: Tensor | None, target_prior: str | PerClass) -> Tensor | None:
-    """log(pi_train / pi_target) [C] with the training frequencies smoothed by one example per class; None: no shift."""
-    if isinstance(target_prior, str):
-        if target_prior not in ("train", "uniform"):
-            raise ConfigError(
-                f"target_prior: {target_prior!r} is unknown; give 'train', 'uniform' or class frequencies"
-            )
-        if target_prior == "train":
-            return None
-    if class_counts is None:
-        raise ConfigError(
-            "class_counts: needed to adjust to a target_prior other than 'train'; count the training labels"
-        )
-    classes = len(class_counts)
-    target = torch.full_like(class_counts, 1 / classes)
-    if not isinstance(target_prior, str):
-        target = torch.as_tensor(target_prior, dtype=torch.float64).cpu()
-        if target.shape != class_counts.shape or not target.isfinite().all() or (target <= 0).any():
-            raise ConfigError(
-                f"target_prior: {target_prior} given; needs one frequency > 0 for each of {classes} classes"
-            )
-    train = (class_counts + 1) / (class_counts.sum() + classes)
-    return (train * target.sum() / target).log()
+def _among_all(controls: Tensor, own: LossContext, joint: LossContext) -> Tensor:
+    """Controls [U] for the rows of one rank, with which posterior weights are relative to the mean over all ranks."""
+    own_mean, joint_mean = (mean_belief(posterior_belief(of, column(controls[None], "ew"))) for of in (own, joint))
+    share = torch.ones_like(controls)
+    share[CONTROL_INDEX["robust_ce"]] = (own_mean / joint_mean)[0, 0]
+    return controls * share

@@ -30,6 +30,7 @@ from palf_dist.training_state import (
     SNAPSHOTS,
     VALIDATION_FEATURES,
     Observation,
+    RowStatistics,
     StateReader,
     TaskFacts,
     hessian_trace,
@@ -277,8 +278,7 @@ class InnerLoop:
             validation = self.evaluate(state.theta.detach(), group.validation)
         observation = Observation(
             time=state.step / self.steps,
-            logits=logits.detach(),
-            labels=labels,
+            minibatch=RowStatistics.of(logits.detach(), labels, group.class_mask),
             averaged=state.averaged,
             averaged_labels=group.train.labels,
             averaged_mask=state.seen,

@@ -75,17 +75,27 @@ def positive_pairs(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def posterior_weights(context: LossContext, ew: Tensor) -> Tensor | float:
-    """w_i [G, n]: belief that example i carries its true label, divided by the batch mean. 1 without averages.
-
-    ew [G, 1] is the noise rate believed in; the weights are differentiable in it.
-    """
+    """w_i [G, n]: ``posterior_belief`` divided by its batch mean. 1 without averages."""
     if context.own_probability is None:
         return 1.0
-    assert context.seen is not None
+    belief = posterior_belief(context, ew)
+    return belief / mean_belief(belief)
+
+
+def posterior_belief(context: LossContext, ew: Tensor) -> Tensor:
+    """Belief [G, n] that example i carries its true label, from its average.
+
+    ew [G, 1] is the noise rate believed in; the belief is differentiable in it.
+    """
+    assert context.own_probability is not None and context.seen is not None
     own = (1 - ew) * context.own_probability.clamp_min(OWN_FLOOR)
     belief = own / (own + ew / context.num_classes[:, None])
-    belief = torch.where(context.seen, belief, UNSEEN_WEIGHT)
-    return belief / belief.mean(1, keepdim=True).clamp_min(WEIGHT_FLOOR)
+    return torch.where(context.seen, belief, UNSEEN_WEIGHT)
+
+
+def mean_belief(belief: Tensor) -> Tensor:
+    """What posterior weights are divided by [G, 1]."""
+    return belief.mean(1, keepdim=True).clamp_min(WEIGHT_FLOOR)
 
 
 def reference_losses(

@@ -95,9 +95,14 @@ def check_batch(logits: Tensor, y: Tensor) -> None:
         )
     if not len(y):
         raise ConfigError("y: the batch is empty; a mean loss needs at least one example")
-    # Not on a GPU: to look at the values would make every step wait for it, and its kernels check the range.
-    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
+    check_labels(y, logits.shape[1])
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Refuse, with a ConfigError, labels [n] out of 0 .. classes - 1. They are not looked for on a GPU: that would make
+    every step wait for it, and its kernels check the range."""
+    if len(y) and y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ConfigError(
-            f"y: labels {int(y.min())} to {int(y.max())} given, but logits have {logits.shape[1]} classes; "
+            f"y: labels {int(y.min())} to {int(y.max())} given, but logits have {classes} classes; "
             "needs labels from 0 to classes - 1"
         )

@@ -37,6 +37,8 @@ class PredictionAverages(LateBuffers):
 
     def reserve(self, index: Tensor, classes: int) -> None:
         """Make room for rows ``index`` [n]."""
+        if not len(index):
+            return
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0:
             raise ConfigError(f"index: row {low} is negative; give each example's position in the training set")
@@ -53,7 +55,10 @@ class PredictionAverages(LateBuffers):
         return self.averaged[index, labels], self.seen[index]
 
     def update(self, index: Tensor, labels: Tensor, p: Tensor) -> None:
-        """Take in the current predictions p [n, C]."""
+        """Take in the current predictions p [n, C]. Of a row that is there more than once, the last counts."""
+        ordered, order = index.sort(stable=True)
+        last = order[torch.searchsorted(ordered, index, right=True) - 1]  # so that all who write a row write the same
+        p, labels = p[last], labels[last]
         self.averaged[index] = torch.lerp(p.to(self.averaged.dtype), self.averaged[index], self.decay)
         self.labels[index] = labels
         self.seen[index] = True

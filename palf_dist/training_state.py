@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,13 +65,28 @@ class TaskFacts:
     neighbour_agreement: Tensor | None = None  # [G]
 
 
+class RowStatistics(NamedTuple):
+    """Of each row of a minibatch, [G, B] each."""
+
+    entropy: Tensor
+    loss: Tensor  # cross-entropy
+    right: Tensor  # 1 where the likeliest class is the label
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, class_mask: Tensor) -> RowStatistics:
+        """Of logits [G, B, C] and labels [G, B]."""
+        log_p = _masked_log_softmax(logits, class_mask)
+        loss = -log_p.gather(2, labels[:, :, None])[:, :, 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return cls(entropy, loss, (log_p.argmax(-1) == labels).to(loss.dtype))
+
+
 @dataclass(frozen=True)
 class Observation:
     """What is seen at one refresh. Optional parts may be missing; their features are then NaN."""
 
     time: float  # t / T
-    logits: Tensor  # [G, B, C] of the current minibatch
-    labels: Tensor  # [G, B]
+    minibatch: RowStatistics  # of the current one
     averaged: Tensor | None = None  # [G, N, C] averaged predictions of the training rows
     averaged_labels: Tensor | None = None  # [G, N]
     averaged_mask: Tensor | None = None  # [G, N] bool: rows that count (real, and seen at least once or at their prior)
@@ -115,12 +131,9 @@ class StateReader:
         return torch.stack(columns, 1) if columns else unknown.new_empty(len(unknown), 0)
 
     def _batch_statistics(self, seen: Observation) -> Tensor:
-        log_p = _masked_log_softmax(seen.logits, self.facts.class_mask)
-        ce = -log_p.gather(2, seen.labels[:, :, None])[:, :, 0]
-        entropy = -(log_p.exp() * log_p).sum(-1).mean(1) / self._log_k
-        accuracy = (log_p.argmax(-1) == seen.labels).to(ce.dtype).mean(1)
-        variance = ce.var(1, unbiased=False).log1p()
-        now = torch.stack([entropy, ce.mean(1) / self._log_k, variance, accuracy], 1)
+        entropy, loss, right = seen.minibatch
+        variance = loss.var(1, unbiased=False).log1p()
+        now = torch.stack([entropy.mean(1) / self._log_k, loss.mean(1) / self._log_k, variance, right.mean(1)], 1)
         self.statistics = now if self.statistics is None else SMOOTHING * self.statistics + (1 - SMOOTHING) * now
         return self.statistics
 

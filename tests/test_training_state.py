@@ -14,6 +14,7 @@ from palf_dist.training_state import (
     FEATURES,
     SMOOTHING,
     Observation,
+    RowStatistics,
     StateReader,
     bimodality,
     hessian_trace,
@@ -24,15 +25,16 @@ from palf_dist.training_state import (
 )
 from tests.groups import make_group
 
+LOGITS = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
-def observe(**changes: object) -> tuple[StateReader, Observation]:
+
+def observe(logits: torch.Tensor = LOGITS, **changes: object) -> tuple[StateReader, Observation]:
     torch.manual_seed(1)
     group = make_group()
     facts = task_facts(group, needs_neighbours=True)
     values: dict[str, object] = {
         "time": 0.25,
-        "logits": torch.randn(3, 6, 4, dtype=torch.float64),
-        "labels": group.train.labels[:, :6],
+        "minibatch": RowStatistics.of(logits, group.train.labels[:, :6], group.class_mask),
         "averaged": torch.softmax(torch.randn(3, 14, 4, dtype=torch.float64), -1),
         "averaged_labels": group.train.labels,
         "averaged_mask": torch.ones(3, 14, dtype=torch.bool),
@@ -52,16 +54,17 @@ def test_a_reader_of_nothing_reads_nothing() -> None:
 
 def test_batch_features_are_their_formulas() -> None:
     reader, seen = observe()
+    labels = make_group().train.labels[:, :6]
     state = dict(zip(FEATURES, reader.read(seen).unbind(1), strict=True))
     for task, k in ((0, 3), (1, 4)):
-        p = torch.softmax(seen.logits[task, :, :k], -1)
-        ce = -p[torch.arange(6), seen.labels[task]].log()
+        p = torch.softmax(LOGITS[task, :, :k], -1)
+        ce = -p[torch.arange(6), labels[task]].log()
         want = {
             "time": 0.25,
             "entropy": float(-(p * p.log()).sum(1).mean() / math.log(k)),
             "loss": math.log1p(float(ce.mean()) / math.log(k)),
             "loss_variance": math.log1p(float(ce.var(unbiased=False))),
-            "accuracy": float((p.argmax(1) == seen.labels[task]).double().mean()),
+            "accuracy": float((p.argmax(1) == labels[task]).double().mean()),
             "log_classes": math.log(k),
             "log_rows": math.log(14),
         }
@@ -76,7 +79,7 @@ def test_batch_features_are_their_formulas() -> None:
 def test_batch_statistics_are_smoothed() -> None:
     reader, seen = observe()
     first = reader.read(seen)
-    _, other = observe(logits=3 * seen.logits)
+    _, other = observe(3 * LOGITS)
     fresh, _ = observe()
     second, alone = reader.read(other), fresh.read(other)
     index = FEATURES.index("entropy")

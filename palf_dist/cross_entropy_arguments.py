@@ -1,0 +1,155 @@
+"""What torch's cross-entropy is told besides logits and labels, for a mixture of any basis losses: class weights,
+labels to ignore, smoothed and soft targets, dense predictions, and the reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from palf_dist.errors import ConfigError
+from palf_dist.mixture_loss import check_labels
+
+PerClass = Sequence[float] | Tensor
+"""One number for each class."""
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """The predictions of a batch that have a label, one row each: without those that are ignored."""
+
+    z: Tensor  # [n, C] logits, float32 or float64
+    labels: Tensor  # [n] int64; of a soft target its likeliest class
+    targets: Tensor | None  # [n, C] distribution of the label times class weights; None: the label itself
+    scale: Tensor | None  # [n] class weights, where they are not in ``targets``
+    divisor: Tensor | int  # of the mean
+    features: Tensor | None  # [n, D]
+    index: Tensor | None  # [n] on the caller's device
+    kept: Tensor | None  # [all rows] bool; None: all
+    shape: torch.Size  # of the labels as they were given
+
+
+class CrossEntropyArguments(nn.Module):
+    """Arguments that mean what they mean to torch's cross-entropy."""
+
+    weight: Tensor | None
+
+    def __init__(self, weight: PerClass | None, ignore_index: int, reduction: str, label_smoothing: float) -> None:
+        """
+        Raises:
+            ConfigError: one of them is out of range.
+        """
+        super().__init__()
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise ConfigError(f"ignore_index: {ignore_index!r} is no whole number; give the label to leave out")
+        if reduction not in ("none", "mean", "sum"):
+            raise ConfigError(f"reduction: {reduction!r} is unknown; give 'none', 'mean' or 'sum'")
+        if not 0 <= label_smoothing <= 1:
+            raise ConfigError(f"label_smoothing: {label_smoothing!r} is not between 0 and 1")
+        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
+        self.register_buffer("weight", None if weight is None else _class_weights(weight), persistent=False)
+
+    def plain(self, logits: Tensor, y: Tensor) -> Tensor:
+        """torch's cross-entropy itself."""
+        return functional.cross_entropy(
+            logits,
+            y.to(logits) if y.is_floating_point() else y.to(logits.device, torch.int64),
+            None if self.weight is None else self.weight.to(logits),
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def rows(self, logits: Tensor, y: Tensor, features: Tensor | None, index: Tensor | None) -> LabelledRows:
+        """The rows that count. The device is that of the logits.
+
+        Args:
+            logits: [C], [n, C] or [n, C, d1, ...] floating point.
+            y: labels of the same shape without C; or probabilities of the very same shape.
+            features: [n, D] of [n, C] logits.
+            index: of the labels' shape.
+
+        Raises:
+            ConfigError: shapes do not fit, there is no row at all, or a label is out of range (as ``check_labels``).
+        """
+        shape = self._shape(logits, y, features, index)
+        index = None if index is None else index.flatten()
+        z = _by_class(logits if logits.dtype in (torch.float32, torch.float64) else logits.float())
+        weight = None if self.weight is None else self.weight.to(z)
+        if y.is_floating_point():
+            targets = _by_class(y.to(z))
+            smooth = self._smoothed(targets, weight)
+            return LabelledRows(z, targets.argmax(1), smooth, None, len(z), features, index, None, shape)
+        y, kept = y.flatten(), None
+        labelled = y != self.ignore_index
+        if not labelled.all():  # a GPU is waited for here, if y is there: how many rows there are has to be known
+            kept = labelled.to(z.device)
+            y, z = y[labelled], z[kept]
+            features = None if features is None else features[kept]
+            index = None if index is None else index[labelled.to(index.device)]
+        check_labels(y, z.shape[1])
+        y = y.to(z.device, torch.int64)
+        scale = None if weight is None else weight[y]
+        divisor = len(y) if scale is None else scale.sum()
+        if not self.label_smoothing:
+            return LabelledRows(z, y, None, scale, divisor, features, index, kept, shape)
+        smooth = self._smoothed(functional.one_hot(y, z.shape[1]).to(z), weight)
+        return LabelledRows(z, y, smooth, None, divisor, features, index, kept, shape)
+
+    def reduced(self, values: Tensor, rows: LabelledRows) -> Tensor:
+        """The loss of values [n], one of each row: of the labels' shape (0 where ignored), or their sum or mean."""
+        if rows.scale is not None:
+            values = values * rows.scale
+        if self.reduction == "none":
+            if rows.kept is not None:
+                values = torch.zeros_like(rows.kept, dtype=values.dtype).index_put((rows.kept,), values)
+            return values.view(rows.shape)
+        return values.sum() / (rows.divisor if self.reduction == "mean" else 1)
+
+    def _smoothed(self, targets: Tensor, weight: Tensor | None) -> Tensor:
+        """Targets [n, C] after label smoothing, times the class weights."""
+        smooth = (1 - self.label_smoothing) * targets + self.label_smoothing / targets.shape[1]
+        return smooth if weight is None else smooth * weight
+
+    def _shape(self, logits: Tensor, y: Tensor, features: Tensor | None, index: Tensor | None) -> torch.Size:
+        """Of the labels; refuses what does not fit."""
+        shape = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size()
+        soft = y.is_floating_point()
+        if not logits.dim() or y.shape != (logits.shape if soft else shape):
+            raise ConfigError(
+                f"logits {list(logits.shape)} and y {list(y.shape)} {y.dtype}: needs logits [n, C] or [n, C, d1, ...] "
+                "and whole labels of that shape without C, or probabilities of that shape"
+            )
+        if soft and self.ignore_index >= 0:
+            raise ConfigError(f"ignore_index: {self.ignore_index} is no label of probabilities; leave it out")
+        if not shape.numel():
+            raise ConfigError("y: the batch is empty; a loss needs at least one example")
+        if index is not None and (index.shape != shape or index.is_floating_point()):
+            raise ConfigError(
+                f"index: {list(index.shape)} {index.dtype} given; needs one whole row number per label, {list(shape)}"
+            )
+        if features is not None and (logits.dim() != 2 or len(features) != len(logits)):
+            raise ConfigError(
+                f"features: {list(features.shape)} given; needs [n, D] for logits [n, C], not {list(logits.shape)}"
+            )
+        classes = logits.shape[min(1, logits.dim() - 1)]
+        if self.weight is not None and len(self.weight) != classes:
+            raise ConfigError(f"weight: {len(self.weight)} classes given, but logits have {classes}")
+        return shape
+
+
+def _by_class(a: Tensor) -> Tensor:
+    """[C], [n, C] or [n, C, d1, ...] as [rows, C]."""
+    return a[None] if a.dim() == 1 else a.movedim(1, -1).flatten(0, -2)
+
+
+def _class_weights(values: PerClass) -> Tensor:
+    weight = torch.as_tensor(values)
+    weight = weight.detach().clone() if weight.is_floating_point() else weight.float()
+    if weight.dim() != 1 or not (weight.isfinite() & (weight >= 0)).all():
+        raise ConfigError(f"weight: {values} given; needs one finite number >= 0 for each class")
+    return weight

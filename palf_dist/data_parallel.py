@@ -1,0 +1,40 @@
+"""What the ranks of a data-parallel training tell each other, by torch.distributed: every rank of the default process
+group trains the same model on rows of its own. Each function is what it would be on one rank where there is one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def ranks() -> int:
+    """How many there are."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def joined(*columns: Tensor) -> tuple[Tensor, ...]:
+    """Columns [n, ...] of all ranks, those of one rank after those of the other; n may differ. No gradient."""
+    world = ranks()
+    if world == 1:
+        return columns
+    own = torch.tensor([len(columns[0])], device=columns[0].device)
+    counts = [torch.empty_like(own) for _ in range(world)]
+    distributed.all_gather(counts, own)
+    rows = [int(count) for count in counts]
+    return tuple(_gathered(column, rows) for column in columns)
+
+
+def _gathered(column: Tensor, rows: list[int]) -> Tensor:
+    padded = column.new_zeros(max(rows), *column.shape[1:])  # all parts of a gather have one shape
+    padded[: len(column)] = column
+    parts = [torch.empty_like(padded) for _ in rows]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
+
+
+def of_first_rank(value: Tensor) -> Tensor:
+    """``value`` as it is on rank 0; written in place."""
+    if ranks() > 1:
+        distributed.broadcast(value, 0)
+    return value

@@ -1,0 +1,50 @@
+"""The Hessian trace of a loss in the parameters of anybody's model, of which nothing is known but the graph behind its
+logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from palf_dist.training_state import HUTCHINSON_ROWS, hutchinson_probes
+
+
+def parameters_behind(z: Tensor) -> list[Tensor]:
+    """The parameters that ``z`` was computed from, each once, in an order that the graph alone determines."""
+    found, nodes = {}, [z.grad_fn]
+    known = {z.grad_fn}
+    for node in nodes:  # which grows
+        if node is None:
+            continue
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter):
+            found[id(variable)] = variable
+        following = [after for after, _ in node.next_functions if after not in known]
+        known.update(following)
+        nodes += dict.fromkeys(following)
+    return [*found.values()]
+
+
+@torch.enable_grad()
+def graph_hessian_trace(z: Tensor, y: Tensor) -> Tensor | None:
+    """Hutchinson's trace [1] of the mean cross-entropy of the first few rows, by double backward; None where no
+    parameter is behind the logits z [n, C] or there is no row.
+
+    Raises:
+        RuntimeError: a part of the model has no second derivative, as a compiled one or a fused kernel.
+    """
+    parameters = parameters_behind(z)
+    if not parameters or not len(y):
+        return None
+    few = functional.cross_entropy(z[:HUTCHINSON_ROWS], y[:HUTCHINSON_ROWS])
+    sizes = [p.numel() for p in parameters]
+    probes = hutchinson_probes(sum(sizes), z.dtype).to(z.device)
+    total = z.new_zeros(1)
+    gradients = torch.autograd.grad(few, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+    for probe in probes:
+        v = [part.view_as(p).to(p.dtype) for part, p in zip(probe.split(sizes), parameters, strict=True)]
+        product = sum((g * part).sum() for g, part in zip(gradients, v, strict=True))
+        hv = torch.autograd.grad(product, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        total += sum((a * b).sum() for a, b in zip(hv, v, strict=True)).detach()
+    return total / len(probes)
