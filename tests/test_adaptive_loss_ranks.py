@@ -1,0 +1,136 @@
+"""The drop-in under DistributedDataParallel: two real processes, against one that has the rows of both."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from palf_dist.adaptive_loss import AdaptiveLoss
+from palf_dist.randomness import random_generator
+from tests.adaptive_cases import artefact
+
+RANKS, STEPS, ROWS = 2, 10, 8  # of one rank; as many as the Hessian trace is read on
+
+CASES = {
+    "robust": ({"kind": "robust"}, {"target_prior": "uniform", "class_counts": [20, 10, 30, 4]}),
+    "recurrent": ({"kind": "recurrent"}, {}),
+    "averages": ({"basis": ("elr", "robust_ce", "bootstrap"), "hyperparameters": ("lam", "beta", "ew")}, {}),
+    "six features": ({"kind": "palf", "basis": ("ce", "focal")}, {}),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no (index|optimizer)")
+
+
+def loss_of(case: str) -> AdaptiveLoss:
+    policy, settings = CASES[case]
+    return AdaptiveLoss(artefact(**policy), total_steps=20, **settings)
+
+
+def joint_batch(step: int):
+    """Inputs, labels and row numbers of all ranks; some rows are in it twice, as a DistributedSampler's last ones."""
+    draw = random_generator("ranks", step)
+    x = torch.from_numpy(draw.normal(size=(RANKS * ROWS, 3))).float()
+    y = torch.from_numpy(draw.integers(0, 4, len(x)))
+    return x, y, torch.from_numpy(draw.integers(0, 30, len(x)))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def train(case: str, model: nn.Module, criterion: AdaptiveLoss, rank: int | None, steps: range) -> list[torch.Tensor]:
+    """Controls after each step, then the parameters; ``rank`` None: all rows."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.01)
+    found = []
+    for step in steps:
+        x, y, index = joint_batch(step) if rank is None else (part.chunk(RANKS)[rank] for part in joint_batch(step))
+        criterion(model(x), y, index=None if case == "six features" else index).backward()
+        criterion.step(model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(criterion.controls.clone())
+    return found + [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def take_uneven_batches(criterion: AdaptiveLoss, rank: int | None) -> dict:
+    """Batches of which rank 0 has less labels than the other, once none, and once nobody has any. No training."""
+    for step in range(STEPS):
+        x, y, index = joint_batch(step)
+        z = torch.cat([x, x[:, :1]], 1)
+        y[: (3, 5, 8, 16)[step % 4]] = -100
+        if rank is not None:
+            z, y, index = (part.chunk(RANKS)[rank] for part in (z, y, index))
+        criterion(z, y, index=index)
+        criterion.step(nn.Identity())
+    return criterion.state_dict()
+
+
+def on_rank(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    found = {}
+    for case in CASES:
+        model, criterion = DistributedDataParallel(make_model()), loss_of(case)
+        whole = train(case, model, criterion, rank, range(STEPS))
+        found[case] = {"whole": whole, "state": criterion.state_dict()}
+        for stopped in (5, 6):  # between two refreshes and at one
+            model, criterion = DistributedDataParallel(make_model()), loss_of(case)
+            train(case, model, criterion, rank, range(stopped))
+            saved = [criterion.state_dict()]
+            distributed.broadcast_object_list(saved)  # that of rank 0, for all
+            again = loss_of(case)
+            again.load_state_dict(saved[0])
+            assert torch.equal(again.controls, criterion.controls)
+            resumed = train(case, model, again, rank, range(stopped, STEPS))
+            found[case][f"resumed {stopped}"] = resumed
+    found["uneven"] = take_uneven_batches(loss_of("robust"), rank)
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(on_rank, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def same_bits(ours: dict, theirs: dict) -> None:
+    ours, theirs = copy.copy(ours), copy.copy(theirs)
+    assert ours.pop("_extra_state") == theirs.pop("_extra_state")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_train_as_one_that_has_all_rows(found: list[dict], case: str) -> None:
+    """The posterior weights too, which are relative to the batch; but for the rounding of DDP's mean."""
+    criterion = loss_of(case)
+    whole = train(case, make_model(), criterion, None, range(STEPS))
+    torch.testing.assert_close(found[0][case]["whole"], whole, rtol=1e-4, atol=1e-5)
+    assert found[0][case]["state"]["_extra_state"]["refreshed_at"] == 9
+    alone = train(case, make_model(), loss_of(case), 0, range(STEPS))
+    assert not torch.allclose(alone[9], whole[9], rtol=1e-4, atol=1e-5), "own rows say the same: the test cannot fail"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_to_the_bit(found: list[dict], case: str) -> None:
+    first, second = (each[case] for each in found)
+    assert all(torch.equal(a, b) for a, b in zip(first["whole"], second["whole"], strict=True))
+    same_bits(first["state"], second["state"])
+
+
+@pytest.mark.parametrize("stopped", [5, 6])
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_of_rank_0_resumes_all_to_the_bit(found: list[dict], case: str, stopped: int) -> None:
+    for each in found:
+        resumed, whole = each[case][f"resumed {stopped}"], each[case]["whole"][stopped:]
+        assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
+
+
+def test_ranks_may_have_different_numbers_of_labels(found: list[dict]) -> None:
+    same_bits(found[0]["uneven"], found[1]["uneven"])
+    same_bits(found[0]["uneven"], take_uneven_batches(loss_of("robust"), None))
