@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from palf_dist.class_priors import checked_class_counts, log_prior_ratio
 from palf_dist.config import InnerConfig
 from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass
-from palf_dist.data_parallel import joined, of_first_rank, ranks
+from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks
 from palf_dist.errors import ConfigError
 from palf_dist.graph_curvature import graph_hessian_trace
 from palf_dist.losses import LossContext, column, mean_belief, posterior_belief
@@ -291,12 +291,14 @@ class AdaptiveLoss(LateBuffers):
             self._refresh(z, y, joint_index)
         controls = self.controls.to(z.dtype)
         if joint_index is not None:
-            joint = self._recalled(context, joint_index, joint_labels)
-            context = joint
+            joint = own = self._recalled(context, joint_index, joint_labels)
             if ranks() > 1:
-                context = self._recalled(context, own_index, y)
-                controls = _among_all(controls, context, joint)
+                own = self._recalled(context, own_index, y)
+                controls = _among_all(controls, own, joint)
+                last = last_of_each(joint_index)  # ranks can have the same row
+                joint_labels, p = joint_labels[last], p[last]
             self.averages.update(joint_index, joint_labels, p)
+            context = own
         return context, controls
 
     def _recalled(self, context: LossContext, index: Tensor, y: Tensor) -> LossContext:

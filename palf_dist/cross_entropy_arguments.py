@@ -26,7 +26,7 @@ class LabelledRows:
     labels: Tensor  # [n] int64; of a soft target its likeliest class
     targets: Tensor | None  # [n, C] distribution of the label times class weights; None: the label itself
     scale: Tensor | None  # [n] class weights, where they are not in ``targets``
-    divisor: Tensor | int  # of the mean
+    divisor: Tensor | None  # of the mean; None: n
     features: Tensor | None  # [n, D]
     index: Tensor | None  # [n] on the caller's device
     kept: Tensor | None  # [all rows] bool; None: all
@@ -83,7 +83,7 @@ class CrossEntropyArguments(nn.Module):
         if y.is_floating_point():
             targets = _by_class(y.to(z))
             smooth = self._smoothed(targets, weight)
-            return LabelledRows(z, targets.argmax(1), smooth, None, len(z), features, index, None, shape)
+            return LabelledRows(z, targets.argmax(1), smooth, None, None, features, index, None, shape)
         y, kept = y.flatten(), None
         labelled = y != self.ignore_index
         if not labelled.all():  # a GPU is waited for here, if y is there: how many rows there are has to be known
@@ -94,7 +94,7 @@ class CrossEntropyArguments(nn.Module):
         check_labels(y, z.shape[1])
         y = y.to(z.device, torch.int64)
         scale = None if weight is None else weight[y]
-        divisor = len(y) if scale is None else scale.sum()
+        divisor = None if scale is None else scale.sum()
         if not self.label_smoothing:
             return LabelledRows(z, y, None, scale, divisor, features, index, kept, shape)
         smooth = self._smoothed(functional.one_hot(y, z.shape[1]).to(z), weight)
@@ -108,7 +108,9 @@ class CrossEntropyArguments(nn.Module):
             if rows.kept is not None:
                 values = torch.zeros_like(rows.kept, dtype=values.dtype).index_put((rows.kept,), values)
             return values.view(rows.shape)
-        return values.sum() / (rows.divisor if self.reduction == "mean" else 1)
+        if self.reduction == "sum":
+            return values.sum()
+        return values.mean() if rows.divisor is None else values.sum() / rows.divisor
 
     def _smoothed(self, targets: Tensor, weight: Tensor | None) -> Tensor:
         """Targets [n, C] after label smoothing, times the class weights."""
@@ -144,7 +146,7 @@ class CrossEntropyArguments(nn.Module):
 
 def _by_class(a: Tensor) -> Tensor:
     """[C], [n, C] or [n, C, d1, ...] as [rows, C]."""
-    return a[None] if a.dim() == 1 else a.movedim(1, -1).flatten(0, -2)
+    return a if a.dim() == 2 else a[None] if a.dim() == 1 else a.movedim(1, -1).flatten(0, -2)
 
 
 def _class_weights(values: PerClass) -> Tensor:

@@ -33,6 +33,12 @@ def _gathered(column: Tensor, rows: list[int]) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
 
+def last_of_each(index: Tensor) -> Tensor:
+    """Where in index [n] each entry's row stands for the last time [n]: so that all that write a row write the same."""
+    ordered, order = index.sort(stable=True)
+    return order[torch.searchsorted(ordered, index, right=True) - 1]
+
+
 def of_first_rank(value: Tensor) -> Tensor:
     """``value`` as it is on rank 0; written in place."""
     if ranks() > 1:

@@ -101,8 +101,10 @@ def check_batch(logits: Tensor, y: Tensor) -> None:
 def check_labels(y: Tensor, classes: int) -> None:
     """Refuse, with a ConfigError, labels [n] out of 0 .. classes - 1. They are not looked for on a GPU: that would make
     every step wait for it, and its kernels check the range."""
-    if len(y) and y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < classes:
+    if not len(y) or y.device.type != "cpu":
+        return
+    low, high = (int(bound) for bound in y.aminmax())
+    if not 0 <= low <= high < classes:
         raise ConfigError(
-            f"y: labels {int(y.min())} to {int(y.max())} given, but logits have {classes} classes; "
-            "needs labels from 0 to classes - 1"
+            f"y: labels {low} to {high} given, but logits have {classes} classes; needs labels from 0 to classes - 1"
         )

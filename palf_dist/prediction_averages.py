@@ -55,10 +55,7 @@ class PredictionAverages(LateBuffers):
         return self.averaged[index, labels], self.seen[index]
 
     def update(self, index: Tensor, labels: Tensor, p: Tensor) -> None:
-        """Take in the current predictions p [n, C]. Of a row that is there more than once, the last counts."""
-        ordered, order = index.sort(stable=True)
-        last = order[torch.searchsorted(ordered, index, right=True) - 1]  # so that all who write a row write the same
-        p, labels = p[last], labels[last]
+        """Take in the current predictions p [n, C]."""
         self.averaged[index] = torch.lerp(p.to(self.averaged.dtype), self.averaged[index], self.decay)
         self.labels[index] = labels
         self.seen[index] = True

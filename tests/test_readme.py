@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from benchmarks import readme
+from palf_dist import AdaptiveLoss
 from palf_dist.cli import app
 from palf_dist.cli_shared import load_run_config, overrides_of_suite
 from palf_dist.config import PolicyConfig
@@ -29,10 +33,11 @@ from tests.command import SMOKE, Command
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 POLICY = "runs/first/best"
+TORCHRUN = "torch.distributed.run"
 
 
-def blocks(language: str) -> list[str]:
-    return [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+def blocks(language: str, pages: Sequence[Path] = PAGES) -> list[str]:
+    return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
 def test_the_table_of_the_readme_is_that_of_the_published_results() -> None:
@@ -51,10 +56,8 @@ def policy(tmp_path: Path) -> Path:
     return save_policy(tmp_path / "policy", replace(blank, phi=phi)).parent
 
 
-def test_the_snippet_trains(policy: Path) -> None:
-    """Run as it stands in the README, on digits with 30 % of the labels resampled."""
-    (snippet,) = blocks("python")
-    assert POLICY in snippet
+def digits_to_train() -> dict[str, Any]:
+    """What the snippets find there: digits with 30 % of the labels resampled, a model and an optimiser."""
     digits = load_digits()
     x = torch.tensor(digits.data / 16, dtype=torch.float32)
     y = torch.tensor(digits.target)
@@ -62,16 +65,40 @@ def test_the_snippet_trains(policy: Path) -> None:
     noisy = torch.where(torch.rand(1200, generator=draw) < 0.3, torch.randint(0, 10, (1200,), generator=draw), y[:1200])
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
-    names = {
+    return {
+        "torch": torch,
         "model": model,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01),
         "loader": DataLoader(TensorDataset(x[:1200], noisy, torch.arange(1200)), 64, shuffle=True, generator=draw),
         "epochs": 15,
+        "accuracy": lambda: (model(x[1200:]).argmax(1) == y[1200:]).float().mean().item(),
     }
-    exec(compile(snippet.replace(POLICY, str(policy)), "README.md", "exec"), names)
-    with torch.no_grad():
-        accuracy = (model(x[1200:]).argmax(1) == y[1200:]).float().mean().item()
-    assert accuracy > 0.85
+
+
+def run_snippet(snippet: str, policy: Path, names: dict[str, Any]) -> None:
+    """As it stands on its page."""
+    exec(compile(snippet.replace(POLICY, str(policy)), "a page", "exec"), names)
+
+
+def test_the_snippet_trains(policy: Path) -> None:
+    (snippet,) = blocks("python", [ROOT / "README.md"])
+    assert POLICY in snippet
+    names = digits_to_train()
+    run_snippet(snippet, policy, names)
+    assert names["accuracy"]() > 0.85
+
+
+def test_the_snippets_of_the_drop_in_page_train(policy: Path) -> None:
+    """The loop before the change and the one after it, each on its own model; and all the arguments."""
+    before, after, arguments = blocks("python", [ROOT / "docs" / "drop_in.md"])
+    for snippet in (before, after):
+        names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
+        run_snippet(snippet, policy, names)
+        assert names["accuracy"]() > (0.85 if snippet == after else 0.5)  # one epoch before, fifteen after
+    names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
+    run_snippet(arguments, policy, names)
+    x, y, index = next(iter(names["loader"]))
+    assert names["criterion"](names["model"](x), y, index=index).isfinite()
 
 
 def test_the_runs_of_the_published_table_have_options_that_hold(
@@ -139,6 +166,8 @@ def test_every_command_of_the_pages_works(cli: Command) -> None:
     """In order, with the smoke configuration in place of the quick one. ``make`` targets are what CI itself runs."""
     shutil.copytree(Path(SMOKE).parent, "configs")
     shutil.copy(SMOKE, "configs/quick.yaml")
+    shutil.copytree(ROOT / "examples", "examples")
+    scripts = {".venv/bin/python": [sys.executable], ".venv/bin/torchrun": [sys.executable, "-m", TORCHRUN]}
     ran = []
     for line in "\n".join(blocks("sh")).splitlines():
         program, *arguments = shlex.split(line, comments=True) or [""]
@@ -147,10 +176,13 @@ def test_every_command_of_the_pages_works(cli: Command) -> None:
         elif program == ".venv/bin/palf-dist":
             ended = cli(*arguments)
             assert ended.code == 0, (line, ended.err)
+        elif program in scripts:
+            ended_process = subprocess.run([*scripts[program], *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)})
+            assert ended_process.returncode == 0, line
         elif program == ".venv/bin/mlflow":
             ended_process = subprocess.run([sys.executable, "-m", "mlflow", *arguments, "--help"], capture_output=True)
             assert ended_process.returncode == 0, line
         else:
             assert program == "", f"no test knows how to run {line!r}"
         ran.append(program)
-    assert "make" in ran and ".venv/bin/palf-dist" in ran
+    assert {"make", ".venv/bin/palf-dist", *scripts} <= {*ran}
