@@ -279,14 +279,16 @@ class AdaptiveLoss(LateBuffers):
         else:
             own_index = index.to(z.device, torch.int64)
             joint_labels, joint_index, p = joined(y, own_index, torch.softmax(z, 1))
-            # one rank, as it was given: reading a GPU's values would wait for it
+            # of one rank, from where the caller has it: reading a GPU's values would wait for it
             self.averages.reserve(joint_index if ranks() > 1 else index, z.shape[1])
         if not len(joint_labels):
             return context, self.controls.to(z.dtype)
         if self.class_counts is None:
             if not len(self.label_counts):
                 self.label_counts = self.label_counts.new_zeros(z.shape[1])
-            self.label_counts.scatter_add_(0, joint_labels, torch.ones_like(joint_labels, dtype=torch.float32))
+            self.label_counts.scatter_add_(
+                0, joint_labels, torch.ones_like(joint_labels, dtype=self.label_counts.dtype)
+            )
         if self._step // self.refresh_every > self._refreshed_at // self.refresh_every:
             self._refresh(z, y, joint_index)
         controls = self.controls.to(z.dtype)

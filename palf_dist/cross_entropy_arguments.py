@@ -48,7 +48,7 @@ class CrossEntropyArguments(nn.Module):
             raise ConfigError(f"ignore_index: {ignore_index!r} is no whole number; give the label to leave out")
         if reduction not in ("none", "mean", "sum"):
             raise ConfigError(f"reduction: {reduction!r} is unknown; give 'none', 'mean' or 'sum'")
-        if not 0 <= label_smoothing <= 1:
+        if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
             raise ConfigError(f"label_smoothing: {label_smoothing!r} is not between 0 and 1")
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
         self.register_buffer("weight", None if weight is None else _class_weights(weight), persistent=False)
@@ -84,7 +84,7 @@ class CrossEntropyArguments(nn.Module):
             targets = _by_class(y.to(z))
             smooth = self._smoothed(targets, weight)
             return LabelledRows(z, targets.argmax(1), smooth, None, None, features, index, None, shape)
-        y, kept = y.flatten(), None
+        y, kept = y.flatten().to(torch.int64), None
         labelled = y != self.ignore_index
         if not labelled.all():  # a GPU is waited for here, if y is there: how many rows there are has to be known
             kept = labelled.to(z.device)
@@ -92,7 +92,7 @@ class CrossEntropyArguments(nn.Module):
             features = None if features is None else features[kept]
             index = None if index is None else index[labelled.to(index.device)]
         check_labels(y, z.shape[1])
-        y = y.to(z.device, torch.int64)
+        y = y.to(z.device)
         scale = None if weight is None else weight[y]
         divisor = None if scale is None else scale.sum()
         if not self.label_smoothing:
@@ -150,8 +150,12 @@ def _by_class(a: Tensor) -> Tensor:
 
 
 def _class_weights(values: PerClass) -> Tensor:
-    weight = torch.as_tensor(values)
+    problem = f"weight: {values!r} given; needs one finite number >= 0 for each class"
+    try:
+        weight = torch.as_tensor(values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(problem) from error
     weight = weight.detach().clone() if weight.is_floating_point() else weight.float()
     if weight.dim() != 1 or not (weight.isfinite() & (weight >= 0)).all():
-        raise ConfigError(f"weight: {values} given; needs one finite number >= 0 for each class")
+        raise ConfigError(problem)
     return weight

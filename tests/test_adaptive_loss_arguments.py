@@ -153,6 +153,16 @@ def test_dense_predictions_are_rows():
     assert torch.equal(dense.averages.averaged, flat.averages.averaged)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.bool], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_of_other_whole_number_types(dtype, training):
+    """Class 156 in a byte has the bits of -100, which is not to be ignored."""
+    y = torch.tensor([1, 0 if dtype is torch.bool else 156])
+    z = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    found = AdaptiveLoss(PLAIN, total_steps=5).train(training)(z, y.to(dtype))
+    torch.testing.assert_close(found, functional.cross_entropy(z, y))
+
+
 def test_class_weights_weigh_whole_losses():
     """The mean is relative to the weights of the labels, and the policy does not read them."""
     z, y, index = batch(0)
@@ -191,7 +201,10 @@ def test_logits_of_half_precision_under_autocast(dtype, soft):
         (dict(label_smoothing=float("nan")), "label_smoothing: nan"),
         (dict(weight=[1.0, -1.0]), "weight: .* finite number >= 0 for each class"),
         (dict(weight=[1.0, float("inf")]), "weight: "),
+        (dict(label_smoothing="0.1"), "label_smoothing: '0.1'"),
         (dict(weight=2.0), "weight: 2.0"),
+        (dict(weight="balanced"), "weight: 'balanced' given; needs one finite number"),
+        (dict(weight=[[1.0], [2.0, 3.0]]), "weight: "),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -46,6 +47,19 @@ def test_a_restored_state_continues_bit_for_bit(with_index, counts, kind):
     for ours, theirs in zip(before + after, whole, strict=True):
         assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs
     assert losses(make(), range(7, 14))[0] != after[0], "the state makes no difference: the test cannot fail"
+
+
+def test_a_deep_copy_goes_on_by_itself():
+    original = AdaptiveLoss(artefact(kind="recurrent"), total_steps=20, weight=[1, 2, 3, 4])
+    whole, part = copy.deepcopy(original), original
+    for step in range(9):
+        if step == 5:
+            part = copy.deepcopy(original)
+        logits, y, index = batch(step)
+        assert torch.equal(part(logits, y, index=index), whole(logits, y, index=index))
+        for criterion in (part, whole):
+            criterion.step(nn.Identity())
+    assert original.get_extra_state()["step"] == 5 and original.history.shape[1] == 2 < part.history.shape[1]
 
 
 @pytest.mark.parametrize("stopped", [5, 6], ids=["between refreshes", "at one"])
