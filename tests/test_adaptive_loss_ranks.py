@@ -11,6 +11,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from palf_dist.adaptive_loss import AdaptiveLoss
+from palf_dist.data_parallel import last_of_each
 from palf_dist.randomness import random_generator
 from tests.adaptive_cases import artefact
 
@@ -129,6 +130,11 @@ def test_the_state_of_rank_0_resumes_all_to_the_bit(found: list[dict], case: str
     for each in found:
         resumed, whole = each[case][f"resumed {stopped}"], each[case]["whole"][stopped:]
         assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
+
+
+def test_a_row_that_is_there_twice_is_written_as_the_last_one() -> None:
+    """Whatever the order of writing, which a GPU or several threads choose."""
+    assert last_of_each(torch.tensor([5, 3, 5, 3, 7])).tolist() == [2, 3, 2, 3, 4]
 
 
 def test_ranks_may_have_different_numbers_of_labels(found: list[dict]) -> None:
