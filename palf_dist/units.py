@@ -170,8 +170,9 @@ class Runner:
         narrow = config.tasks.model_copy(
             update={"architectures": (config.tasks.architectures[index],), "optimisers": (settings["optimiser"],)}
         )
-        keys = ("tune", config.seed, settings["group"])
-        specs = sample_specs(config.model_copy(update={"tasks": narrow}), self.datasets, keys)
+        number = settings["group"]
+        narrowed = config.model_copy(update={"tasks": narrow})
+        specs = sample_specs(narrowed, self.datasets, ("tune", config.seed, number), number)
         specs = tuple(replace(spec, architecture=index) for spec in specs)
         if "method" in settings:
             group = self._build(specs, prepared["reference"])
@@ -186,7 +187,7 @@ class Runner:
     def _calibrate(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
-        group = self._group(("calibrate", self.config.seed, unit.group), prepared)
+        group = self._group(("calibrate", self.config.seed), unit.group, prepared)
         policy = _at_start(self.config)
         untrained = torch.from_numpy(policy.initial()).to(phi)
         read = partial(at_refreshes, phi=untrained, read=lambda state: state.last_features)
@@ -210,7 +211,9 @@ class Runner:
         if window is not None:
             run, start = settings["run"], settings["window"] * window
             stop = min(stop, start + window)
-        group = self._group(("meta_gradient", config.seed, *drawn_as(config, run, unit.group)), prepared)
+        run, number = drawn_as(config, run, unit.group)
+        turn = run * config.meta_learner.groups_per_step + number
+        group = self._group(("meta_gradient", config.seed, run), number, prepared, turn)
         policy = learned_policy(config, prepared)
         keys = (config.seed, unit.outer_step, unit.group)
 
@@ -233,7 +236,7 @@ class Runner:
     def _select(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
-        group = self._group(("select", self.config.seed, unit.group), prepared)
+        group = self._group(("select", self.config.seed), unit.group, prepared)
         ours = self._train(group, learned_policy(self.config, prepared), phi)
         reference = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(ours.mean()), "reference": float(reference.mean())})
@@ -305,8 +308,10 @@ class Runner:
             "curve_steps": moments(self.config.inner.steps),
         }
 
-    def _group(self, keys: tuple[int | str, ...], prepared: Mapping[str, Any]) -> TaskGroup:
-        specs = sample_specs(self.config, self.datasets, keys)
+    def _group(
+        self, keys: tuple[int | str, ...], number: int, prepared: Mapping[str, Any], turn: int | None = None
+    ) -> TaskGroup:
+        specs = sample_specs(self.config, self.datasets, (*keys, number), number if turn is None else turn)
         return self._build(specs, prepared["reference"])
 
     def _build(self, specs: Sequence[TaskSpec], reference: Mapping[str, Mapping[str, float]]) -> TaskGroup:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def build(run: RunConfig, specs: Sequence[TaskSpec]) -> TaskGroup:
 
 def test_groups_share_architecture_and_optimiser_and_draw_everything_else() -> None:
     run = config(*ALL.values(), optimisers=["sgd", "adam"], group_size=8)
-    groups = [sample_specs(run, ALL, (0, "train", step)) for step in range(60)]
+    groups = [sample_specs(run, ALL, (0, "train", step), 0) for step in range(60)]
     assert {len(group) for group in groups} == {8}
     assert all(len({(spec.architecture, spec.optimiser) for spec in group}) == 1 for group in groups)
     seen: dict[int, set[str]] = {}
@@ -59,9 +60,43 @@ def test_groups_share_architecture_and_optimiser_and_draw_everything_else() -> N
     assert len({spec.keys for group in groups for spec in group}) == 60 * 8
 
 
+@pytest.mark.parametrize("outsider", [None, "pictures", "texts"])
+def test_families_take_turns_however_many_datasets_they_have(outsider: str | None) -> None:
+    names = {"small", "large", "pictures", "colours", "texts"} - {outsider}
+    run = config(*(ALL[name] for name in sorted(names)), families="in_turn", group_size=12)
+    groups = [sample_specs(run, ALL, (0, "train", turn), turn) for turn in range(30)]
+    families = [{ALL[spec.dataset].family for spec in group} for group in groups]
+    assert all(len(family) == 1 for family in families)
+    count = Counter(family for (family,) in families)
+    assert len(set(count.values())) == 1 and set(count) == {ALL[name].family for name in names}
+    assert {spec.dataset for group in groups for spec in group} == names
+    assert families[: len(count)] * (30 // len(count)) == families
+
+
+def test_a_share_of_the_tasks_keeps_a_subset_of_the_classes_with_rows_enough() -> None:
+    run = config(LARGE, class_subsets=0.5, group_size=400, train_size=[600, 1200])
+    specs = sample_specs(run, ALL, (1,), 0)
+    subsets = [spec for spec in specs if spec.classes]
+    assert abs(len(subsets) / len(specs) - 0.5 * np.log(5 / 3) / np.log(5 / 2)) < 0.08
+    assert {len(spec.classes) for spec in subsets} == {3, 4}  # two have too few rows
+    assert {label for spec in subsets for label in spec.classes} == set(range(5))
+    for spec in subsets[:10]:
+        task = draw_rows(LARGE, spec, run.tasks)
+        assert task.num_classes == len(spec.classes)
+        for rows in task.rows.values():
+            assert set(LARGE.labels[rows]) == set(spec.classes)
+            assert (np.array(spec.classes)[task.labels[rows]] == LARGE.labels[rows]).all()
+        if spec.imbalance == 1:
+            assert abs(len(task.rows["train"]) - spec.train_size) <= len(spec.classes)
+    whole = sample_specs(config(LARGE, group_size=400, train_size=[600, 1200]), ALL, (1,), 0)
+    assert all(not spec.classes for spec in whole)
+    same = [(one.noise_rate, one.imbalance) == (other.noise_rate, other.imbalance) for one, other in zip(specs, whole)]
+    assert all(same)  # what else is drawn stays
+
+
 def test_specs_follow_the_distributions_of_the_configuration() -> None:
     run = config(LARGE, group_size=2000, train_size=[50, 800])
-    specs = sample_specs(run, ALL, (1,))
+    specs = sample_specs(run, ALL, (1,), 0)
     noise = np.array([spec.noise_rate for spec in specs])
     assert abs((noise == 0).mean() - 0.25) < 0.05
     assert noise[noise > 0].min() >= 0.05 and noise.max() <= 0.6 and abs(noise[noise > 0].mean() - 0.325) < 0.02
@@ -78,15 +113,15 @@ def test_specs_follow_the_distributions_of_the_configuration() -> None:
 
 def test_training_sizes_never_exceed_what_the_dataset_gives() -> None:
     run = config(SMALL, train_size=[60, 400], group_size=50)
-    assert max(spec.train_size for spec in sample_specs(run, ALL, (0,))) == pytest.approx(70, abs=2)
+    assert max(spec.train_size for spec in sample_specs(run, ALL, (0,), 0)) == pytest.approx(70, abs=2)
     with pytest.raises(DataError, match=r"^small: a training size of 100 is larger.*160 rows 70 can"):
-        build(config(SMALL, train_size=[100, 100]), sample_specs(config(SMALL, train_size=[100, 100]), ALL, (0,)))
+        build(config(SMALL, train_size=[100, 100]), sample_specs(config(SMALL, train_size=[100, 100]), ALL, (0,), 0))
 
 
 def test_no_architecture_reads_the_dataset() -> None:
     run = run_config([TEXTS], (COLOURS,), tasks={"architectures": KINDS[:1]})
     with pytest.raises(DataError, match=r"tasks\.architectures \(mlp\) can read texts \(text\)"):
-        sample_specs(run, ALL, (0,))
+        sample_specs(run, ALL, (0,), 0)
     run = run_config([COLOURS], (TEXTS,), tasks={"architectures": KINDS[:2]})
     with pytest.raises(DataError, match=r"tasks\.architectures \(mlp, conv\) can read texts \(text\)"):
         evaluation_specs(run, ALL)
@@ -250,7 +285,7 @@ FINGERPRINT = "from tests.tasks.test_family import fingerprint; print(fingerprin
 def fingerprint() -> str:
     digest = hashlib.sha256()
     run = config(SMALL, LARGE, group_size=4)
-    group = build(run, sample_specs(run, ALL, (5, "train", 1)))
+    group = build(run, sample_specs(run, ALL, (5, "train", 1), 0))
     rows = [getattr(group, split) for split in SPLITS]
     for tensor in (group.theta0, group.batches, *(part for split in rows for part in (*split.inputs, split.labels))):
         digest.update(tensor.numpy().tobytes())
