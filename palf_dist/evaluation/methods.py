@@ -31,7 +31,6 @@ REFERENCE = "ce"
 POLICY = "policy"
 """The method that the comparison is made for: the meta-learned policy, as it was trained to be used."""
 
-SHIELDED = "policy_shielded"
 TRAINVAL, CE_TRAINVAL, CE_BY_VALIDATION = "policy_trainval", "ce_trainval", "ce_by_validation"
 
 KAPPA = 0.1
@@ -98,7 +97,7 @@ METHODS: dict[str, Method] = {
             "many steps; to be compared with CE, train + val",
         ),
         Method(
-            SHIELDED,
+            "policy_shielded",
             "policy, shielded",
             uses_policy=True,
             shield=KAPPA,
