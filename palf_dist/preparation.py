@@ -146,6 +146,15 @@ def _grid(config: RunConfig, optimiser: str) -> list[tuple[float, float]]:
     return list(product(rates, decays))
 
 
+def validated_pairs(config: RunConfig) -> list[dict[str, float]]:
+    """The pairs of learning rate and L2 strength that a method which is tuned on each held-out task is tuned among:
+    the whole grid of these tasks' optimiser, whatever the configuration gives to the others."""
+    grid = getattr(config.inner.grids, config.tasks.optimisers[0])
+    return [
+        {"learning_rate": rate, "weight_decay": decay} for rate, decay in product(grid.learning_rate, grid.weight_decay)
+    ]
+
+
 def _results(contributions: Sequence[Contribution]) -> list[tuple[dict[str, Any], float]]:
     """Settings and accuracy of each unit, in key order."""
     ordered = sorted(contributions, key=lambda item: item.unit)

@@ -205,11 +205,15 @@ def build_group(
     datasets: Datasets,
     specs: Sequence[TaskSpec],
     reference: Mapping[str, Mapping[str, float]],
+    train_on_validation: bool = False,
 ) -> TaskGroup:
     """Build the tasks of ``specs``, all of one architecture and optimiser, side by side and padded to the widest.
 
     ``reference["architecture/optimiser"]`` holds the learning rate and weight decay. A task's rows, labels, noise and
     batches depend on its spec alone. Raises DataError when a dataset is too small for what a spec asks.
+
+    ``train_on_validation``: the validation rows come after the training rows, with the labels that they have anyway;
+    the validation split has its padding alone (a mask of 0).
     """
     (architecture_index, optimiser), *others = {(spec.architecture, spec.optimiser) for spec in specs}
     assert not others, "tasks of one group share architecture and optimiser"
@@ -218,6 +222,10 @@ def build_group(
     shape = group_shape(architecture, used)
     num_classes = max(num_task_classes(dataset) for dataset in used)
     drawn = [draw_rows(dataset, spec, config.tasks) for dataset, spec in zip(used, specs, strict=True)]
+    given = [_given_labels(*each) for each in zip(used, specs, drawn, strict=True)]
+    if train_on_validation:
+        for of_split in (*(task.rows for task in drawn), *given):
+            of_split["train"] = np.concatenate([of_split["train"], of_split["validation"]])
     size = len(specs)
 
     lengths = {split: max(len(task.rows[split]) for task in drawn) for split in SPLITS}
@@ -237,11 +245,10 @@ def build_group(
         for position, values in enumerate(read_inputs(architecture, dataset, rows, first_train=edges[-1])):
             for split, part in zip(SPLITS, np.split(values, edges), strict=True):
                 inputs[split][position][g][tuple(map(slice, part.shape))] = part
-        given = _given_labels(dataset, spec, task)
         for split in SPLITS:
             count = len(task.rows[split])
-            masks[split][g, :count] = 1.0
-            labels[split][g, :count] = given[split]
+            masks[split][g, :count] = split != "validation" or not train_on_validation
+            labels[split][g, :count] = given[g][split]
         count = len(task.rows["train"])
         clean_train_labels[g, :count] = task.labels[task.rows["train"]]
         batches[:, g] = epochs(count, *batches.shape[::2], random_generator(*spec.keys, "batches"))

@@ -264,6 +264,41 @@ def test_a_task_is_the_same_in_any_group_up_to_padding(architecture: int) -> Non
     torch.testing.assert_close(alone.log_prior_ratio[0], together.log_prior_ratio[-1, :classes])
 
 
+@pytest.mark.parametrize(("name", "architecture"), [("large", 0), ("texts", 2)])
+@pytest.mark.parametrize("kind", ["uniform", "instance_dependent"])
+def test_validation_rows_join_the_training_rows_with_the_labels_they_have(
+    name: str, architecture: int, kind: str
+) -> None:
+    common = {"dataset": name, "architecture": architecture, "noise_rate": 0.4, "noise_kind": kind}
+    specs = [
+        task_spec(keys=(size,), train_size=size, imbalance=4.0, target_prior="uniform", **common) for size in (60, 44)
+    ]
+    run = config(*ALL.values())
+    apart, together = (build_group(run, ALL, specs, REFERENCE, joined) for joined in (False, True))
+    assert not together.validation.mask.any() and torch.equal(together.theta0, apart.theta0)
+    for g, counts in enumerate(zip(apart.train_sizes.int(), apart.validation.mask.sum(1).int(), strict=True)):
+        size = int(sum(counts))
+        both = list(zip((apart.train, apart.validation), counts, strict=True))
+        assert together.train.mask[g].tolist() == [1.0] * size + [0.0] * (together.train.mask.shape[1] - size)
+        labels = torch.cat([rows.labels[g, :count] for rows, count in both])
+        assert torch.equal(together.train.labels[g, :size], labels)
+        task = draw_rows(ALL[name], specs[g], run.tasks)
+        clean = np.concatenate([task.labels[task.rows[split]] for split in ("train", "validation")])
+        assert together.clean_train_labels[g, :size].tolist() == clean.tolist() != labels.tolist()
+        inputs = torch.cat([rows.inputs[0][g, :count] for rows, count in both])
+        read = together.train.inputs[0][g, :size]
+        if name == "texts":  # nothing of them is standardised
+            assert torch.equal(read, inputs)
+        else:  # the first column is the row's number, standardised by all rows that are trained on
+            assert torch.equal(read[:, 0].argsort(), inputs[:, 0].argsort())
+            assert abs(read[:, 0].mean()) < 1e-5 < abs(inputs[:, 0].mean())
+        frequencies = (labels.bincount(minlength=int(apart.num_classes[g])) + 1) / (size + apart.num_classes[g])
+        want = (frequencies * apart.num_classes[g]).log()
+        torch.testing.assert_close(together.log_prior_ratio[g, : len(want)], want)
+        assert set(together.batches[:, g].flatten().tolist()) == set(range(size)), "all of them are trained on"
+    assert torch.equal(together.test.labels, apart.test.labels)
+
+
 def test_the_held_out_grid_is_complete_and_does_not_depend_on_the_grouping() -> None:
     held_out = (SMALL, TEXTS, PICTURES)
     evaluation = {"noise_rates": [0.0, 0.3], "seeds": 2, "imbalance": 8.0}
