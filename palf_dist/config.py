@@ -186,9 +186,9 @@ assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
 class PolicyConfig(Section):
     """Who sets the controls. Each kind is a preset: fields left out take its values; see docs/method.md."""
 
-    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "maml", "palf", "widened"] = (
-        "robust"
-    )
+    kind: Literal[
+        "robust", "informed", "validation_free", "recurrent", "schedule", "constant", "maml", "palf", "widened"
+    ] = "robust"
     features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
     basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
     hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")

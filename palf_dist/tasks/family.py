@@ -31,9 +31,7 @@ from palf_dist.types import Rows, TaskGroup, TaskSpec
 Datasets = Mapping[str, EncodedDataset]
 
 
-def sample_specs(
-    config: RunConfig, datasets: Datasets, keys: tuple[int | str, ...], turn: int
-) -> tuple[TaskSpec, ...]:
+def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, ...], turn: int) -> tuple[TaskSpec, ...]:
     """One meta-training group: ``group_size`` tasks of one architecture and one optimiser, drawn from ``keys``. Where
     the families take turns (``tasks.families``), it is that of family number ``turn`` modulo their number.
 
@@ -84,7 +82,7 @@ def sample_specs(
 
 
 def whole_turns(config: RunConfig, groups: int) -> int:
-    """At least so many groups, and where families take turns, as many of each of the one, two or three that there are."""
+    """At least so many groups; where families take turns, as many of each of the one, two or three that there are."""
     return groups if config.tasks.families == "mixed" else -(-groups // 6) * 6
 
 

@@ -49,8 +49,8 @@ def train_capacity(dataset: EncodedDataset, tasks: TasksConfig, classes: Sequenc
 
 
 def draw_classes(dataset: EncodedDataset, tasks: TasksConfig, generator: np.random.Generator) -> tuple[int, ...]:
-    """A random subset of the classes of a dataset's tasks, none of them ``ALIKE`` times smaller than its largest, so that
-    each is in every split; none, which means all, where it has too few rows for the smallest training size.
+    """A random subset of the classes of a dataset's tasks, none of them ``ALIKE`` times smaller than its largest, so
+    that each is in every split; none, which means all, where it has too few rows for the smallest training size.
 
     Of k classes two to k - 1 are drawn, the logarithm of their number uniformly, and the small ones left out."""
     kept, rows = _task_classes(dataset), _train_rows(dataset, tasks)

@@ -90,8 +90,9 @@ def test_a_share_of_the_tasks_keeps_a_subset_of_the_classes_with_rows_enough() -
             assert abs(len(task.rows["train"]) - spec.train_size) <= len(spec.classes)
     whole = sample_specs(config(LARGE, group_size=400, train_size=[600, 1200]), ALL, (1,), 0)
     assert all(not spec.classes for spec in whole)
-    same = [(one.noise_rate, one.imbalance) == (other.noise_rate, other.imbalance) for one, other in zip(specs, whole)]
-    assert all(same)  # what else is drawn stays
+    assert [(spec.noise_rate, spec.imbalance) for spec in specs] == [
+        (spec.noise_rate, spec.imbalance) for spec in whole
+    ]
 
 
 def test_specs_follow_the_distributions_of_the_configuration() -> None:
