@@ -32,9 +32,11 @@ FOLDS := fold-0 fold-1
 LEARNED := schedule-0 schedule-1 constant-0 constant-1 maml-0 maml-1
 FAMILIES := family-image family-text family-tabular
 TRANSFERS := architecture-0 architecture-1 horizon-0 horizon-1
-schedule_OPTIONS := --set policy.kind=schedule --set "evaluation.methods=[policy]"
-constant_OPTIONS := --set policy.kind=constant --set "evaluation.methods=[policy]"
-maml_OPTIONS := --set policy.kind=maml --set "evaluation.methods=[policy]"
+# What the policy of configs/palf12.yaml sets, learned in another way.
+CONTROLS := --set "policy.basis=[ce, robust_ce, symmetric_ce, elr]" --set "policy.hyperparameters=[e, la, ew, wd, a, b, lam]"
+schedule_OPTIONS := --set policy.kind=schedule $(CONTROLS) --set "evaluation.methods=[policy]"
+constant_OPTIONS := --set policy.kind=constant $(CONTROLS) --set "evaluation.methods=[policy]"
+maml_OPTIONS := --set policy.kind=maml $(CONTROLS) --set "evaluation.methods=[policy]"
 # Networks that are trained on pictures and texts read no tables.
 READ_0 := fashion-mnist, digits, newsgroups, snippets
 READ_1 := crawl_tiles, crawl_tiles_fine, reuters-r52, fine_foods

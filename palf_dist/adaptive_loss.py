@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -32,11 +32,10 @@ from palf_dist.policies.online_learnloss import PER_EXAMPLE, OnlineLearnLoss
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
 from palf_dist.policies.static import restored_controls
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
+from palf_dist.shown_rows import LabelledTensor, ShownRows
 from palf_dist.soft_targets import soft_target_mixture
 from palf_dist.training_state import (
-    NEIGHBOUR_FEATURES,
     NOISE_FEATURES,
-    VALIDATION_FEATURES,
     Observation,
     RowStatistics,
     StateReader,
@@ -54,6 +53,8 @@ class LossSettings(TypedDict, total=False):
     ignore_index: int
     reduction: str
     label_smoothing: float
+    validation: Callable[[], LabelledTensor] | None
+    training_rows: LabelledTensor | None
 
 
 class AdaptiveLoss(LateBuffers):
@@ -87,6 +88,8 @@ class AdaptiveLoss(LateBuffers):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        validation: Callable[[], LabelledTensor] | None = None,
+        training_rows: LabelledTensor | None = None,
     ) -> None:
         """
         Args:
@@ -100,8 +103,12 @@ class AdaptiveLoss(LateBuffers):
             reduction: "none", "mean" or "sum".
             label_smoothing: in [0, 1]; the policy reads the labels themselves.
 
-        The last four mean what they mean to ``torch.nn.CrossEntropyLoss``: a basis loss l(z, y) takes the place of
-        -log p_y everywhere.
+            validation: for policies that read validation rows: gives the model's logits [V, C] of them, in eval mode,
+                and their labels [V], as noisy as those of training. Called at every refresh, without gradient.
+            training_rows: for policies that read neighbours: all training inputs [N, ...] and labels [N]; read once.
+
+        ``weight`` to ``label_smoothing`` mean what they mean to ``torch.nn.CrossEntropyLoss``: a basis loss l(z, y)
+        takes the place of -log p_y everywhere.
 
         Raises:
             ConfigError: an argument is out of range, or they do not fit together; or the policy needs a model.
@@ -136,11 +143,9 @@ class AdaptiveLoss(LateBuffers):
         self.register_buffer("label_counts", torch.zeros(0))
         history = torch.zeros(1, 0, len(self.policy.features))
         self.register_buffer("history", history, persistent=self.policy.reads_history)
-        unseen = set(self.policy.features) & {*VALIDATION_FEATURES, *NEIGHBOUR_FEATURES}
-        if unseen:
-            self._say(
-                f"the policy reads {', '.join(sorted(unseen))}, which a loss cannot see; held at their usual value"
-            )
+        self._shown = ShownRows(self.policy.features, validation, training_rows)
+        for missing in self._shown.missing:
+            self._say(missing)
 
     @classmethod
     def load(cls, path: str | Path, *, total_steps: int, **settings: Unpack[LossSettings]) -> AdaptiveLoss:
@@ -327,7 +332,8 @@ class AdaptiveLoss(LateBuffers):
             counts, rows = self.label_counts.to(z), z.new_tensor(torch.nan)
             if index is not None:
                 rows = (torch.cat([self.averages.seen.nonzero()[:, 0], index]).max() + 1).to(z)
-        return TaskFacts(context.class_mask, (counts / counts.sum())[None], rows[None], context.log_prior_ratio)
+        frequencies, agreement = (counts / counts.sum())[None], self._shown.agreement(z)
+        return TaskFacts(context.class_mask, frequencies, rows[None], context.log_prior_ratio, agreement)
 
     def _refresh(self, z: Tensor, y: Tensor, index: Tensor | None) -> None:
         """Read the training state and ask the policy."""
@@ -348,7 +354,7 @@ class AdaptiveLoss(LateBuffers):
                 averaged_labels=self.averages.labels[None],
                 averaged_mask=self.averages.seen[None],
             )
-        state = reader.read(observation)
+        state = of_first_rank(reader.read(self._shown.added(observation, z)))
         assert reader.statistics is not None
         self.statistics = reader.statistics.to(self.statistics)
         if self.policy.reads_history:

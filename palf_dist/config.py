@@ -117,7 +117,15 @@ class TasksConfig(Section):
     imbalance: ImbalanceConfig = ImbalanceConfig()
     architectures: tuple[Architecture, ...] = Field(default=(MLPConfig(),), min_length=1)
     optimisers: tuple[Literal["sgd", "momentum", "adam"], ...] = Field(default=("adam",), min_length=1)
+    class_subsets: Share = Field(
+        default=0.0, description="share of tasks with a random subset of their dataset's classes, which has two or more"
+    )
     group_size: Count = Field(default=24, description="tasks that train side by side in one unit of work")
+    families: Literal["mixed", "in_turn"] = Field(
+        default="mixed",
+        description="mixed: a task's dataset is any that is trained on; in_turn: a group has those of one family, and "
+        "group after group the families take turns, so that each has its share of tasks however many datasets it has",
+    )
     pool: Count | None = Field(
         default=None, description="groups of tasks that meta-training ever sees, in turn; none: new ones all the time"
     )
@@ -178,9 +186,9 @@ assert tuple(PolicyStart.model_fields) == HYPERPARAMETERS
 class PolicyConfig(Section):
     """Who sets the controls. Each kind is a preset: fields left out take its values; see docs/method.md."""
 
-    kind: Literal["robust", "validation_free", "recurrent", "schedule", "constant", "maml", "palf", "widened"] = (
-        "robust"
-    )
+    kind: Literal[
+        "robust", "informed", "validation_free", "recurrent", "schedule", "constant", "maml", "palf", "widened"
+    ] = "robust"
     features: tuple[str, ...] | None = Field(default=None, description="state features; see palf_dist.training_state")
     basis: tuple[BasisName, ...] | None = Field(default=None, min_length=1, description="basis losses in the mixture")
     hyperparameters: tuple[HyperparameterName, ...] | None = Field(default=None, description="set by the policy")

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palf_dist.config import RunConfig
+from palf_dist.config import OuterLossConfig, RunConfig
 from palf_dist.estimators import Estimate, make_estimator
 from palf_dist.evaluation.metrics import curve_metrics, prediction_metrics
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
-from palf_dist.outer_loss import accuracy
+from palf_dist.outer_loss import accuracy, validation_loss
 from palf_dist.policies import Policy, RecordedSchedule
 from palf_dist.types import Rows, TaskGroup
 
 EARLY_STOPPING_EVERY = 10  # inner steps between two looks at the validation accuracy
 CURVE_INTERVALS = 15  # of a learning curve
+_CROSS_ENTROPY = OuterLossConfig(kind="cross_entropy")
 
 Carried = dict[str, np.ndarray]
 """Inner state and estimator's memory between two windows; axis 0 of every array but ``state/step`` is the task."""
@@ -74,7 +75,8 @@ def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> di
     """A whole inner run, measured: float64 arrays whose axis 0 is the task, by name.
 
     - accuracy [G]: as ``final_accuracy``, and bit for bit that: looking on changes nothing.
-    - validation_accuracy [G]: of the same parameters on the validation rows, whose labels are as noisy as in training.
+    - validation_accuracy, validation_loss [G]: of the same parameters on the validation rows, whose labels are as noisy
+      as in training; the loss is the mean cross-entropy in nats. NaN for a task that has no such rows.
     - those of ``prediction_metrics`` [G], on the test rows.
     - curve_accuracy [G, M]: on the test rows after each of ``moments(loop.steps)``, of the parameters that the method
       would hand over by then; and those of ``curve_metrics`` [G].
@@ -97,7 +99,7 @@ def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> di
     wrong = ((group.train.labels != clean) * group.train.mask).sum(1) / group.train_sizes
     return {
         "accuracy": curve[-1],
-        "validation_accuracy": _accuracy(loop, theta, group.validation),
+        **_on_validation(loop, theta),
         **{name: value.cpu().numpy() for name, value in metrics.items()},
         **curve_metrics(moments(loop.steps), np.stack(curve, 1)),
         "curve_accuracy": np.stack(curve, 1),
@@ -141,6 +143,17 @@ def _trained(
 
     loop.run(state, phi, loop.steps, after_step=after_step)
     return kept
+
+
+def _on_validation(loop: InnerLoop, theta: Tensor) -> dict[str, np.ndarray]:
+    rows, class_mask = loop.group.validation, loop.group.class_mask
+    seen = loop.evaluate(theta, rows), rows.labels, rows.mask, class_mask
+    values = {"accuracy": accuracy(*seen), "loss": validation_loss(_CROSS_ENTROPY, *seen)}
+    known = rows.mask.any(1)
+    return {
+        f"validation_{name}": torch.where(known, value, torch.nan).double().cpu().numpy()
+        for name, value in values.items()
+    }
 
 
 def _accuracy(loop: InnerLoop, theta: Tensor, rows: Rows) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 
 from palf_dist.config import RunConfig
 from palf_dist.evaluation.methods import Method, tuned_together
+from palf_dist.tasks.family import whole_turns
 from palf_dist.types import Contribution, TaskSpec, Unit
 
 TUNING_GROUPS = 4  # task groups per grid point: fewer leave the choice to chance
@@ -35,7 +36,7 @@ def tune_units(config: RunConfig) -> list[Unit]:
         {"architecture": a, "optimiser": o, "learning_rate": r, "weight_decay": w, "group": g}
         for a, o in _trainings(config)
         for r, w in _grid(config, o)
-        for g in range(TUNING_GROUPS)
+        for g in range(whole_turns(config, TUNING_GROUPS))
     ]
     return [Unit("tune", 0, index, canonical(point)) for index, point in enumerate(points)]
 
@@ -75,7 +76,7 @@ def baseline_units(config: RunConfig) -> list[Unit]:
         for method in tuned_together(config.evaluation.methods)
         for a, o in _trainings(config)
         for point in method.points
-        for g in range(TUNING_GROUPS)
+        for g in range(whole_turns(config, TUNING_GROUPS))
     ]
     return [Unit("tune", 0, index, canonical(point)) for index, point in enumerate(points)]
 
@@ -109,7 +110,7 @@ def tuning_columns(method: Method, spec: TaskSpec, prepared: Mapping[str, Any]) 
 
 
 def calibrate_units(config: RunConfig) -> list[Unit]:
-    return [Unit("calibrate", 0, group) for group in range(CALIBRATION_GROUPS)]
+    return [Unit("calibrate", 0, group) for group in range(whole_turns(config, CALIBRATION_GROUPS))]
 
 
 def reduce_calibrate(config: RunConfig, contributions: Sequence[Contribution]) -> dict[str, Any]:
@@ -143,6 +144,15 @@ def _grid(config: RunConfig, optimiser: str) -> list[tuple[float, float]]:
     rates = grid.learning_rate if inner.learning_rate == "tuned" else (inner.learning_rate,)
     decays = grid.weight_decay if inner.weight_decay == "tuned" else (inner.weight_decay,)
     return list(product(rates, decays))
+
+
+def validated_pairs(config: RunConfig) -> list[dict[str, float]]:
+    """The pairs of learning rate and L2 strength that a method which is tuned on each held-out task is tuned among:
+    the whole grid of these tasks' optimiser, whatever the configuration gives to the others."""
+    grid = getattr(config.inner.grids, config.tasks.optimisers[0])
+    return [
+        {"learning_rate": rate, "weight_decay": decay} for rate, decay in product(grid.learning_rate, grid.weight_decay)
+    ]
 
 
 def _results(contributions: Sequence[Contribution]) -> list[tuple[dict[str, Any], float]]:

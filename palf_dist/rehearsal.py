@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from palf_dist.config import RunConfig
+from palf_dist.config import PolicyConfig, RunConfig
 from palf_dist.evaluation.methods import baseline_policy, select_methods, tuned_together
 from palf_dist.group_work import final_accuracy, measure, meta_gradient
 from palf_dist.inner_loop import InnerLoop
@@ -149,7 +149,7 @@ def need(config: RunConfig, datasets: Datasets, work: Work) -> Need:
 def _of_meta_gradient(config: RunConfig, used: list[EncodedDataset], work: Work) -> Need:
     """From three rehearsals of the estimator: what it keeps grows by the inner step and by the checkpoint."""
     few, more = STEPS
-    policy = _learned(config)
+    policy = _learned(config.policy)
 
     def peak(stop: int, every: int) -> Need:
         return _rehearse(config, used, work, policy, partial(_estimate, config, stop, every))
@@ -203,8 +203,8 @@ def _measure(loop: InnerLoop, phi: Tensor) -> float:
     return 0.0
 
 
-def _learned(config: RunConfig) -> LearnedPolicy:
-    spec = policy_spec(config.policy)
+def _learned(policy: PolicyConfig) -> LearnedPolicy:
+    spec = policy_spec(policy)
     return make_policy(spec, [0.0] * len(spec.features), [1.0] * len(spec.features))
 
 
@@ -212,14 +212,15 @@ def _policies(config: RunConfig, work: Work) -> list[Policy]:
     """The policies that models are trained under; all static ones in one, with every basis loss that any of them
     has."""
     if work.kind == "train":
-        return [_learned(config)]
+        return [_learned(config.policy)]
     methods = select_methods(config.evaluation.methods)
     basis = {name for method in methods for name in method.alpha}
     found: list[Policy] = [StaticPolicy(control_vector(dict.fromkeys(basis, 1 / len(basis)), {}))]
     if work.kind == "baseline":
         return found
     found += [baseline_policy(method) for method in methods if method.schedule is not None]
-    return found + ([_learned(config)] if any(method.uses_policy or method.control for method in methods) else [])
+    learned = (method.policy_of(config.policy) for method in methods if method.uses_policy or method.control)
+    return found + [_learned(policy) for policy in dict.fromkeys(learned)]
 
 
 def _widest_group(config: RunConfig, used: list[EncodedDataset], work: Work) -> TaskGroup:
@@ -238,6 +239,9 @@ def _widest_group(config: RunConfig, used: list[EncodedDataset], work: Work) -> 
         )
         groups = evaluation_specs(config.model_copy(update={"data": held_out}), names)
         train = max(spec.train_size for specs in groups for spec in specs)
+    validation = max(2, round(tasks.validation_share * train))
+    if work.kind == "evaluate" and any(m.trains_on_validation for m in select_methods(config.evaluation.methods)):
+        train += validation
     most = max(dataset.rows for dataset in used)
 
     products = model.num_parameters * inner.batch_size * prod(shape.image or (max(shape.tokens, 1),))
@@ -258,7 +262,7 @@ def _widest_group(config: RunConfig, used: list[EncodedDataset], work: Work) -> 
         model=model,
         theta0=ones(TASKS, model.num_parameters),
         train=split(train),
-        validation=split(max(2, round(tasks.validation_share * train))),
+        validation=split(validation),
         meta_validation=split(min(tasks.meta_validation_size, round(META_VALIDATION_SHARE * most))),
         test=split(min(tasks.test_size, round(TEST_SHARE * most))),
         clean_train_labels=ones(TASKS, train, dtype=torch.int64),

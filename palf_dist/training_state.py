@@ -44,6 +44,7 @@ SMOOTHING = 0.4  # weight of the past in the moving averages of batch statistics
 CLAMP = 4.0  # normalised features are clamped to +- this many standard deviations
 HUTCHINSON_ROWS = 8  # sub-batch of the trace
 HUTCHINSON_PROBES = 4
+_NEIGHBOUR_ROWS = 4096  # whose neighbours are looked for at once: their similarities to all rows are held
 _NOISE_GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
@@ -208,13 +209,16 @@ def neighbour_agreement(train: Rows, neighbours: int = 5) -> Tensor | None:
     flat = column.flatten(2)
     unit = flat / (flat.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
     mask = train.mask > 0
-    similarity = torch.bmm(unit, unit.transpose(1, 2))
-    similarity.masked_fill_(~mask[:, None, :], -9.0)
-    similarity.diagonal(dim1=1, dim2=2).fill_(-9.0)
-    nearest = similarity.topk(min(neighbours, flat.shape[1] - 1), -1)[1]
-    labels = train.labels[:, None, :].expand(-1, flat.shape[1], -1).gather(2, nearest)
-    agree = (labels == train.labels[:, :, None]).to(flat.dtype).mean(-1)
-    return (agree * train.mask).sum(1) / train.mask.sum(1).clamp_min(1)
+    parts = []
+    for first in range(0, flat.shape[1], _NEIGHBOUR_ROWS):
+        some = slice(first, first + _NEIGHBOUR_ROWS)
+        similarity = torch.bmm(unit[:, some], unit.transpose(1, 2))
+        similarity.masked_fill_(~mask[:, None, :], -9.0)
+        similarity.diagonal(offset=first, dim1=1, dim2=2).fill_(-9.0)
+        nearest = similarity.topk(min(neighbours, flat.shape[1] - 1), -1)[1]
+        labels = train.labels[:, None, :].expand(-1, nearest.shape[1], -1).gather(2, nearest)
+        parts.append((labels == train.labels[:, some, None]).to(flat.dtype).mean(-1))
+    return (torch.cat(parts, 1) * train.mask).sum(1) / train.mask.sum(1).clamp_min(1)
 
 
 def hutchinson_probes(size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 Kinds: ``tune`` measures plain cross-entropy at one learning rate and L2 strength, or a static loss at one choice of its
 hyper-parameters; ``calibrate`` collects the statistics that normalise the state features; ``meta_gradient`` is the
 inner run of one task group with its meta-gradient; ``select`` scores the policy on fresh tasks of the training
-datasets; ``evaluate`` runs one method on one group of held-out tasks.
+datasets; ``evaluate`` runs one method on one group of held-out tasks, at one learning rate and L2 strength.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from palf_dist.group_work import (
 from palf_dist.inner_loop import InnerLoop, InnerState, move_group
 from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
 from palf_dist.policies import LearnedPolicy, Policy, make_policy, policy_spec
-from palf_dist.preparation import canonical, found_by_tuning, tuning_columns
+from palf_dist.preparation import canonical, found_by_tuning, tuning_columns, validated_pairs
 from palf_dist.rehearsal import Work
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
@@ -91,10 +91,16 @@ def select_units(config: RunConfig, outer_step: int) -> list[Unit]:
 
 
 def evaluate_units(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> list[Unit]:
-    """One unit per method and group of held-out tasks."""
+    """One unit per method and group of held-out tasks; of a method that is tuned on each of them, one per pair of
+    learning rate and L2 strength besides, of which ``rows_of`` keeps one for each task."""
     groups = range(len(evaluation_specs(config, datasets)))
     methods = select_methods(config.evaluation.methods)
-    return [Unit("evaluate", 0, group, canonical({"method": m.name})) for m in methods for group in groups]
+    settings = [
+        canonical({"method": method.name} | pair)
+        for method in methods
+        for pair in (validated_pairs(config) if method.by_validation else [{}])
+    ]
+    return [Unit("evaluate", 0, group, each) for each in settings for group in groups]
 
 
 def initial_policy(config: RunConfig) -> np.ndarray:
@@ -170,8 +176,9 @@ class Runner:
         narrow = config.tasks.model_copy(
             update={"architectures": (config.tasks.architectures[index],), "optimisers": (settings["optimiser"],)}
         )
-        keys = ("tune", config.seed, settings["group"])
-        specs = sample_specs(config.model_copy(update={"tasks": narrow}), self.datasets, keys)
+        number = settings["group"]
+        narrowed = config.model_copy(update={"tasks": narrow})
+        specs = sample_specs(narrowed, self.datasets, ("tune", config.seed, number), number)
         specs = tuple(replace(spec, architecture=index) for spec in specs)
         if "method" in settings:
             group = self._build(specs, prepared["reference"])
@@ -186,7 +193,7 @@ class Runner:
     def _calibrate(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
-        group = self._group(("calibrate", self.config.seed, unit.group), prepared)
+        group = self._group(("calibrate", self.config.seed), unit.group, prepared)
         policy = _at_start(self.config)
         untrained = torch.from_numpy(policy.initial()).to(phi)
         read = partial(at_refreshes, phi=untrained, read=lambda state: state.last_features)
@@ -210,7 +217,9 @@ class Runner:
         if window is not None:
             run, start = settings["run"], settings["window"] * window
             stop = min(stop, start + window)
-        group = self._group(("meta_gradient", config.seed, *drawn_as(config, run, unit.group)), prepared)
+        run, number = drawn_as(config, run, unit.group)
+        turn = run * config.meta_learner.groups_per_step + number
+        group = self._group(("meta_gradient", config.seed, run), number, prepared, turn)
         policy = learned_policy(config, prepared)
         keys = (config.seed, unit.outer_step, unit.group)
 
@@ -233,7 +242,7 @@ class Runner:
     def _select(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
-        group = self._group(("select", self.config.seed, unit.group), prepared)
+        group = self._group(("select", self.config.seed), unit.group, prepared)
         ours = self._train(group, learned_policy(self.config, prepared), phi)
         reference = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(ours.mean()), "reference": float(reference.mean())})
@@ -244,16 +253,19 @@ class Runner:
         specs = evaluation_specs(self.config, self.datasets)[unit.group]
         method = METHODS[settings["method"]]
         policy = self._policy(method, unit.group, specs, phi, prepared)
-        group = self._build(specs, prepared["reference"])
+        training = f"{specs[0].architecture}/{specs[0].optimiser}"
+        rates = {name: settings.get(name, value) for name, value in prepared["reference"][training].items()}
+        group = self._build(specs, {training: rates}, method.trains_on_validation)
         parts = self._in_parts(
             "evaluate", group, policy, lambda loop, _: measure(loop, phi, early_stopping=method.early_stopping)
         )
         measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        if self.config.policy.shield is not None:  # every row has the column
+        shields = {m.policy_of(self.config.policy).shield for m in select_methods(self.config.evaluation.methods)}
+        if shields != {None}:  # every row has the column
             measured.setdefault("shield_share", np.full(len(specs), np.nan))
-        tuned = tuning_columns(method, specs[0], prepared)
+        chosen = rates | tuning_columns(method, specs[0], prepared)
         rows = [
-            self._row(method, spec, {name: values[task].tolist() for name, values in measured.items()}) | tuned
+            self._row(method, spec, {name: values[task].tolist() for name, values in measured.items()}) | chosen
             for task, spec in enumerate(specs)
         ]
         return Contribution(unit, 0, metrics={"accuracy": float(measured["accuracy"].mean())}, rows=rows)
@@ -264,7 +276,8 @@ class Runner:
         """What sets the controls of one group of held-out tasks."""
         if not (method.uses_policy or method.control):
             return baseline_policy(method, found_by_tuning(method, specs[0], prepared).get("hyperparameters"))
-        policy = learned_policy(self.config, prepared)
+        used = self.config.model_copy(update={"policy": method.policy_of(self.config.policy)})
+        policy = learned_policy(used, prepared)
         if method.control is None:
             return policy
         return self._controls.schedule(method.control, group, specs, policy, phi, prepared)
@@ -305,12 +318,20 @@ class Runner:
             "curve_steps": moments(self.config.inner.steps),
         }
 
-    def _group(self, keys: tuple[int | str, ...], prepared: Mapping[str, Any]) -> TaskGroup:
-        specs = sample_specs(self.config, self.datasets, keys)
+    def _group(
+        self, keys: tuple[int | str, ...], number: int, prepared: Mapping[str, Any], turn: int | None = None
+    ) -> TaskGroup:
+        specs = sample_specs(self.config, self.datasets, (*keys, number), number if turn is None else turn)
         return self._build(specs, prepared["reference"])
 
-    def _build(self, specs: Sequence[TaskSpec], reference: Mapping[str, Mapping[str, float]]) -> TaskGroup:
-        return move_group(build_group(self.config, self.datasets, specs, reference), device=self.device)
+    def _build(
+        self,
+        specs: Sequence[TaskSpec],
+        reference: Mapping[str, Mapping[str, float]],
+        train_on_validation: bool = False,
+    ) -> TaskGroup:
+        group = build_group(self.config, self.datasets, specs, reference, train_on_validation)
+        return move_group(group, device=self.device)
 
     def _train(self, group: TaskGroup, policy: Policy, phi: Tensor, kind: str = "train") -> np.ndarray:
         """Clean test accuracy [G] after a whole inner run under ``policy``."""
@@ -349,9 +370,22 @@ def _at_start(config: RunConfig) -> LearnedPolicy:
 
 def rows_of(contributions: Iterable[Contribution]) -> list[dict[str, Any]]:
     """Per-task rows in key order. Their ``seconds``, a task's share of its unit's, are all that another run of the same
-    configuration may give otherwise: what else the machine had to do is in them."""
-    return [
-        {**row, "seconds": item.seconds / len(item.rows)}
-        for item in sorted(contributions, key=lambda c: c.unit)
-        for row in item.rows
-    ]
+    configuration may give otherwise: what else the machine had to do is in them.
+
+    Of a method that trained a task several times the run with the best accuracy on its validation rows, of equals with
+    the lowest loss there, and of these the first; with the seconds of all.
+    """
+    kept: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for item in sorted(contributions, key=lambda c: c.unit):
+        for task, row in enumerate(item.rows):
+            key, seconds = (row["method"], item.unit.group, task), item.seconds / len(item.rows)
+            other = kept.get(key)
+            best = other if other is not None and _rank(other) >= _rank(row) else row
+            kept[key] = best | {"seconds": seconds + (other["seconds"] if other else 0.0)}
+    return list(kept.values())
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
+    """How good a run looks on the validation rows; worst where that is not known."""
+    accuracy, loss = row["validation_accuracy"], row["validation_loss"]
+    return (-inf if accuracy is None else accuracy, -inf if loss is None else -loss)

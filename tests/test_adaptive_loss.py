@@ -31,9 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no optimizer")  # 
     [
         {"kind": "robust"},
         {"kind": "recurrent"},
+        {"kind": "informed"},
         {"basis": ("generalised_ce", "elr", "bootstrap"), "hyperparameters": ("q", "lam", "beta")},
     ],
-    ids=["robust", "recurrent", "averages"],
+    ids=["robust", "recurrent", "informed", "averages"],
 )
 def test_it_sees_what_the_policy_saw_in_meta_training(settings):
     """Same losses, gradients' sources and controls as the inner loop, step for step, in float64."""
@@ -45,11 +46,19 @@ def test_it_sees_what_the_policy_saw_in_meta_training(settings):
     rows = group.train.mask[task] > 0
     counts = torch.bincount(group.train.labels[task][rows], minlength=4)
     target = (counts + 1) / (counts + 1).sum() / group.log_prior_ratio[task].double().exp()
-    criterion = AdaptiveLoss(policy, total_steps=11, class_counts=counts, target_prior=target / target.sum())
+    criterion = AdaptiveLoss(
+        policy,
+        total_steps=11,
+        class_counts=counts,
+        target_prior=target / target.sum(),
+        validation=lambda: validated(loop, theta, task),
+        training_rows=(group.train.inputs[0][task][rows], group.train.labels[task][rows]),
+    )
     torch.testing.assert_close(criterion.log_prior_ratio, group.log_prior_ratio[task].double() + target.sum().log())
     criterion.log_prior_ratio = group.log_prior_ratio[task].double()  # the same up to that constant
     state = loop.start()
     for step in range(11):
+        theta = state.theta.clone()  # before the step, when the state is read
         seen = loop.step(state, phi)
         ours = criterion(seen.logits[task], seen.labels[task], index=group.batches[step, task])
         assert state.controls is not None
@@ -57,6 +66,13 @@ def test_it_sees_what_the_policy_saw_in_meta_training(settings):
         torch.testing.assert_close(ours, seen.adaptive_loss()[task], rtol=1e-5, atol=1e-6)
         assert criterion.weight_decay_multiplier == pytest.approx(state.controls[task, CONTROL_INDEX["wd"]].item())
         criterion.step(nn.Identity())
+
+
+def validated(loop, theta, task):
+    """Logits and labels of the validation rows of a task, as its inner run has them now."""
+    validation = loop.group.validation
+    known = validation.mask[task] > 0
+    return loop.evaluate(theta, validation)[task][known], validation.labels[task][known]
 
 
 def test_it_starts_where_the_policy_file_says(tmp_path):

@@ -37,6 +37,7 @@ ORDER = (
     "cross_entropy_arguments",
     "data_parallel",
     "training_state",
+    "shown_rows",
     "policies",
     "config_loading",
     "run_directory",

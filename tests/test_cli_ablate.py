@@ -17,8 +17,9 @@ from tests.test_cli_results import PAGE, SUITE
 
 KNOWN = {
     "palf12": "own.yaml",
-    "groups-16": "no-state",
-    "groups-64": "no-state",
+    "groups-6": "groups-4",
+    "groups-24": "no-state",
+    "groups-96": "no-state",
     "tasks.architectures=[{kind: conv}, {kind: transformer}]": "tasks.architectures=[{kind: mlp, hidden: [4]}]",
     "data.held_out=[fashion-mnist, digits, newsgroups, snippets]": "data.held_out=[digits]",
     "data.held_out=[crawl_tiles, crawl_tiles_fine, reuters-r52, fine_foods]": "data.held_out=[iris]",

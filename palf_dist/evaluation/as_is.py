@@ -11,9 +11,9 @@ from scipy import special
 
 from palf_dist.config import EvaluationConfig
 from palf_dist.evaluation.conditions import as_is
-from palf_dist.evaluation.headline import POLICY, Figure
+from palf_dist.evaluation.headline import Figure
 from palf_dist.evaluation.inference import Estimate, clustered_mean, holm
-from palf_dist.evaluation.methods import REFERENCE
+from palf_dist.evaluation.methods import POLICY, REFERENCE
 from palf_dist.evaluation.statistics import compare_each
 from palf_dist.evaluation.table import NOTHING, Cells, label_of, number, p_value, signed
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from palf_dist.config import RunConfig
 from palf_dist.policies import LearnedPolicy, RecordedSchedule
 from palf_dist.randomness import random_generator
-from palf_dist.tasks.family import Datasets, sample_specs
+from palf_dist.tasks.family import Datasets, sample_specs, whole_turns
 from palf_dist.types import TaskSpec
 
 SCHEDULE_GROUPS = 4  # training task groups that policy_schedule is averaged over
@@ -55,8 +55,10 @@ class PolicyControls:
         """The mean [R, U] over tasks of the training datasets; made once."""
         key = (phi.cpu().numpy().tobytes(), json.dumps(prepared, sort_keys=True))
         if key not in self._means:
-            groups = [("schedule", self._config.seed, index) for index in range(SCHEDULE_GROUPS)]
-            drawn = [sample_specs(self._config, self._datasets, keys) for keys in groups]
+            drawn = [
+                sample_specs(self._config, self._datasets, ("schedule", self._config.seed, index), index)
+                for index in range(whole_turns(self._config, SCHEDULE_GROUPS))
+            ]
             runs = [self._record("train", specs, policy, phi, prepared) for specs in drawn]
             self._means[key] = np.concatenate(runs, 1).mean(1)
         return self._means[key]

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from palf_dist.evaluation.methods import LEARNED, METHODS, REFERENCE, Method
+from palf_dist.evaluation.methods import LEARNED, METHODS, POLICY, REFERENCE, Method
 from palf_dist.evaluation.statistics import Comparison, Rows, Task, compare, compare_each, task_of, to_rows
 
 Row = Mapping[str, Any]
@@ -87,8 +87,8 @@ def held_out(rows: Rows) -> tuple[list[Comparison], list[Comparison]]:
     completed += pick_rows(completed)
     chosen = _chosen(completed)
     compared = [replace(item, chosen=chosen.get(item.method, ())) for item in compare(completed)]
-    policies = [item.method for item in compared if item.method in METHODS and METHODS[item.method].uses_policy]
-    return compared, compare_each(completed, policies[0]) if policies else []
+    judged = any(row["method"] == POLICY for row in completed)
+    return compared, compare_each(completed, POLICY) if judged else []
 
 
 def with_steps(rows: Iterable[Row], reference: str = REFERENCE) -> list[dict[str, Any]]:
@@ -142,8 +142,8 @@ def pick_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def _is_static(method: str) -> bool:
-    """Whether a method is a static loss, trained to the end: the validation accuracy of a run that was stopped by it is
-    the largest of many looks, and says too much."""
+    """Whether a method is a static loss, trained to the end as all are: a validation accuracy that a run was stopped or
+    kept by is the largest of many looks, and says too much."""
     return method in METHODS and METHODS[method].is_static
 
 

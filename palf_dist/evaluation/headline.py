@@ -14,11 +14,10 @@ from palf_dist.evaluation.conditions import imbalanced
 from palf_dist.evaluation.derived import BEST_STATIC, PICKED_STATIC, pick_rows
 from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.measures import MEASURES, Measure
-from palf_dist.evaluation.methods import LEARNED, METHODS, REFERENCE
+from palf_dist.evaluation.methods import CE_BY_VALIDATION, CE_TRAINVAL, LEARNED, METHODS, POLICY, REFERENCE, TRAINVAL
 from palf_dist.evaluation.statistics import Comparison, Task, clusters_of, compare_each, task_of
 from palf_dist.evaluation.table import label_of
 
-POLICY = "policy"
 HIGH_NOISE = 0.3
 """Noise rates from which on noise counts as high."""
 
@@ -79,6 +78,13 @@ def headline(
         Figure("se_clustered", "its standard error, clustered by dataset", se)
         if math.isfinite(se)
         else Figure("se_clustered", "there is none with one independent dataset"),
+        _against(
+            pairs,
+            CE_BY_VALIDATION,
+            "diff_vs_ce_by_validation",
+            "all tasks; its learning rate and L2 were tuned on each task's noisy validation rows",
+        ),
+        _trainval(rows),
         _slice(rows, "diff_matched_prior", "tasks with the class frequencies of training in the test", _matched),
         _slice(
             rows,
@@ -188,6 +194,16 @@ def _against(pairs: Sequence[Comparison], method: str, name: str, meaning: str) 
     return _difference(name, meaning, found)
 
 
+def _trainval(rows: Sequence[Row]) -> Figure:
+    """Of those that train on the validation rows too, which is fair to neither where only one of them does."""
+    name, methods = "diff_trainval", (TRAINVAL, CE_TRAINVAL)
+    two = [row for row in rows if row["method"] in methods]
+    if lacking := [label_of(method) for method in methods if method not in {row["method"] for row in two}]:
+        return Figure(name, f"takes {' and '.join(lacking)}, which these runs do not have")
+    (found,) = compare_each(two, TRAINVAL)
+    return _difference(name, f"{label_of(TRAINVAL)}: all tasks, each trained on its validation rows too", found)
+
+
 def _slice(
     rows: Sequence[Row],
     name: str,
@@ -216,7 +232,9 @@ def _pairs_on(
 def _difference(name: str, meaning: str, item: Comparison) -> Figure:
     estimate = item.overall.difference
     if not estimate.tasks:
-        return Figure(name, f"no task on which {label_of(POLICY)} and {label_of(item.reference)} both have a result")
+        return Figure(
+            name, f"no task on which {label_of(item.method)} and {label_of(item.reference)} both have a result"
+        )
     return Figure(name, meaning, estimate.mean, estimate, item.reference)
 
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
-from palf_dist.config import RunConfig
+from palf_dist.config import PolicyConfig, RunConfig
 from palf_dist.errors import ConfigError
-from palf_dist.policies import CurriculumPolicy, HedgePolicy, OnlineLearnLoss, Policy, StaticPolicy
+from palf_dist.policies import CurriculumPolicy, HedgePolicy, OnlineLearnLoss, Policy, StaticPolicy, policy_spec
 from palf_dist.policies.static import control_vector
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
 from palf_dist.tasks.inputs import fits
+from palf_dist.training_state import VALIDATION_FEATURES
 from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
 
 PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
@@ -26,6 +27,14 @@ PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
 
 REFERENCE = "ce"
 """The method that all differences are taken against; it is part of every comparison."""
+
+POLICY = "policy"
+"""The method that the comparison is made for: the meta-learned policy, as it was trained to be used."""
+
+TRAINVAL, CE_TRAINVAL, CE_BY_VALIDATION = "policy_trainval", "ce_trainval", "ce_by_validation"
+
+KAPPA = 0.1
+"""Of the shield of ``policy_shielded``: of the descent that cross-entropy's own gradient gives, a tenth is kept."""
 
 
 ORACLES = ("static_oracle", "static_oracle_left_out")
@@ -44,6 +53,9 @@ class Method:
     schedule: Callable[[], Policy] | None = None  # makes the policy of a method that changes its weights on its own
     uses_policy: bool = False  # the meta-learned one
     control: Literal["shuffled", "schedule"] | None = None  # the meta-learned one, without what its state tells it
+    shield: float | None = None  # kappa of a Lyapunov shield that the meta-learned one gets at use
+    trains_on_validation: bool = False  # on the training and the validation rows together
+    by_validation: bool = False  # at all learning rates and L2 strengths of the grid, kept by the validation rows
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of hyper-parameters, of a tuned static method
     by_name: bool = False  # compared only where it is asked for
     note: str = ""
@@ -54,22 +66,44 @@ class Method:
         assert set(self.alpha) <= set(BASIS_LOSSES) and set(self.hyperparameters) <= set(DEFAULT_HYPERPARAMETERS)
         assert not self.alpha or abs(sum(self.alpha.values()) - 1) < 1e-9, f"{self.name}: alpha is not convex"
         assert set(self.grid) <= set(DEFAULT_HYPERPARAMETERS) and (not self.grid or self.is_static)
+        assert self.shield is None or self.uses_policy
 
     @property
     def is_static(self) -> bool:
-        """Whether it is a static loss, trained to the end."""
-        return bool(self.alpha) and not self.early_stopping
+        """Whether it is a static loss, trained to the end, on the rows and with the values that all methods have."""
+        return bool(self.alpha) and not (self.early_stopping or self.trains_on_validation or self.by_validation)
 
     @property
     def points(self) -> list[dict[str, float]]:
         """The hyper-parameters to choose from; a method without a grid has one point, which sets none."""
         return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
+    def policy_of(self, config: PolicyConfig) -> PolicyConfig:
+        """The section of the meta-learned policy as this method uses it: with its shield."""
+        return config if self.shield is None else config.model_copy(update={"shield": self.shield})
+
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("policy", "meta-learned policy", uses_policy=True),
+        Method(POLICY, "meta-learned policy", uses_policy=True),
+        Method(
+            TRAINVAL,
+            "policy, train + val",
+            uses_policy=True,
+            trains_on_validation=True,
+            by_name=True,
+            note="the policy on training and validation rows together, the labels of both as noisy as they are, in as "
+            "many steps; to be compared with CE, train + val",
+        ),
+        Method(
+            "policy_shielded",
+            "policy, shielded",
+            uses_policy=True,
+            shield=KAPPA,
+            by_name=True,
+            note=f"the policy under a Lyapunov shield that it was not trained with, kappa {KAPPA:g}",
+        ),
         Method(
             "policy_schedule",
             "own mean schedule",
@@ -139,6 +173,24 @@ METHODS: dict[str, Method] = {
             early_stopping=True,
             note="stopped on the validation rows, which are as noisy as the training rows",
         ),
+        Method(
+            CE_TRAINVAL,
+            "CE, train + val",
+            {"ce": 1.0},
+            trains_on_validation=True,
+            by_name=True,
+            note="tuned CE on training and validation rows together, the labels of both as noisy as they are, in as "
+            "many steps",
+        ),
+        Method(
+            CE_BY_VALIDATION,
+            "CE, by validation",
+            {"ce": 1.0},
+            by_validation=True,
+            by_name=True,
+            note="learning rate and L2 by the final accuracy on the task's own validation rows, which are as noisy as "
+            "the training rows, of all pairs of the grid; it costs the training of all: 20 for each task by default",
+        ),
     )
 }
 
@@ -186,6 +238,11 @@ def is_claimed(method: str) -> bool:
     return method not in ORACLES and not (method in METHODS and METHODS[method].control)
 
 
+def is_baseline(method: str) -> bool:
+    """Whether a row is a method that people could use instead of the policy: not the policy in another use either."""
+    return is_claimed(method) and not (method in METHODS and METHODS[method].uses_policy)
+
+
 def baseline_policy(method: Method, tuned: Mapping[str, float] | None = None) -> Policy:
     """The policy of a method that is not meta-learned, with the hyper-parameters that were tuned for it."""
     assert not (method.uses_policy or method.control), f"{method.name} sets its controls by its policy file"
@@ -220,6 +277,9 @@ def tuned_together(names: Iterable[str] | None = None) -> tuple[Method, ...]:
 def check_methods(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
     """Raises ConfigError for methods that the held-out tasks do not allow, before any work starts."""
     methods = select_methods(config.evaluation.methods)
+    for method in methods:
+        if method.uses_policy and (problem := _misfit(method, config.policy)):
+            raise ConfigError(f"evaluation.methods: {method.name} {problem}; leave the method out")
     if any(method.control == "shuffled" for method in methods):
         alone = [specs[0] for specs in evaluation_specs(config, datasets) if len(specs) == 1]
         if alone:
@@ -235,3 +295,19 @@ def check_methods(config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> 
                 f"evaluation.methods: tasks.architectures.{index} ({architecture.kind}) can read none of the training "
                 "datasets, so no baseline can be tuned for it; leave out the tuned ones or this architecture"
             )
+
+
+def _misfit(method: Method, config: PolicyConfig) -> str:
+    """What keeps a policy from being used as the method asks for; empty where nothing does."""
+    spec = policy_spec(config)
+    if method.trains_on_validation:
+        if spec.kind == "maml":
+            return "trains on the validation rows, and a policy of policy.kind maml adapts by its loss on them"
+        if read := [name for name in spec.features if name in VALIDATION_FEATURES]:
+            return f"trains on the validation rows, and policy.features read them ({', '.join(read)})"
+    if method.shield is not None:
+        if spec.shield is not None:
+            return f"is the policy under a shield, and it was trained under one (policy.shield {spec.shield:g})"
+        if REFERENCE not in spec.basis:
+            return f"mixes towards {REFERENCE}, which policy.basis leaves out ({', '.join(spec.basis)})"
+    return ""

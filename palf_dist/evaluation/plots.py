@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from palf_dist.evaluation.derived import PICKS
-from palf_dist.evaluation.methods import REFERENCE, is_claimed
+from palf_dist.evaluation.methods import REFERENCE, is_baseline
 from palf_dist.evaluation.statistics import Comparison, Slice
 from palf_dist.evaluation.table import Column, condition_columns, is_policy, label_of
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
@@ -275,11 +275,7 @@ def plot_noise(comparisons: Sequence[Comparison]) -> Figure:
     kinds of noise have a panel each, over all conditions."""
     policies = [item for item in comparisons if is_policy(item.method)]
     hidden = {REFERENCE, *PICKS}
-    others = [
-        item
-        for item in comparisons
-        if item.method not in hidden and is_claimed(item.method) and not is_policy(item.method)
-    ]
+    others = [item for item in comparisons if item.method not in hidden and is_baseline(item.method)]
     shown = policies + others[: len(LINE_LOOKS)]
     noises = list(comparisons[0].by_noise)
     kinds = list(dict.fromkeys(noise.kind for noise in noises if noise.rate)) or [""]

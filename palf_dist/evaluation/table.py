@@ -14,7 +14,7 @@ from rich.text import Text
 from palf_dist.evaluation.derived import DESCRIBED
 from palf_dist.evaluation.inference import holm
 from palf_dist.evaluation.measures import SECONDS
-from palf_dist.evaluation.methods import METHODS, REFERENCE
+from palf_dist.evaluation.methods import POLICY, REFERENCE
 from palf_dist.evaluation.statistics import CONDITIONS, Comparison, Estimate, Slice
 
 NOTHING = "-"
@@ -40,7 +40,7 @@ def label_of(method: str) -> str:
 
 def is_policy(method: str) -> bool:
     """Whether this is the row that tables and plots bring out."""
-    return method in METHODS and METHODS[method].uses_policy
+    return method == POLICY
 
 
 def to_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:

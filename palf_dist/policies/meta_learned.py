@@ -17,6 +17,7 @@ from palf_dist.config import PolicyConfig, PolicyStart
 from palf_dist.errors import ConfigError
 from palf_dist.randomness import random_generator
 from palf_dist.training_state import (
+    NEIGHBOUR_FEATURES,
     NOISE_FEATURES,
     PAPER_FEATURES,
     TASK_FEATURES,
@@ -39,6 +40,11 @@ _ROBUST = {"basis": ("ce", "robust_ce"), "hyperparameters": ("e", "la", "ew", "w
 _PAPER_BASIS = BASIS_LOSSES[:5]
 _PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "robust": {"features": _ROBUST_FEATURES, **_ROBUST},
+    "informed": {
+        "features": (*_ROBUST_FEATURES, *NEIGHBOUR_FEATURES, *VALIDATION_FEATURES),
+        "basis": (*_ROBUST["basis"], "symmetric_ce", "elr"),
+        "hyperparameters": (*_ROBUST["hyperparameters"], "a", "b", "lam"),
+    },
     "validation_free": {"features": _ROBUST_FEATURES, **_ROBUST},
     "recurrent": {"features": _ROBUST_FEATURES, **_ROBUST},
     "schedule": {"features": ("time",), **_ROBUST},

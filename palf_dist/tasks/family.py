@@ -17,14 +17,23 @@ from palf_dist.randomness import random_generator
 from palf_dist.tasks.corruptions import add_label_noise, class_transitions, draw_labels, instance_transitions
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_features, read_inputs
-from palf_dist.tasks.splits import SPLITS, TaskRows, draw_rows, imbalanced_capacity, num_task_classes, train_capacity
+from palf_dist.tasks.splits import (
+    SPLITS,
+    TaskRows,
+    draw_classes,
+    draw_rows,
+    imbalanced_capacity,
+    num_task_classes,
+    train_capacity,
+)
 from palf_dist.types import Rows, TaskGroup, TaskSpec
 
 Datasets = Mapping[str, EncodedDataset]
 
 
-def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, ...]) -> tuple[TaskSpec, ...]:
-    """One meta-training group: ``group_size`` tasks of one architecture and one optimiser, drawn from ``keys``.
+def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, ...], turn: int) -> tuple[TaskSpec, ...]:
+    """One meta-training group: ``group_size`` tasks of one architecture and one optimiser, drawn from ``keys``. Where
+    the families take turns (``tasks.families``), it is that of family number ``turn`` modulo their number.
 
     Raises DataError when no training dataset fits any architecture, or one has no two classes with enough rows.
     """
@@ -34,6 +43,10 @@ def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, .
         index: [dataset for dataset in training if fits(architecture, dataset)]
         for index, architecture in enumerate(tasks.architectures)
     }
+    if tasks.families == "in_turn":
+        families = sorted({dataset.family for found in compatible.values() for dataset in found})
+        turn_of = families[turn % len(families)] if families else None
+        compatible = {index: [item for item in found if item.family == turn_of] for index, found in compatible.items()}
     usable = [index for index, found in compatible.items() if found]
     if not usable:
         raise _unreadable(config, config.data.train, datasets)
@@ -48,22 +61,29 @@ def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, .
         noisy = generator.random() >= tasks.noise.clean_share
         imbalanced = generator.random() >= tasks.imbalance.balanced_share
         uniform = generator.random() < tasks.imbalance.uniform_target_share
+        classes = _classes(config, dataset, (*keys, index, "classes"))
         noise_rate = float(generator.uniform(tasks.noise.low, tasks.noise.high))
         ratio = _log_uniform(tasks.imbalance.low, tasks.imbalance.high, generator)
         specs.append(
             TaskSpec(
                 keys=(*keys, index),
                 dataset=dataset.name,
-                train_size=_train_size(config, dataset, generator),
+                train_size=_train_size(config, dataset, generator, classes),
                 noise_kind=tasks.noise.kind,
                 noise_rate=noise_rate if noisy else 0.0,
                 imbalance=ratio if imbalanced else 1.0,
                 target_prior="uniform" if imbalanced and uniform else "train",
                 architecture=architecture,
                 optimiser=optimiser,
+                classes=classes,
             )
         )
     return tuple(specs)
+
+
+def whole_turns(config: RunConfig, groups: int) -> int:
+    """At least so many groups; where families take turns, as many of each of the one, two or three that there are."""
+    return groups if config.tasks.families == "mixed" else -(-groups // 6) * 6
 
 
 def evaluation_specs(config: RunConfig, datasets: Datasets) -> list[tuple[TaskSpec, ...]]:
@@ -183,11 +203,15 @@ def build_group(
     datasets: Datasets,
     specs: Sequence[TaskSpec],
     reference: Mapping[str, Mapping[str, float]],
+    train_on_validation: bool = False,
 ) -> TaskGroup:
     """Build the tasks of ``specs``, all of one architecture and optimiser, side by side and padded to the widest.
 
     ``reference["architecture/optimiser"]`` holds the learning rate and weight decay. A task's rows, labels, noise and
     batches depend on its spec alone. Raises DataError when a dataset is too small for what a spec asks.
+
+    ``train_on_validation``: the validation rows come after the training rows, with the labels that they have anyway;
+    the validation split has its padding alone (a mask of 0).
     """
     (architecture_index, optimiser), *others = {(spec.architecture, spec.optimiser) for spec in specs}
     assert not others, "tasks of one group share architecture and optimiser"
@@ -196,6 +220,10 @@ def build_group(
     shape = group_shape(architecture, used)
     num_classes = max(num_task_classes(dataset) for dataset in used)
     drawn = [draw_rows(dataset, spec, config.tasks) for dataset, spec in zip(used, specs, strict=True)]
+    given = [_given_labels(*each) for each in zip(used, specs, drawn, strict=True)]
+    if train_on_validation:
+        for of_split in (*(task.rows for task in drawn), *given):
+            of_split["train"] = np.concatenate([of_split["train"], of_split["validation"]])
     size = len(specs)
 
     lengths = {split: max(len(task.rows[split]) for task in drawn) for split in SPLITS}
@@ -215,11 +243,10 @@ def build_group(
         for position, values in enumerate(read_inputs(architecture, dataset, rows, first_train=edges[-1])):
             for split, part in zip(SPLITS, np.split(values, edges), strict=True):
                 inputs[split][position][g][tuple(map(slice, part.shape))] = part
-        given = _given_labels(dataset, spec, task)
         for split in SPLITS:
             count = len(task.rows[split])
-            masks[split][g, :count] = 1.0
-            labels[split][g, :count] = given[split]
+            masks[split][g, :count] = split != "validation" or not train_on_validation
+            labels[split][g, :count] = given[g][split]
         count = len(task.rows["train"])
         clean_train_labels[g, :count] = task.labels[task.rows["train"]]
         batches[:, g] = epochs(count, *batches.shape[::2], random_generator(*spec.keys, "batches"))
@@ -279,11 +306,19 @@ def epochs(count: int, steps: int, batch_size: int, generator: np.random.Generat
     return order.reshape(-1)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def _train_size(config: RunConfig, dataset: EncodedDataset, generator: np.random.Generator) -> int:
+def _classes(config: RunConfig, dataset: EncodedDataset, keys: tuple[int | str, ...]) -> tuple[int, ...]:
+    """The classes that a task of meta-training keeps; none named: all."""
+    generator = random_generator(*keys)
+    return draw_classes(dataset, config.tasks, generator) if generator.random() < config.tasks.class_subsets else ()
+
+
+def _train_size(
+    config: RunConfig, dataset: EncodedDataset, generator: np.random.Generator, classes: Sequence[int] = ()
+) -> int:
     """Log-uniform between the two sizes of ``tasks.train_size``, the larger being lowered to what the dataset allows;
     the smaller one is not (``draw_rows`` refuses it when it is too large)."""
     low, high = config.tasks.train_size
-    return round(_log_uniform(low, max(low, min(high, train_capacity(dataset, config.tasks))), generator))
+    return round(_log_uniform(low, max(low, min(high, train_capacity(dataset, config.tasks, classes))), generator))
 
 
 def _log_uniform(low: float, high: float, generator: np.random.Generator) -> float:

@@ -32,7 +32,7 @@ def refused(made: Ablations, base: RunConfig | None = None) -> str:
 @pytest.mark.parametrize(
     ("name", "overrides", "groups"),
     [
-        ("ablations", [], {"basis losses": 2, "state features": 12, "loss hyper-parameters": 4, "outer loss": 9}),
+        ("ablations", [], {"basis losses": 4, "state features": 18, "loss hyper-parameters": 7, "outer loss": 9}),
         ("ablations-palf", ["policy.kind=palf"], {"basis losses": 5, "state features": 6, "frequency": 3}),
     ],
 )

@@ -26,6 +26,8 @@ from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, Tas
 
 GAINS = {
     "policy": 4.3,
+    "policy_trainval": 5.1,
+    "policy_shielded": 4.0,
     "policy_schedule": 2.5,
     "policy_shuffled": -2.8,
     "hedge": 0.2,
@@ -44,6 +46,8 @@ GAINS = {
     "elr": 0.1,
     "bootstrap": 0.15,
     "ce_early_stopping": -0.1,
+    "ce_trainval": 0.8,
+    "ce_by_validation": 0.4,
 }
 GAINS |= {f"{name}_tuned": GAINS[name] + 0.1 for name, *_ in TUNED}
 """Points against tuned CE, about those of METHODS part 6."""

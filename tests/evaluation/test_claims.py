@@ -150,6 +150,20 @@ def test_ahead_of_every_method_on_every_dataset(points, ahead, behind, verdict):
     }
 
 
+def test_other_uses_of_the_policy_are_no_baselines_and_a_stronger_ce_is_one():
+    rows = with_gain(2.0, *BASELINES, seeds=9)
+    for name in ("policy_trainval", "policy_shielded", "ce_by_validation"):
+        assert (found(rows + other(rows, name, 9.0), EVERY) == found(rows, EVERY)) == name.startswith("policy")
+
+
+def test_the_gain_over_ce_tuned_on_validation_rows_stands_beside_that_over_tuned_ce():
+    rows, start = with_gain(2.0, "focal"), "adaptation generalises across tasks (1), here "
+    stronger = rows + other(rows, "ce_by_validation", 3.0)
+    assert found(stronger, f"{start}to datasets") == found(rows, f"{start}to datasets")
+    entry = found(stronger, f"{start}over CE")
+    assert entry["verdict"] == "opposite" and "-1.00 (.08) points against CE, by" in entry["measured"]
+
+
 def test_a_loss_within_the_error_is_not_the_opposite():
     rows = with_gain(-0.3, *BASELINES)  # of two seeds each, which says nothing
     assert found(rows, EVERY)["verdict"] == "not reproduced"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 
 from palf_dist.evaluation.derived import PICKS, held_out, pick_rows, with_steps
 from palf_dist.evaluation.methods import METHODS, ORACLES
+from palf_dist.evaluation.report import headline_sentence
 from palf_dist.evaluation.statistics import task_of
-from palf_dist.evaluation.table import table_notes, to_records
+from palf_dist.evaluation.table import table_notes, to_main_markdown, to_records
 from tests.evaluation.synthetic import few_rows
 
 STATICS = ("ce", "focal", "s5")
+USES = ("policy_trainval", "policy_shielded")
 
 
 def row(method, accuracy, seed=0, dataset="iris", **columns):
@@ -74,7 +77,8 @@ def test_picks_are_the_best_by_their_score(drawn):
         for seed, values in enumerate(drawn)
         for index, name in enumerate(STATICS)
     ]
-    others = ("policy", "curriculum", "ce_early_stopping")  # the last one's is the largest of its looks
+    others = ("policy", "curriculum", "ce_trainval", "ce_early_stopping", "ce_by_validation")
+    # the validation accuracies of the last two are the largest of their looks
     rows += [row(other, 1.0, seed, validation_accuracy=1.0, seconds=1.0) for other in others for seed in range(2)]
     table = np.array(drawn)
     scores = {
@@ -130,6 +134,21 @@ def test_picks_are_rows_of_the_comparison():
     assert against["static_oracle"] == pytest.approx(gained)
     assert "steps_to_best" in by_name["s5"].others and by_name["ce"].others["reached_best"].overall.value == 100
     assert PICKS.keys().isdisjoint(METHODS) and PICKS.keys() - set(ORACLES) == {"static_by_validation", "best_static"}
+
+
+def test_the_policy_is_compared_with_itself_in_another_use_and_not_the_other_way_round():
+    rows = few_rows()
+    better = [row | {"method": name, "accuracy": 0.99} for name in USES for row in rows if row["method"] == "s5"]
+    compared, pairs = held_out(better + rows)
+    assert {item.method for item in pairs} == {"policy"} and {*USES} < {item.reference for item in pairs}
+    plain, _ = held_out(rows)
+    kept = [item for item in compared if item.method not in USES]
+    assert [(item.method, item.overall) for item in kept] == [(item.method, item.overall) for item in plain]
+    text = to_main_markdown(compared)
+    assert re.findall(r"^\| \*\*(.*?)\*\*", text, re.MULTILINE) == ["meta-learned policy"]
+    policy = next(item for item in compared if item.method == "policy")
+    assert f"{policy.overall.difference.mean:+.2f} points against tuned CE" in headline_sentence(compared)
+    assert held_out([row for row in rows + better if row["method"] != "policy"])[1] == []
 
 
 def tuned_rows():

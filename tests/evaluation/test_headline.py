@@ -32,7 +32,11 @@ METHODS = (
     "policy_shuffled",
     "learned_schedule",
     "learned_constant",
+    "policy_trainval",
+    "policy_shielded",
     "ce",
+    "ce_trainval",
+    "ce_by_validation",
     "focal",
     "s5",
 )
@@ -100,8 +104,13 @@ def test_each_figure_is_of_the_tasks_that_it_names() -> None:
     found = figures(rows)
     best = min(("focal", "learned_constant"), key=lambda name: plain(rows, EVERY, name))
     imbalanced = min(("focal", "learned_constant"), key=lambda name: plain(rows, {"matched"}, name))
+    trainval = [
+        {**row, "method": row["method"].removesuffix("_trainval")} for row in rows if "trainval" in row["method"]
+    ]
     expected = {
         "diff_vs_tuned_ce": plain(rows, EVERY),
+        "diff_vs_ce_by_validation": plain(rows, EVERY, "ce_by_validation"),
+        "diff_trainval": plain(trainval, EVERY),
         "diff_matched_prior": plain(rows, MATCHED),
         "diff_at_no_noise": plain(rows, {"as-is", "flip-none", "matched"}),
         "diff_at_high_noise": plain(rows, {"noise-0.4"}),
@@ -119,6 +128,7 @@ def test_each_figure_is_of_the_tasks_that_it_names() -> None:
     }
     for name, value in expected.items():
         assert found[name].value == pytest.approx(value), name
+    assert found["diff_trainval"].of == "ce_trainval"
     assert found["diff_vs_best_static_imbalanced"].of == {"focal": "best_static"}.get(imbalanced, imbalanced)
     assert found["diff_at_no_noise"].meaning.endswith(", of the conditions as-is, flip-none, matched")
     others = set(found) - set(expected)
@@ -153,6 +163,8 @@ def test_what_is_not_there_says_so() -> None:
     for name, reason in {
         "diff_matched_prior": "",
         "diff_vs_best_static_imbalanced": "takes best tuned static, learned constants, label smoothing, S5",
+        "diff_vs_ce_by_validation": "takes the method CE, by validation, which these runs do not have",
+        "diff_trainval": "takes policy, train + val and CE, train + val, which these runs do not have",
         "diff_vs_own_schedule": "takes the method own mean schedule, which these runs do not have",
         "diff_vs_own_schedule_balanced": "takes the method own mean schedule, which these runs do not have",
         "diff_vs_learned_schedule_balanced": "takes the method learned schedule (t/T only), which these",
@@ -167,6 +179,14 @@ def test_what_is_not_there_says_so() -> None:
     assert [full[name].missing for name in (*pooled, "diff_vs_best_static")] == [(), (), ("best_static",)]
     only_shifted = figures([row for row in made() if row["condition"] == "shifted"])
     assert only_shifted["diff_vs_own_schedule_balanced"].meaning.startswith("there are none: tasks with the data's own")
+
+
+def test_other_uses_of_the_policy_and_other_ce_change_no_other_figure() -> None:
+    names = ("policy_trainval", "policy_shielded", "ce_trainval", "ce_by_validation")
+    rows = [row | ({"accuracy": 0.99} if row["method"] in names else {}) for row in made()]
+    found, without = figures(rows), figures([row for row in rows if row["method"] not in names])
+    changed = {name for name in found if found[name] != without[name]}
+    assert changed == {"diff_vs_ce_by_validation", "diff_trainval"}
 
 
 def test_differences_of_steps_are_in_steps() -> None:

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from palf_dist.errors import ConfigError
-from palf_dist.evaluation.methods import METHODS, TUNED, baseline_policy, select_methods
+from palf_dist.evaluation.derived import PICKS
+from palf_dist.evaluation.methods import (
+    LEARNED,
+    METHODS,
+    ORACLES,
+    TUNED,
+    baseline_policy,
+    is_baseline,
+    is_claimed,
+    select_methods,
+    tuned_together,
+)
 from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS
 
 STATIC = [method for method in METHODS.values() if method.alpha]
@@ -53,13 +64,28 @@ def test_early_stopping_differs_from_ce_in_the_stop_only():
     assert [method.name for method in METHODS.values() if method.early_stopping] == ["ce_early_stopping"]
 
 
+@pytest.mark.parametrize("name", ["ce_trainval", "ce_by_validation"])
+def test_ce_with_other_rows_or_values_is_the_same_loss_and_no_static_one_to_choose(name):
+    assert named(name) == named("ce") and METHODS["ce"].is_static and not METHODS[name].is_static
+    tuned = [method.name for method in tuned_together([name, "s5_tuned"])]
+    assert tuned == ["ce", "s5_tuned"] and tuned_together([name]) == ()
+
+
+def test_the_policy_in_another_use_is_claimed_and_no_baseline():
+    rows = [*METHODS, *PICKS, *(method.name for method in LEARNED.values())]
+    policies = {"policy", "policy_trainval", "policy_shielded"}
+    controls = {"policy_schedule", "policy_shuffled"}
+    assert {name for name in rows if not is_claimed(name)} == controls | {*ORACLES}
+    assert {name for name in rows if not is_baseline(name)} == controls | {*ORACLES} | policies
+
+
 def test_every_basis_loss_has_a_static_row_of_its_own():
     assert {active_basis(method) for method in STATIC} >= {(name,) for name in BASIS_LOSSES}
 
 
-@pytest.mark.parametrize("name", ["policy", "policy_schedule", "policy_shuffled"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("policy")])
 def test_the_policy_and_its_controls_have_no_static_ones(name):
-    assert METHODS[name].uses_policy == (name == "policy")
+    assert METHODS[name].uses_policy == (name not in ("policy_schedule", "policy_shuffled"))
     with pytest.raises(AssertionError):
         baseline_policy(METHODS[name])
 
@@ -70,10 +96,11 @@ def test_the_curriculum_follows_the_clock():
 
 
 def test_selection_keeps_the_table_order_and_always_holds_the_reference():
-    by_name = ["policy_schedule", "policy_shuffled", "hedge", "generalised_ce", "mae", "elr", "bootstrap"]
+    by_name = ["policy_trainval", "policy_shielded", "policy_schedule", "policy_shuffled"]
+    by_name += ["hedge", "generalised_ce", "mae", "elr", "bootstrap", "ce_trainval", "ce_by_validation"]
     by_name += [f"{name}_tuned" for name, *_ in TUNED]
     assert [method.name for method in select_methods()] == [name for name in METHODS if name not in by_name]
-    assert [method.name for method in select_methods(by_name)] == [*by_name[:2], "ce", *by_name[2:]]
+    assert [method.name for method in select_methods(by_name)] == [*by_name[:4], "ce", *by_name[4:]]
     assert [method.name for method in select_methods(["s5", "policy"])] == ["policy", "ce", "s5"]
     assert [method.name for method in select_methods([])] == ["ce"]
 

@@ -135,6 +135,8 @@ def test_the_headline_is_what_numpy_finds(made):
         "diff_vs_own_schedule_balanced": clustered((wide["policy"] - wide["policy_schedule"])[condition == "balanced"])[
             0
         ],
+        "diff_vs_ce_by_validation": None,
+        "diff_trainval": None,
         "diff_vs_learned_schedule": None,
         "diff_vs_learned_schedule_balanced": None,
         "diff_vs_shuffled": None,

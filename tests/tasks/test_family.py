@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def build(run: RunConfig, specs: Sequence[TaskSpec]) -> TaskGroup:
 
 def test_groups_share_architecture_and_optimiser_and_draw_everything_else() -> None:
     run = config(*ALL.values(), optimisers=["sgd", "adam"], group_size=8)
-    groups = [sample_specs(run, ALL, (0, "train", step)) for step in range(60)]
+    groups = [sample_specs(run, ALL, (0, "train", step), 0) for step in range(60)]
     assert {len(group) for group in groups} == {8}
     assert all(len({(spec.architecture, spec.optimiser) for spec in group}) == 1 for group in groups)
     seen: dict[int, set[str]] = {}
@@ -59,9 +60,44 @@ def test_groups_share_architecture_and_optimiser_and_draw_everything_else() -> N
     assert len({spec.keys for group in groups for spec in group}) == 60 * 8
 
 
+@pytest.mark.parametrize("outsider", [None, "pictures", "texts"])
+def test_families_take_turns_however_many_datasets_they_have(outsider: str | None) -> None:
+    names = {"small", "large", "pictures", "colours", "texts"} - {outsider}
+    run = config(*(ALL[name] for name in sorted(names)), families="in_turn", group_size=12)
+    groups = [sample_specs(run, ALL, (0, "train", turn), turn) for turn in range(30)]
+    families = [{ALL[spec.dataset].family for spec in group} for group in groups]
+    assert all(len(family) == 1 for family in families)
+    count = Counter(family for (family,) in families)
+    assert len(set(count.values())) == 1 and set(count) == {ALL[name].family for name in names}
+    assert {spec.dataset for group in groups for spec in group} == names
+    assert families[: len(count)] * (30 // len(count)) == families
+
+
+def test_a_share_of_the_tasks_keeps_a_subset_of_the_classes_with_rows_enough() -> None:
+    run = config(LARGE, class_subsets=0.5, group_size=400, train_size=[600, 1200])
+    specs = sample_specs(run, ALL, (1,), 0)
+    subsets = [spec for spec in specs if spec.classes]
+    assert abs(len(subsets) / len(specs) - 0.5 * np.log(5 / 3) / np.log(5 / 2)) < 0.08
+    assert {len(spec.classes) for spec in subsets} == {3, 4}  # two have too few rows
+    assert {label for spec in subsets for label in spec.classes} == set(range(5))
+    for spec in subsets[:10]:
+        task = draw_rows(LARGE, spec, run.tasks)
+        assert task.num_classes == len(spec.classes)
+        for rows in task.rows.values():
+            assert set(LARGE.labels[rows]) == set(spec.classes)
+            assert (np.array(spec.classes)[task.labels[rows]] == LARGE.labels[rows]).all()
+        if spec.imbalance == 1:
+            assert abs(len(task.rows["train"]) - spec.train_size) <= len(spec.classes)
+    whole = sample_specs(config(LARGE, group_size=400, train_size=[600, 1200]), ALL, (1,), 0)
+    assert all(not spec.classes for spec in whole)
+    assert [(spec.noise_rate, spec.imbalance) for spec in specs] == [
+        (spec.noise_rate, spec.imbalance) for spec in whole
+    ]
+
+
 def test_specs_follow_the_distributions_of_the_configuration() -> None:
     run = config(LARGE, group_size=2000, train_size=[50, 800])
-    specs = sample_specs(run, ALL, (1,))
+    specs = sample_specs(run, ALL, (1,), 0)
     noise = np.array([spec.noise_rate for spec in specs])
     assert abs((noise == 0).mean() - 0.25) < 0.05
     assert noise[noise > 0].min() >= 0.05 and noise.max() <= 0.6 and abs(noise[noise > 0].mean() - 0.325) < 0.02
@@ -78,15 +114,15 @@ def test_specs_follow_the_distributions_of_the_configuration() -> None:
 
 def test_training_sizes_never_exceed_what_the_dataset_gives() -> None:
     run = config(SMALL, train_size=[60, 400], group_size=50)
-    assert max(spec.train_size for spec in sample_specs(run, ALL, (0,))) == pytest.approx(70, abs=2)
+    assert max(spec.train_size for spec in sample_specs(run, ALL, (0,), 0)) == pytest.approx(70, abs=2)
     with pytest.raises(DataError, match=r"^small: a training size of 100 is larger.*160 rows 70 can"):
-        build(config(SMALL, train_size=[100, 100]), sample_specs(config(SMALL, train_size=[100, 100]), ALL, (0,)))
+        build(config(SMALL, train_size=[100, 100]), sample_specs(config(SMALL, train_size=[100, 100]), ALL, (0,), 0))
 
 
 def test_no_architecture_reads_the_dataset() -> None:
     run = run_config([TEXTS], (COLOURS,), tasks={"architectures": KINDS[:1]})
     with pytest.raises(DataError, match=r"tasks\.architectures \(mlp\) can read texts \(text\)"):
-        sample_specs(run, ALL, (0,))
+        sample_specs(run, ALL, (0,), 0)
     run = run_config([COLOURS], (TEXTS,), tasks={"architectures": KINDS[:2]})
     with pytest.raises(DataError, match=r"tasks\.architectures \(mlp, conv\) can read texts \(text\)"):
         evaluation_specs(run, ALL)
@@ -229,6 +265,41 @@ def test_a_task_is_the_same_in_any_group_up_to_padding(architecture: int) -> Non
     torch.testing.assert_close(alone.log_prior_ratio[0], together.log_prior_ratio[-1, :classes])
 
 
+@pytest.mark.parametrize(("name", "architecture"), [("large", 0), ("texts", 2)])
+@pytest.mark.parametrize("kind", ["uniform", "instance_dependent"])
+def test_validation_rows_join_the_training_rows_with_the_labels_they_have(
+    name: str, architecture: int, kind: str
+) -> None:
+    common = {"dataset": name, "architecture": architecture, "noise_rate": 0.4, "noise_kind": kind}
+    specs = [
+        task_spec(keys=(size,), train_size=size, imbalance=4.0, target_prior="uniform", **common) for size in (60, 44)
+    ]
+    run = config(*ALL.values())
+    apart, together = (build_group(run, ALL, specs, REFERENCE, joined) for joined in (False, True))
+    assert not together.validation.mask.any() and torch.equal(together.theta0, apart.theta0)
+    for g, counts in enumerate(zip(apart.train_sizes.int(), apart.validation.mask.sum(1).int(), strict=True)):
+        size = int(sum(counts))
+        both = list(zip((apart.train, apart.validation), counts, strict=True))
+        assert together.train.mask[g].tolist() == [1.0] * size + [0.0] * (together.train.mask.shape[1] - size)
+        labels = torch.cat([rows.labels[g, :count] for rows, count in both])
+        assert torch.equal(together.train.labels[g, :size], labels)
+        task = draw_rows(ALL[name], specs[g], run.tasks)
+        clean = np.concatenate([task.labels[task.rows[split]] for split in ("train", "validation")])
+        assert together.clean_train_labels[g, :size].tolist() == clean.tolist() != labels.tolist()
+        inputs = torch.cat([rows.inputs[0][g, :count] for rows, count in both])
+        read = together.train.inputs[0][g, :size]
+        if name == "texts":  # nothing of them is standardised
+            assert torch.equal(read, inputs)
+        else:  # the first column is the row's number, standardised by all rows that are trained on
+            assert torch.equal(read[:, 0].argsort(), inputs[:, 0].argsort())
+            assert abs(read[:, 0].mean()) < 1e-5 < abs(inputs[:, 0].mean())
+        frequencies = (labels.bincount(minlength=int(apart.num_classes[g])) + 1) / (size + apart.num_classes[g])
+        want = (frequencies * apart.num_classes[g]).log()
+        torch.testing.assert_close(together.log_prior_ratio[g, : len(want)], want)
+        assert set(together.batches[:, g].flatten().tolist()) == set(range(size)), "all of them are trained on"
+    assert torch.equal(together.test.labels, apart.test.labels)
+
+
 def test_the_held_out_grid_is_complete_and_does_not_depend_on_the_grouping() -> None:
     held_out = (SMALL, TEXTS, PICTURES)
     evaluation = {"noise_rates": [0.0, 0.3], "seeds": 2, "imbalance": 8.0}
@@ -250,7 +321,7 @@ FINGERPRINT = "from tests.tasks.test_family import fingerprint; print(fingerprin
 def fingerprint() -> str:
     digest = hashlib.sha256()
     run = config(SMALL, LARGE, group_size=4)
-    group = build(run, sample_specs(run, ALL, (5, "train", 1)))
+    group = build(run, sample_specs(run, ALL, (5, "train", 1), 0))
     rows = [getattr(group, split) for split in SPLITS]
     for tensor in (group.theta0, group.batches, *(part for split in rows for part in (*split.inputs, split.labels))):
         digest.update(tensor.numpy().tobytes())
