@@ -193,7 +193,7 @@ class Runner:
     def _calibrate(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
-        group = self._group(("calibrate", self.config.seed), unit.group, prepared)
+        group = self._group(("calibrate", self.config.seed, unit.group), prepared)
         policy = _at_start(self.config)
         untrained = torch.from_numpy(policy.initial()).to(phi)
         read = partial(at_refreshes, phi=untrained, read=lambda state: state.last_features)
@@ -219,7 +219,7 @@ class Runner:
             stop = min(stop, start + window)
         run, number = drawn_as(config, run, unit.group)
         turn = run * config.meta_learner.groups_per_step + number
-        group = self._group(("meta_gradient", config.seed, run), number, prepared, turn)
+        group = self._group(("meta_gradient", config.seed, run, number), prepared, turn)
         policy = learned_policy(config, prepared)
         keys = (config.seed, unit.outer_step, unit.group)
 
@@ -242,7 +242,7 @@ class Runner:
     def _select(
         self, unit: Unit, settings: dict[str, Any], phi: Tensor, prepared: Mapping[str, Any], _: object
     ) -> Contribution:
-        group = self._group(("select", self.config.seed), unit.group, prepared)
+        group = self._group(("select", self.config.seed, unit.group), prepared)
         ours = self._train(group, learned_policy(self.config, prepared), phi)
         reference = self._train(group, baseline_policy(METHODS[REFERENCE]), phi)
         return Contribution(unit, 0, metrics={"accuracy": float(ours.mean()), "reference": float(reference.mean())})
@@ -318,10 +318,9 @@ class Runner:
             "curve_steps": moments(self.config.inner.steps),
         }
 
-    def _group(
-        self, keys: tuple[int | str, ...], number: int, prepared: Mapping[str, Any], turn: int | None = None
-    ) -> TaskGroup:
-        specs = sample_specs(self.config, self.datasets, (*keys, number), number if turn is None else turn)
+    def _group(self, keys: tuple[int | str, ...], prepared: Mapping[str, Any], turn: int | None = None) -> TaskGroup:
+        """A group whose number, the last of ``keys``, is its turn too, unless another one is given."""
+        specs = sample_specs(self.config, self.datasets, keys, int(keys[-1]) if turn is None else turn)
         return self._build(specs, prepared["reference"])
 
     def _build(

@@ -43,7 +43,8 @@ def test_every_kind_makes_a_round_trip(kind: str, tmp_path: Path) -> None:
     loaded = load_policy(tmp_path)
     assert loaded.spec == spec and np.array_equal(loaded.phi, phi)
     assert type(loaded.policy()) is type(make_policy(spec, zero, zero + 2))
-    assert json.loads((tmp_path / CARD).read_text())["format_version"] == (1 if kind in ("robust", "palf") else 3)
+    version = {"robust": 1, "palf": 1, "informed": 4}.get(kind, 3)
+    assert json.loads((tmp_path / CARD).read_text())["format_version"] == version
 
 
 def test_start_is_kept_and_asks_for_the_newer_format(artefact: PolicyArtefact, tmp_path: Path) -> None:

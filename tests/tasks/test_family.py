@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,41 +57,6 @@ def test_groups_share_architecture_and_optimiser_and_draw_everything_else() -> N
     assert seen == {0: {"small", "large", "pictures", "colours"}, 1: {"pictures", "colours"}, 2: {"texts"}}
     assert {group[0].optimiser for group in groups} == {"sgd", "adam"}
     assert len({spec.keys for group in groups for spec in group}) == 60 * 8
-
-
-@pytest.mark.parametrize("outsider", [None, "pictures", "texts"])
-def test_families_take_turns_however_many_datasets_they_have(outsider: str | None) -> None:
-    names = {"small", "large", "pictures", "colours", "texts"} - {outsider}
-    run = config(*(ALL[name] for name in sorted(names)), families="in_turn", group_size=12)
-    groups = [sample_specs(run, ALL, (0, "train", turn), turn) for turn in range(30)]
-    families = [{ALL[spec.dataset].family for spec in group} for group in groups]
-    assert all(len(family) == 1 for family in families)
-    count = Counter(family for (family,) in families)
-    assert len(set(count.values())) == 1 and set(count) == {ALL[name].family for name in names}
-    assert {spec.dataset for group in groups for spec in group} == names
-    assert families[: len(count)] * (30 // len(count)) == families
-
-
-def test_a_share_of_the_tasks_keeps_a_subset_of_the_classes_with_rows_enough() -> None:
-    run = config(LARGE, class_subsets=0.5, group_size=400, train_size=[600, 1200])
-    specs = sample_specs(run, ALL, (1,), 0)
-    subsets = [spec for spec in specs if spec.classes]
-    assert abs(len(subsets) / len(specs) - 0.5 * np.log(5 / 3) / np.log(5 / 2)) < 0.08
-    assert {len(spec.classes) for spec in subsets} == {3, 4}  # two have too few rows
-    assert {label for spec in subsets for label in spec.classes} == set(range(5))
-    for spec in subsets[:10]:
-        task = draw_rows(LARGE, spec, run.tasks)
-        assert task.num_classes == len(spec.classes)
-        for rows in task.rows.values():
-            assert set(LARGE.labels[rows]) == set(spec.classes)
-            assert (np.array(spec.classes)[task.labels[rows]] == LARGE.labels[rows]).all()
-        if spec.imbalance == 1:
-            assert abs(len(task.rows["train"]) - spec.train_size) <= len(spec.classes)
-    whole = sample_specs(config(LARGE, group_size=400, train_size=[600, 1200]), ALL, (1,), 0)
-    assert all(not spec.classes for spec in whole)
-    assert [(spec.noise_rate, spec.imbalance) for spec in specs] == [
-        (spec.noise_rate, spec.imbalance) for spec in whole
-    ]
 
 
 def test_specs_follow_the_distributions_of_the_configuration() -> None:
