@@ -41,6 +41,58 @@ def test_arguments_out_of_range(settings, message):
         AdaptiveLoss(artefact(), **{"total_steps": 5, **settings})
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(3, 2), "training_rows: needs a pair of tensors"),
+        ((torch.zeros(3, 2), torch.zeros(4).long()), r"training_rows: shapes \(3, 2\) and \(4,\) do not fit"),
+        ((torch.zeros(3), torch.zeros(3).long()), r"training_rows: shapes \(3,\) and"),
+        ((torch.zeros(1, 2), torch.zeros(1).long()), "training_rows: .* two rows or more"),
+        ((torch.zeros(3, 2), torch.zeros(3)), "training_rows: labels are torch.float32; needs whole numbers"),
+        (
+            (torch.zeros(3, 2).long(), torch.zeros(3).long()),
+            "training_rows: inputs are torch.int64; .* or leave it out",
+        ),
+    ],
+    ids=str,
+)
+def test_training_rows_that_do_not_fit(rows, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaptiveLoss(artefact(kind="informed"), total_steps=5, training_rows=rows, validation=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "validation: needs a pair of tensors"),
+        (
+            (torch.zeros(3, 2), torch.zeros(3).long()),
+            r"validation: returned logits of shape \(3, 2\), .* have 4 classes",
+        ),
+        ((torch.zeros(3, 4), torch.tensor([0, 4, 1])), "validation: a label is outside of 0 to 3"),
+        ((torch.zeros(3, 4), torch.tensor([0, -100, 1])), "validation: a label is outside of 0 to 3"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:AdaptiveLoss. no training_rows")
+def test_validation_rows_that_do_not_fit(rows, message):
+    logits, y, index = batch(0)
+    with pytest.raises(ConfigError, match=message):
+        AdaptiveLoss(artefact(kind="informed"), total_steps=5, validation=lambda: rows)(logits, y, index=index)
+
+
+def test_rows_that_a_policy_reads_are_asked_for_once_and_not_by_others():
+    with pytest.warns(UserWarning) as said:
+        AdaptiveLoss(artefact(kind="informed"), total_steps=5)
+    assert [str(each.message).split(":")[1] for each in said] == [" no validation", " no training_rows"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdaptiveLoss(artefact(), total_steps=5)
+        criterion = AdaptiveLoss(artefact(), total_steps=5, validation=lambda: 1 / 0)  # not read, so not called
+        logits, y, index = batch(0)
+        criterion(logits, y, index=index)
+
+
 def test_a_policy_that_adapts_is_refused():
     with pytest.raises(ConfigError, match=r"policy\.kind: a maml policy .* parameters.* another kind"):
         AdaptiveLoss(artefact(kind="maml"), total_steps=5)
@@ -105,11 +157,6 @@ def test_it_needs_no_index_where_the_policy_remembers_nothing():
         warnings.simplefilter("error")
         loss = without(logits, labels)
     assert torch.equal(loss, given(logits, labels, index=index))
-
-
-def test_it_warns_of_features_that_a_loss_cannot_see():
-    with pytest.warns(UserWarning, match="reads loss_gap, which a loss cannot see"):
-        AdaptiveLoss(artefact(features=("time", "loss_gap")), total_steps=5)
 
 
 @pytest.mark.filterwarnings("ignore:AdaptiveLoss. no index")

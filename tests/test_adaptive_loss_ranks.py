@@ -17,19 +17,6 @@ from tests.adaptive_cases import artefact
 
 RANKS, STEPS, ROWS = 2, 10, 8  # of one rank; as many as the Hessian trace is read on
 
-CASES = {
-    "robust": ({"kind": "robust"}, {"target_prior": "uniform", "class_counts": [20, 10, 30, 4]}),
-    "recurrent": ({"kind": "recurrent"}, {}),
-    "averages": ({"basis": ("elr", "robust_ce", "bootstrap"), "hyperparameters": ("lam", "beta", "ew")}, {}),
-    "six features": ({"kind": "palf", "basis": ("ce", "focal")}, {}),
-}
-pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no (index|optimizer)")
-
-
-def loss_of(case: str) -> AdaptiveLoss:
-    policy, settings = CASES[case]
-    return AdaptiveLoss(artefact(**policy), total_steps=20, **settings)
-
 
 def joint_batch(step: int):
     """Inputs, labels and row numbers of all ranks; some rows are in it twice, as a DistributedSampler's last ones."""
@@ -39,9 +26,28 @@ def joint_batch(step: int):
     return x, y, torch.from_numpy(draw.integers(0, 30, len(x)))
 
 
+TRAINING_ROWS = joint_batch(100)[:2]
+CASES = {
+    "robust": ({"kind": "robust"}, {"target_prior": "uniform", "class_counts": [20, 10, 30, 4]}),
+    "recurrent": ({"kind": "recurrent"}, {}),
+    "averages": ({"basis": ("elr", "robust_ce", "bootstrap"), "hyperparameters": ("lam", "beta", "ew")}, {}),
+    "informed": ({"kind": "informed"}, {"training_rows": TRAINING_ROWS}),
+    "six features": ({"kind": "palf", "basis": ("ce", "focal")}, {}),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no (index|optimizer)")
+
+
 def make_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def loss_of(case: str, model: nn.Module) -> AdaptiveLoss:
+    policy, settings = CASES[case]
+    if case == "informed":
+        x, y, _ = joint_batch(101)
+        settings = settings | {"validation": lambda: (model(x), y)}
+    return AdaptiveLoss(artefact(**policy), total_steps=20, **settings)
 
 
 def train(case: str, model: nn.Module, criterion: AdaptiveLoss, rank: int | None, steps: range) -> list[torch.Tensor]:
@@ -75,20 +81,22 @@ def on_rank(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     found = {}
     for case in CASES:
-        model, criterion = DistributedDataParallel(make_model()), loss_of(case)
+        model = DistributedDataParallel(make_model())
+        criterion = loss_of(case, model)
         whole = train(case, model, criterion, rank, range(STEPS))
         found[case] = {"whole": whole, "state": criterion.state_dict()}
         for stopped in (5, 6):  # between two refreshes and at one
-            model, criterion = DistributedDataParallel(make_model()), loss_of(case)
+            model = DistributedDataParallel(make_model())
+            criterion = loss_of(case, model)
             train(case, model, criterion, rank, range(stopped))
             saved = [criterion.state_dict()]
             distributed.broadcast_object_list(saved)  # that of rank 0, for all
-            again = loss_of(case)
+            again = loss_of(case, model)
             again.load_state_dict(saved[0])
             assert torch.equal(again.controls, criterion.controls)
             resumed = train(case, model, again, rank, range(stopped, STEPS))
             found[case][f"resumed {stopped}"] = resumed
-    found["uneven"] = take_uneven_batches(loss_of("robust"), rank)
+    found["uneven"] = take_uneven_batches(loss_of("robust", nn.Identity()), rank)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -109,11 +117,13 @@ def same_bits(ours: dict, theirs: dict) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_train_as_one_that_has_all_rows(found: list[dict], case: str) -> None:
     """The posterior weights too, which are relative to the batch; but for the rounding of DDP's mean."""
-    criterion = loss_of(case)
-    whole = train(case, make_model(), criterion, None, range(STEPS))
+    model = make_model()
+    criterion = loss_of(case, model)
+    whole = train(case, model, criterion, None, range(STEPS))
     torch.testing.assert_close(found[0][case]["whole"], whole, rtol=1e-4, atol=1e-5)
     assert found[0][case]["state"]["_extra_state"]["refreshed_at"] == 9
-    alone = train(case, make_model(), loss_of(case), 0, range(STEPS))
+    model = make_model()
+    alone = train(case, model, loss_of(case, model), 0, range(STEPS))
     assert not torch.allclose(alone[9], whole[9], rtol=1e-4, atol=1e-5), "own rows say the same: the test cannot fail"
 
 
@@ -139,4 +149,4 @@ def test_a_row_that_is_there_twice_is_written_as_the_last_one() -> None:
 
 def test_ranks_may_have_different_numbers_of_labels(found: list[dict]) -> None:
     same_bits(found[0]["uneven"], found[1]["uneven"])
-    same_bits(found[0]["uneven"], take_uneven_batches(loss_of("robust"), None))
+    same_bits(found[0]["uneven"], take_uneven_batches(loss_of("robust", nn.Identity()), None))

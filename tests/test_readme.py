@@ -28,6 +28,7 @@ from palf_dist.cli_shared import load_run_config, overrides_of_suite
 from palf_dist.config import PolicyConfig
 from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
+from tests.adaptive_cases import untrained
 from tests.command import SMOKE, Command
 
 ROOT = Path(__file__).parent.parent
@@ -88,17 +89,20 @@ def test_the_snippet_trains(policy: Path) -> None:
     assert names["accuracy"]() > 0.85
 
 
-def test_the_snippets_of_the_drop_in_page_train(policy: Path) -> None:
+def test_the_snippets_of_the_drop_in_page_train(policy: Path, tmp_path: Path) -> None:
     """The loop before the change and the one after it, each on its own model; and all the arguments."""
-    before, after, arguments = blocks("python", [ROOT / "docs" / "drop_in.md"])
+    before, after, arguments, shown = blocks("python", [ROOT / "docs" / "drop_in.md"])
     for snippet in (before, after):
         names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
         run_snippet(snippet, policy, names)
         assert names["accuracy"]() > (0.85 if snippet == after else 0.5)  # one epoch before, fifteen after
-    names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
-    run_snippet(arguments, policy, names)
-    x, y, index = next(iter(names["loader"]))
-    assert names["criterion"](names["model"](x), y, index=index).isfinite()
+    save_policy(tmp_path / "informed", untrained(kind="informed"))
+    for snippet, file in ((arguments, policy), (shown.replace("runs/informed/best", POLICY), tmp_path / "informed")):
+        names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
+        x, y, index = next(iter(names["loader"]))
+        names |= {"x_validation": x[:20], "y_validation": y[:20], "x_train": x[20:], "y_train": y[20:]}
+        run_snippet(snippet, file, names)
+        assert names["criterion"](names["model"](x), y, index=index).isfinite()
 
 
 def test_the_runs_of_the_published_table_have_options_that_hold(
