@@ -15,8 +15,6 @@ from palf_dist.evaluation.overhead import OVERHEAD_JSON, read_overheads
 from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
 
-pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. the policy reads")
-
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_takes_its_rows(name: str) -> None:
@@ -55,10 +53,12 @@ def test_a_tiny_one_from_end_to_end(
     found = read_overheads(tmp_path)
     assert found is not None and list(found.models) == ["MLP 64", "transformer 32"]
     assert (found.rounds, found.steps) == (6, 12) and all(each.seconds > 0 for each in found.models.values())
-    assert (found.policy, found.threads, found.torch) == ("robust", 1, torch.__version__) and len(found.digest) == 64
+    assert (found.policy, found.threads, found.torch) == ("informed", 1, torch.__version__) and len(found.digest) == 64
     page = (tmp_path / "results_overhead.md").read_text()
     assert f"]({OVERHEAD_JSON})" in page and page.count("\n| ") == 4
-    assert f"with a policy of kind robust ({found.digest[:12]}), one thread, torch {torch.__version__} against" in page
+    assert (
+        f"with a policy of kind informed ({found.digest[:12]}), one thread, torch {torch.__version__} against" in page
+    )
     spec = policy_spec(PolicyConfig(kind="validation_free"))
     mean = np.zeros(len(spec.features), np.float32)
     phi = LearnedPolicy(spec, mean.tolist(), (mean + 1).tolist()).initial()
