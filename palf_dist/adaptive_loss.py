@@ -61,9 +61,9 @@ class AdaptiveLoss(LateBuffers):
 
     ``loss = criterion(logits, y, index=rows); loss.backward(); criterion.step(model, optimizer); optimizer.step()``
 
-    Call ``step`` once per optimiser step, between ``backward`` and ``zero_grad``. In eval mode the module is torch's
-    cross-entropy with the same arguments. Everything that changes is in its ``state_dict``. It follows the logits to
-    their device.
+    Call ``step`` once per optimiser step, between ``backward`` and ``zero_grad``. In eval mode and under
+    ``torch.no_grad()`` it is torch's cross-entropy with the same arguments and changes nothing. Everything that ever
+    changes is in its ``state_dict``. It follows the logits to their device.
 
     Where torch.distributed is initialised, every rank of the default process group must call it in step with the
     others, as under DistributedDataParallel; controls and ``state_dict`` are then the same on all of them.
@@ -171,7 +171,7 @@ class AdaptiveLoss(LateBuffers):
 
     @torch.compiler.disable  # tracing it inside of a compiled training step would only break the graph in more places
     def forward(self, logits: Tensor, y: Tensor, features: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        """The adaptive loss of a batch (in eval mode: the cross-entropy), in float32 at least.
+        """The adaptive loss of a batch (in eval mode and under no_grad: the cross-entropy), in float32 at least.
 
         Args:
             logits: [n, C] floating point, or [C], or dense ones [n, C, d1, ...].
@@ -188,7 +188,8 @@ class AdaptiveLoss(LateBuffers):
             ConfigError: shapes do not fit, the batch is empty, a label is out of range (not looked for on a GPU),
                 features are missing, or the policy cannot take probabilities.
         """
-        if not self.training:
+        # evaluation; a loop that gives the model alone its eval mode does that under no_grad
+        if not (self.training and torch.is_grad_enabled()):
             return self.arguments.plain(logits, y)
         active = self.policy.active_basis
         rows = self.arguments.rows(logits, y, features if "info_nce" in active else None, index)

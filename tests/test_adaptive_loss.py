@@ -129,12 +129,18 @@ def test_a_policy_without_features_sets_learned_constants():
     assert learned[0] is not learned[3] and torch.equal(learned[0], learned[3])
 
 
-def test_eval_mode_is_plain_cross_entropy_and_changes_nothing():
+@pytest.mark.parametrize("by", ["eval", "no_grad"])
+def test_evaluation_is_plain_cross_entropy_and_changes_nothing(by):
+    """Also in a loop that gives the model alone its eval mode, and at a step at which a refresh is due."""
     criterion = AdaptiveLoss(artefact(), total_steps=5)
     logits, y, index = batch(0)
     criterion(logits, y, index=index)
+    for _ in range(criterion.refresh_every):
+        criterion.step(nn.Identity())
     before = copy.deepcopy(criterion.state_dict())
-    assert torch.equal(criterion.eval()(logits * 2, y, index=index), functional.cross_entropy(logits * 2, y))
+    with torch.set_grad_enabled(by == "eval"):
+        judged = criterion.train(by != "eval")(logits * 2, y, index=index)
+    assert torch.equal(judged, functional.cross_entropy(logits * 2, y))
     after = criterion.state_dict()
     assert after.pop("_extra_state") == before.pop("_extra_state")
     torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)

@@ -126,7 +126,7 @@ def test_it_follows_the_logits_to_another_device(monkeypatch):
     ]
     logits, y, index = (part.detach() for part in batch(0))
     features = torch.ones(8, 3)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         logits, features, index = (mode.from_tensor(part) for part in (logits, features, index))
         for device in ("lazy:0", "cpu", "lazy:0"):
             for criterion in criteria:
