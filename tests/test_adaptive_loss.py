@@ -163,6 +163,23 @@ def test_the_weight_decay_follows_the_policy_from_its_initial_value():
     assert len(multipliers) == 3  # refreshed at steps 0, 3 and 6
 
 
+@pytest.mark.parametrize("overflow", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 1], ids=["at a refresh", "between two"])
+def test_it_gets_over_logits_that_are_not_finite(overflow, place):
+    """As after a GradScaler skipped that step: neither rows nor training state are lost for ever."""
+    criterion = AdaptiveLoss(artefact(basis=("robust_ce", "elr", "bootstrap")), total_steps=20)
+    logits, y, index = (part.detach() for part in batch(0))
+    for step in range(7):
+        bad = step == 3 + place
+        given = logits.index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(overflow)) if bad else logits
+        assert criterion(given, y, index=index).isfinite() != bad
+        criterion.step(nn.Identity())
+    assert criterion.statistics.isfinite().all()
+    p, times = torch.softmax(logits, 1), torch.full((8, 1), 7).index_fill(0, torch.tensor(2), 6)
+    averaged = p + criterion.averages.decay**times * (1 / 4 - p)
+    torch.testing.assert_close(criterion.averages.averaged[index], averaged)
+
+
 def test_accumulated_batches_share_one_refresh():
     criterion = AdaptiveLoss(artefact(), total_steps=20)
     criterion(*batch(0)[:2], index=batch(0)[2])
