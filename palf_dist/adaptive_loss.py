@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from palf_dist.class_priors import checked_class_counts, log_prior_ratio
 from palf_dist.config import InnerConfig
 from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass
-from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks
+from palf_dist.data_parallel import joined, last_of_each, ranks, whole
 from palf_dist.errors import ConfigError
 from palf_dist.graph_curvature import graph_hessian_trace
 from palf_dist.losses import LossContext, column, mean_belief, posterior_belief
@@ -232,7 +232,7 @@ class AdaptiveLoss(LateBuffers):
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if not gradients:
                 raise ConfigError("step: no parameter has a gradient; call it after backward() and before zero_grad()")
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
             self.gradient_norm2 = (norm**2)[None].to(self.gradient_norm2)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -360,13 +360,15 @@ class AdaptiveLoss(LateBuffers):
         self._refreshed_at = self._step
 
     def _hessian_trace(self, z: Tensor, y: Tensor) -> Tensor:
-        """The trace [1] on the first rows of the joined batch, NaN where it is not known."""
+        """The trace [1] on the first rows of the first rank where it is known; NaN where that is nowhere."""
         trace = None
         try:
             trace = graph_hessian_trace(z, y)
         except RuntimeError as error:
             self._say(f"no Hessian trace ({error}); the policy takes its usual value")
-        return of_first_rank(z.new_full((1,), torch.nan) if trace is None else trace)
+        (traces,) = joined(z.new_full((1,), torch.nan) if trace is None else trace)
+        known = traces[~traces.isnan()]
+        return known[:1] if len(known) else traces[:1]
 
     def _say(self, message: str) -> None:
         """Warn, once."""

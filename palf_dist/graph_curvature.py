@@ -11,12 +11,19 @@ from palf_dist.training_state import HUTCHINSON_ROWS, hutchinson_probes
 
 
 def parameters_behind(z: Tensor) -> list[Tensor]:
-    """The parameters that ``z`` was computed from, each once, in an order that the graph alone determines."""
+    """The parameters that ``z`` was computed from, each once, in an order that the graph alone determines.
+
+    Raises:
+        RuntimeError: the graph allows no backward pass besides the one of the training step.
+    """
     found, nodes = {}, [z.grad_fn]
     known = {z.grad_fn}
     for node in nodes:  # which grows
         if node is None:
             continue
+        wrapper = getattr(node, "ddp_weakref", None)  # of DistributedDataParallel, behind what it returned
+        if wrapper is not None and wrapper().static_graph:  # it would take that pass for the first, and reduce nothing
+            raise RuntimeError("DistributedDataParallel with static_graph allows one backward pass")
         variable = getattr(node, "variable", None)
         if isinstance(variable, nn.Parameter):
             found[id(variable)] = variable
@@ -32,7 +39,8 @@ def graph_hessian_trace(z: Tensor, y: Tensor) -> Tensor | None:
     parameter is behind the logits z [n, C] or there is no row.
 
     Raises:
-        RuntimeError: a part of the model has no second derivative, as a compiled one or a fused kernel.
+        RuntimeError: as ``parameters_behind``; or a part of the model has no second derivative, as a compiled one or a
+            fused kernel.
     """
     parameters = parameters_behind(z)
     if not parameters or not len(y):
