@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,9 @@ def take_uneven_batches(criterion: AdaptiveLoss, rank: int | None, ignored: tupl
 
 
 def on_rank(rank: int, folder: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(minutes=1)
+    )
     found = {}
     for case in CASES:
         model, criterion = DistributedDataParallel(make_model()), loss_of(case)
@@ -100,6 +103,10 @@ def on_rank(rank: int, folder: str) -> None:
     for layer in (sharded[0], sharded[2], sharded):
         fully_shard(layer)
     found["sharded"] = train("gradient norm", sharded, loss_of("gradient norm"), rank, range(STEPS))[:STEPS]
+    x, y, _ = (part.chunk(RANKS)[rank] for part in joint_batch(0))
+    loss = loss_of("Hessian trace")(sharded(x), y if rank else torch.full_like(y, -100))
+    loss.backward()
+    found["sharded, without labels"] = loss.detach()
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -160,6 +167,11 @@ def test_sharded_gradients_have_the_norm_of_whole_ones(found: list[dict]) -> Non
     whole = train("gradient norm", make_model(), loss_of("gradient norm"), None, range(STEPS))
     for each in found:
         torch.testing.assert_close(each["sharded"], whole[:STEPS], rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_without_labels_makes_the_backward_passes_of_a_sharded_model(found: list[dict]) -> None:
+    """Which gather parameters, so that the others would wait for it."""
+    assert [each["sharded, without labels"].isfinite().item() for each in found] == [False, True]
 
 
 def test_a_row_that_is_there_twice_is_written_as_the_last_one() -> None:
