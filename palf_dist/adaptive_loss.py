@@ -56,7 +56,7 @@ class LossSettings(TypedDict, total=False):
     label_smoothing: float
 
 
-class AdaptiveLoss(LateBuffers):
+class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
     """A loss whose mixture weights and hyper-parameters follow the training state, as a learned policy says.
 
     ``loss = criterion(logits, y, index=rows); loss.backward(); criterion.step(model, optimizer); optimizer.step()``
@@ -74,7 +74,7 @@ class AdaptiveLoss(LateBuffers):
     statistics: Tensor  # [1, 4] of the StateReader
     gradient_norm2: Tensor  # [1] NaN where unknown
     history: Tensor  # [1, n, S] the states of all refreshes so far, where the policy reads them
-    label_counts: Tensor  # [C] labels seen so far, where class_counts is not given
+    label_counts: Tensor  # [C] int64: labels seen so far, where class_counts is not given
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class AdaptiveLoss(LateBuffers):
         Raises:
             ConfigError: an argument is out of range, or they do not fit together; or the policy needs a model.
         """
-        super().__init__()
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
         check_for_use(artefact.spec)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(
@@ -115,7 +115,6 @@ class AdaptiveLoss(LateBuffers):
         self.total_steps = total_steps
         self.class_counts = None if class_counts is None else checked_class_counts(class_counts)
         self.log_prior_ratio = log_prior_ratio(self.class_counts, target_prior)
-        self.arguments = CrossEntropyArguments(weight, ignore_index, reduction, label_smoothing)
         self.policy = artefact.policy()
         if label_smoothing and "info_nce" in self.policy.active_basis:
             raise ConfigError(
@@ -133,7 +132,8 @@ class AdaptiveLoss(LateBuffers):
         self.register_buffer("controls", torch.zeros(len(CONTROLS)))
         self.register_buffer("statistics", torch.zeros(1, 4))
         self.register_buffer("gradient_norm2", torch.full((1,), torch.nan))
-        self.register_buffer("label_counts", torch.zeros(0))
+        # whole numbers: a float32 stops at 2^24, which the labels of images and texts soon reach
+        self.register_buffer("label_counts", torch.zeros(0, dtype=torch.int64))
         history = torch.zeros(1, 0, len(self.policy.features))
         self.register_buffer("history", history, persistent=self.policy.reads_history)
         unseen = set(self.policy.features) & {*VALIDATION_FEATURES, *NEIGHBOUR_FEATURES}
@@ -190,13 +190,15 @@ class AdaptiveLoss(LateBuffers):
         """
         # evaluation; a loop that gives the model alone its eval mode does that under no_grad
         if not (self.training and torch.is_grad_enabled()):
-            return self.arguments.plain(logits, y)
+            return self._plain(logits, y)
         active = self.policy.active_basis
-        rows = self.arguments.rows(logits, y, features if "info_nce" in active else None, index)
+        rows = self._rows(logits, y, features if "info_nce" in active else None, index)
         if "info_nce" in active and features is None:
             raise ConfigError("features: the policy's mixture holds info_nce; pass the penultimate features [n, D]")
-        if "info_nce" in active and y.is_floating_point():
-            raise ConfigError("y: the policy's mixture holds info_nce, which compares whole labels, not probabilities")
+        if "info_nce" in active and rows.targets is not None:
+            raise ConfigError(
+                "y: the policy's mixture holds info_nce, which compares whole labels, no probabilities or smoothed ones"
+            )
         z = rows.z
         if self.class_counts is not None and len(self.class_counts) != z.shape[1]:
             raise ConfigError(f"class_counts: {len(self.class_counts)} classes given, but logits have {z.shape[1]}")
@@ -209,7 +211,7 @@ class AdaptiveLoss(LateBuffers):
             else:
                 h = rows.features.flatten(1).to(z.dtype) if rows.features is not None else None
                 values = mixture_loss(z, rows.labels, h, controls, context, active)[0]
-            return self.arguments.reduced(values, rows)
+            return self._reduced(values, rows)
 
     @torch.compiler.disable
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -287,9 +289,7 @@ class AdaptiveLoss(LateBuffers):
         if self.class_counts is None:
             if not len(self.label_counts):
                 self.label_counts = self.label_counts.new_zeros(z.shape[1])
-            self.label_counts.scatter_add_(
-                0, joint_labels, torch.ones_like(joint_labels, dtype=self.label_counts.dtype)
-            )
+            self.label_counts.scatter_add_(0, joint_labels, torch.ones_like(joint_labels))
         if self._step // self.refresh_every > self._refreshed_at // self.refresh_every:
             self._refresh(z, y, joint_index)
         controls = self.controls.to(z.dtype)
