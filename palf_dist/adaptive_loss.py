@@ -270,8 +270,9 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
     def _observe(self, rows: LabelledRows) -> tuple[LossContext, Tensor]:
         """Take in the rows of all ranks, and refresh the controls where due. The context of the losses, with averages
         as they were before this batch, and the controls [U] of this batch."""
-        z, y, index = rows.z, rows.labels, rows.index
-        context, joint_index = self._task(z), None
+        z, y, context, joint_index = rows.z, rows.labels, self._task(rows.z), None
+        # not averaged, nor gathered from the ranks, for nobody to read
+        index = rows.index if self._remembers or "log_rows" in self.policy.features else None
         if index is None:
             (joint_labels,) = joined(y)
             if self._remembers:

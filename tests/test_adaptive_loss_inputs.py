@@ -105,6 +105,7 @@ def test_it_needs_no_index_where_the_policy_remembers_nothing():
         warnings.simplefilter("error")
         loss = without(logits, labels)
     assert torch.equal(loss, given(logits, labels, index=index))
+    assert not len(given.averages.averaged), "no memory for what nobody reads"
 
 
 def test_it_warns_of_features_that_a_loss_cannot_see():
