@@ -4,7 +4,6 @@ import sys
 
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from palf_dist import AdaptiveLoss
@@ -19,24 +18,23 @@ loader, epochs = DataLoader(rows, 64, shuffle=True), 15
 
 
 def fresh():
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     criterion = AdaptiveLoss.load(policy, total_steps=epochs * len(loader))
     return model, criterion, torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-model, criterion, optimizer = fresh()
+parts = fresh()
 for epoch in range(epochs):
     if epoch == 8:  # as after a restart: these three states are all that is needed to go on
-        saved = [part.state_dict() for part in (model, criterion, optimizer)]
-        model, criterion, optimizer = parts = fresh()
-        _ = [part.load_state_dict(state) for part, state in zip(parts, saved, strict=True)]
+        saved, parts = [part.state_dict() for part in parts], fresh()
+        for part, state in zip(parts, saved, strict=True):
+            part.load_state_dict(state)
+    model, criterion, optimizer = parts
     for inputs, targets, index in loader:
         criterion(model(inputs), targets, index=index).backward()
         criterion.step(model, optimizer)
         optimizer.step()
         optimizer.zero_grad()
-    criterion.eval()  # torch's cross-entropy
-    with torch.no_grad():
+    with torch.no_grad():  # where the loss is torch's cross-entropy, as in its eval mode
         z, clean = model(x[1200:]), y[1200:]
         print(f"epoch {epoch}: loss {criterion(z, clean):.3f}, accuracy {(z.argmax(1) == clean).float().mean():.3f}")
-    criterion.train()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from palf_dist.class_priors import checked_class_counts, log_prior_ratio
 from palf_dist.config import InnerConfig
 from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass
-from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks
+from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks, whole
 from palf_dist.errors import ConfigError
 from palf_dist.graph_curvature import graph_hessian_trace
 from palf_dist.losses import LossContext, column, mean_belief, posterior_belief
@@ -57,14 +57,14 @@ class LossSettings(TypedDict, total=False):
     training_rows: LabelledTensor | None
 
 
-class AdaptiveLoss(LateBuffers):
+class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
     """A loss whose mixture weights and hyper-parameters follow the training state, as a learned policy says.
 
     ``loss = criterion(logits, y, index=rows); loss.backward(); criterion.step(model, optimizer); optimizer.step()``
 
-    Call ``step`` once per optimiser step, between ``backward`` and ``zero_grad``. In eval mode the module is torch's
-    cross-entropy with the same arguments. Everything that changes is in its ``state_dict``. It follows the logits to
-    their device.
+    Call ``step`` once per optimiser step, between ``backward`` and ``zero_grad``. In eval mode and under
+    ``torch.no_grad()`` it is torch's cross-entropy with the same arguments and changes nothing. Everything that ever
+    changes is in its ``state_dict``. It follows the logits to their device.
 
     Where torch.distributed is initialised, every rank of the default process group must call it in step with the
     others, as under DistributedDataParallel; controls and ``state_dict`` are then the same on all of them.
@@ -75,7 +75,7 @@ class AdaptiveLoss(LateBuffers):
     statistics: Tensor  # [1, 4] of the StateReader
     gradient_norm2: Tensor  # [1] NaN where unknown
     history: Tensor  # [1, n, S] the states of all refreshes so far, where the policy reads them
-    label_counts: Tensor  # [C] labels seen so far, where class_counts is not given
+    label_counts: Tensor  # [C] int64: labels seen so far, where class_counts is not given
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class AdaptiveLoss(LateBuffers):
         Raises:
             ConfigError: an argument is out of range, or they do not fit together; or the policy needs a model.
         """
-        super().__init__()
+        super().__init__(weight, ignore_index, reduction, label_smoothing)
         check_for_use(artefact.spec)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(
@@ -122,7 +122,6 @@ class AdaptiveLoss(LateBuffers):
         self.total_steps = total_steps
         self.class_counts = None if class_counts is None else checked_class_counts(class_counts)
         self.log_prior_ratio = log_prior_ratio(self.class_counts, target_prior)
-        self.arguments = CrossEntropyArguments(weight, ignore_index, reduction, label_smoothing)
         self.policy = artefact.policy()
         if label_smoothing and "info_nce" in self.policy.active_basis:
             raise ConfigError(
@@ -140,7 +139,8 @@ class AdaptiveLoss(LateBuffers):
         self.register_buffer("controls", torch.zeros(len(CONTROLS)))
         self.register_buffer("statistics", torch.zeros(1, 4))
         self.register_buffer("gradient_norm2", torch.full((1,), torch.nan))
-        self.register_buffer("label_counts", torch.zeros(0))
+        # whole numbers: a float32 stops at 2^24, which the labels of images and texts soon reach
+        self.register_buffer("label_counts", torch.zeros(0, dtype=torch.int64))
         history = torch.zeros(1, 0, len(self.policy.features))
         self.register_buffer("history", history, persistent=self.policy.reads_history)
         self._shown = ShownRows(self.policy.features, validation, training_rows)
@@ -176,7 +176,7 @@ class AdaptiveLoss(LateBuffers):
 
     @torch.compiler.disable  # tracing it inside of a compiled training step would only break the graph in more places
     def forward(self, logits: Tensor, y: Tensor, features: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        """The adaptive loss of a batch (in eval mode: the cross-entropy), in float32 at least.
+        """The adaptive loss of a batch (in eval mode and under no_grad: the cross-entropy), in float32 at least.
 
         Args:
             logits: [n, C] floating point, or [C], or dense ones [n, C, d1, ...].
@@ -193,14 +193,17 @@ class AdaptiveLoss(LateBuffers):
             ConfigError: shapes do not fit, the batch is empty, a label is out of range (not looked for on a GPU),
                 features are missing, or the policy cannot take probabilities.
         """
-        if not self.training:
-            return self.arguments.plain(logits, y)
+        # evaluation; a loop that gives the model alone its eval mode does that under no_grad
+        if not (self.training and torch.is_grad_enabled()):
+            return self._plain(logits, y)
         active = self.policy.active_basis
-        rows = self.arguments.rows(logits, y, features if "info_nce" in active else None, index)
+        rows = self._rows(logits, y, features if "info_nce" in active else None, index)
         if "info_nce" in active and features is None:
             raise ConfigError("features: the policy's mixture holds info_nce; pass the penultimate features [n, D]")
-        if "info_nce" in active and y.is_floating_point():
-            raise ConfigError("y: the policy's mixture holds info_nce, which compares whole labels, not probabilities")
+        if "info_nce" in active and rows.targets is not None:
+            raise ConfigError(
+                "y: the policy's mixture holds info_nce, which compares whole labels, no probabilities or smoothed ones"
+            )
         z = rows.z
         if self.class_counts is not None and len(self.class_counts) != z.shape[1]:
             raise ConfigError(f"class_counts: {len(self.class_counts)} classes given, but logits have {z.shape[1]}")
@@ -213,7 +216,7 @@ class AdaptiveLoss(LateBuffers):
             else:
                 h = rows.features.flatten(1).to(z.dtype) if rows.features is not None else None
                 values = mixture_loss(z, rows.labels, h, controls, context, active)[0]
-            return self.arguments.reduced(values, rows)
+            return self._reduced(values, rows)
 
     @torch.compiler.disable
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -236,7 +239,7 @@ class AdaptiveLoss(LateBuffers):
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             if not gradients:
                 raise ConfigError("step: no parameter has a gradient; call it after backward() and before zero_grad()")
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
             self.gradient_norm2 = (norm**2)[None].to(self.gradient_norm2)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -272,8 +275,9 @@ class AdaptiveLoss(LateBuffers):
     def _observe(self, rows: LabelledRows) -> tuple[LossContext, Tensor]:
         """Take in the rows of all ranks, and refresh the controls where due. The context of the losses, with averages
         as they were before this batch, and the controls [U] of this batch."""
-        z, y, index = rows.z, rows.labels, rows.index
-        context, joint_index = self._task(z), None
+        z, y, context, joint_index = rows.z, rows.labels, self._task(rows.z), None
+        # not averaged, nor gathered from the ranks, for nobody to read
+        index = rows.index if self._remembers or "log_rows" in self.policy.features else None
         if index is None:
             (joint_labels,) = joined(y)
             if self._remembers:
@@ -291,9 +295,7 @@ class AdaptiveLoss(LateBuffers):
         if self.class_counts is None:
             if not len(self.label_counts):
                 self.label_counts = self.label_counts.new_zeros(z.shape[1])
-            self.label_counts.scatter_add_(
-                0, joint_labels, torch.ones_like(joint_labels, dtype=self.label_counts.dtype)
-            )
+            self.label_counts.scatter_add_(0, joint_labels, torch.ones_like(joint_labels))
         if self._step // self.refresh_every > self._refreshed_at // self.refresh_every:
             self._refresh(z, y, joint_index)
         controls = self.controls.to(z.dtype)
@@ -365,13 +367,15 @@ class AdaptiveLoss(LateBuffers):
         self._refreshed_at = self._step
 
     def _hessian_trace(self, z: Tensor, y: Tensor) -> Tensor:
-        """The trace [1] on the first rows of the joined batch, NaN where it is not known."""
+        """The trace [1] on the first rows of the first rank where it is known; NaN where that is nowhere."""
         trace = None
         try:
             trace = graph_hessian_trace(z, y)
         except RuntimeError as error:
             self._say(f"no Hessian trace ({error}); the policy takes its usual value")
-        return of_first_rank(z.new_full((1,), torch.nan) if trace is None else trace)
+        (traces,) = joined(z.new_full((1,), torch.nan) if trace is None else trace)
+        known = traces[~traces.isnan()]
+        return known[:1] if len(known) else traces[:1]
 
     def _say(self, message: str) -> None:
         """Warn, once."""

@@ -29,12 +29,13 @@ class LabelledRows:
     divisor: Tensor | None  # of the mean; None: n
     features: Tensor | None  # [n, D]
     index: Tensor | None  # [n] on the caller's device
-    kept: Tensor | None  # [all rows] bool; None: all
+    kept: Tensor | None  # [n] int64: which of all rows these are; None: all
     shape: torch.Size  # of the labels as they were given
 
 
 class CrossEntropyArguments(nn.Module):
-    """Arguments that mean what they mean to torch's cross-entropy."""
+    """A module with the arguments of torch's cross-entropy: its attributes, which may be set later as there, mean what
+    they mean to that."""
 
     weight: Tensor | None
 
@@ -46,14 +47,13 @@ class CrossEntropyArguments(nn.Module):
         super().__init__()
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise ConfigError(f"ignore_index: {ignore_index!r} is no whole number; give the label to leave out")
-        if reduction not in ("none", "mean", "sum"):
-            raise ConfigError(f"reduction: {reduction!r} is unknown; give 'none', 'mean' or 'sum'")
+        _check_reduction(reduction)
         if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
             raise ConfigError(f"label_smoothing: {label_smoothing!r} is not between 0 and 1")
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
         self.register_buffer("weight", None if weight is None else _class_weights(weight), persistent=False)
 
-    def plain(self, logits: Tensor, y: Tensor) -> Tensor:
+    def _plain(self, logits: Tensor, y: Tensor) -> Tensor:
         """torch's cross-entropy itself."""
         return functional.cross_entropy(
             logits,
@@ -64,7 +64,7 @@ class CrossEntropyArguments(nn.Module):
             label_smoothing=self.label_smoothing,
         )
 
-    def rows(self, logits: Tensor, y: Tensor, features: Tensor | None, index: Tensor | None) -> LabelledRows:
+    def _rows(self, logits: Tensor, y: Tensor, features: Tensor | None, index: Tensor | None) -> LabelledRows:
         """The rows that count. The device is that of the logits.
 
         Args:
@@ -74,8 +74,10 @@ class CrossEntropyArguments(nn.Module):
             index: of the labels' shape.
 
         Raises:
-            ConfigError: shapes do not fit, there is no row at all, or a label is out of range (as ``check_labels``).
+            ConfigError: the reduction is unknown, shapes do not fit, there is no row at all, or a label is out of range
+                (as ``check_labels``).
         """
+        _check_reduction(self.reduction)
         shape = self._shape(logits, y, features, index)
         index = None if index is None else index.flatten()
         z = _by_class(logits if logits.dtype in (torch.float32, torch.float64) else logits.float())
@@ -87,10 +89,11 @@ class CrossEntropyArguments(nn.Module):
         y, kept = y.flatten().to(torch.int64), None
         labelled = y != self.ignore_index
         if not labelled.all():  # a GPU is waited for here, if y is there: how many rows there are has to be known
-            kept = labelled.to(z.device)
-            y, z = y[labelled], z[kept]
+            places = labelled.nonzero()[:, 0]
+            kept = places.to(z.device)
+            y, z = y[places], z[kept]
             features = None if features is None else features[kept]
-            index = None if index is None else index[labelled.to(index.device)]
+            index = None if index is None else index[places.to(index.device)]
         check_labels(y, z.shape[1])
         y = y.to(z.device)
         scale = None if weight is None else weight[y]
@@ -100,13 +103,13 @@ class CrossEntropyArguments(nn.Module):
         smooth = self._smoothed(functional.one_hot(y, z.shape[1]).to(z), weight)
         return LabelledRows(z, y, smooth, None, divisor, features, index, kept, shape)
 
-    def reduced(self, values: Tensor, rows: LabelledRows) -> Tensor:
+    def _reduced(self, values: Tensor, rows: LabelledRows) -> Tensor:
         """The loss of values [n], one of each row: of the labels' shape (0 where ignored), or their sum or mean."""
         if rows.scale is not None:
             values = values * rows.scale
         if self.reduction == "none":
             if rows.kept is not None:
-                values = torch.zeros_like(rows.kept, dtype=values.dtype).index_put((rows.kept,), values)
+                values = values.new_zeros(rows.shape.numel()).index_put((rows.kept,), values)
             return values.view(rows.shape)
         if self.reduction == "sum":
             return values.sum()
@@ -142,6 +145,11 @@ class CrossEntropyArguments(nn.Module):
         if self.weight is not None and len(self.weight) != classes:
             raise ConfigError(f"weight: {len(self.weight)} classes given, but logits have {classes}")
         return shape
+
+
+def _check_reduction(name: str) -> None:
+    if name not in ("none", "mean", "sum"):
+        raise ConfigError(f"reduction: {name!r} is unknown; give 'none', 'mean' or 'sum'")
 
 
 def _by_class(a: Tensor) -> Tensor:

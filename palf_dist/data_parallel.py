@@ -21,7 +21,7 @@ def joined(*columns: Tensor) -> tuple[Tensor, ...]:
     own = torch.tensor([len(columns[0])], device=columns[0].device)
     counts = [torch.empty_like(own) for _ in range(world)]
     distributed.all_gather(counts, own)
-    rows = [int(count) for count in counts]
+    rows = torch.cat(counts).tolist()
     return tuple(_gathered(column, rows) for column in columns)
 
 
@@ -37,6 +37,12 @@ def last_of_each(index: Tensor) -> Tensor:
     """Where in index [n] each entry's row stands for the last time [n]: so that all that write a row write the same."""
     ordered, order = index.sort(stable=True)
     return order[torch.searchsorted(ordered, index, right=True) - 1]
+
+
+def whole(value: Tensor) -> Tensor:
+    """A value of which each rank may hold a part, as a norm of gradients under FSDP, in one piece."""
+    gather = getattr(value, "full_tensor", None)  # of a DTensor, whose import takes seconds
+    return value if gather is None else gather()
 
 
 def of_first_rank(value: Tensor) -> Tensor:

@@ -11,12 +11,19 @@ from palf_dist.training_state import HUTCHINSON_ROWS, hutchinson_probes
 
 
 def parameters_behind(z: Tensor) -> list[Tensor]:
-    """The parameters that ``z`` was computed from, each once, in an order that the graph alone determines."""
+    """The parameters that ``z`` was computed from, each once, in an order that the graph alone determines.
+
+    Raises:
+        RuntimeError: the graph allows no backward pass besides the one of the training step.
+    """
     found, nodes = {}, [z.grad_fn]
     known = {z.grad_fn}
     for node in nodes:  # which grows
         if node is None:
             continue
+        wrapper = getattr(node, "ddp_weakref", None)  # of DistributedDataParallel, behind what it returned
+        if wrapper is not None and wrapper().static_graph:  # it would take that pass for the first, and reduce nothing
+            raise RuntimeError("DistributedDataParallel with static_graph allows one backward pass")
         variable = getattr(node, "variable", None)
         if isinstance(variable, nn.Parameter):
             found[id(variable)] = variable
@@ -32,10 +39,11 @@ def graph_hessian_trace(z: Tensor, y: Tensor) -> Tensor | None:
     parameter is behind the logits z [n, C] or there is no row.
 
     Raises:
-        RuntimeError: a part of the model has no second derivative, as a compiled one or a fused kernel.
+        RuntimeError: as ``parameters_behind``; or a part of the model has no second derivative, as a compiled one or a
+            fused kernel.
     """
     parameters = parameters_behind(z)
-    if not parameters or not len(y):
+    if not parameters:
         return None
     few = functional.cross_entropy(z[:HUTCHINSON_ROWS], y[:HUTCHINSON_ROWS])
     sizes = [p.numel() for p in parameters]
@@ -47,4 +55,5 @@ def graph_hessian_trace(z: Tensor, y: Tensor) -> Tensor | None:
         product = sum((g * part).sum() for g, part in zip(gradients, v, strict=True))
         hv = torch.autograd.grad(product, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         total += sum((a * b).sum() for a, b in zip(hv, v, strict=True)).detach()
-    return total / len(probes)
+    # not before: in a model that is spread over ranks a backward pass is one that all make together
+    return total / len(probes) if len(y) else None

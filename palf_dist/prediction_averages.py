@@ -55,7 +55,9 @@ class PredictionAverages(LateBuffers):
         return self.averaged[index, labels], self.seen[index]
 
     def update(self, index: Tensor, labels: Tensor, p: Tensor) -> None:
-        """Take in the current predictions p [n, C]."""
-        self.averaged[index] = torch.lerp(p.to(self.averaged.dtype), self.averaged[index], self.decay)
+        """Take in the current predictions p [n, C]; rows of NaN, of a model that overflowed, change nothing."""
+        before, known = self.averaged[index], ~p[:, 0].isnan()
+        now = torch.lerp(p.to(before.dtype), before, self.decay)
+        self.averaged[index] = torch.where(known[:, None], now, before)
         self.labels[index] = labels
-        self.seen[index] = True
+        self.seen[index] |= known

@@ -78,7 +78,8 @@ class RowStatistics(NamedTuple):
         """Of logits [G, B, C] and labels [G, B]."""
         log_p = _masked_log_softmax(logits, class_mask)
         loss = -log_p.gather(2, labels[:, :, None])[:, :, 0]
-        entropy = -(log_p.exp() * log_p).sum(-1)
+        # clamped, since 0 times -inf, the logit of a class that somebody rules out, would be NaN
+        entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
         return cls(entropy, loss, (log_p.argmax(-1) == labels).to(loss.dtype))
 
 
@@ -135,8 +136,11 @@ class StateReader:
         entropy, loss, right = seen.minibatch
         variance = loss.var(1, unbiased=False).log1p()
         now = torch.stack([entropy.mean(1) / self._log_k, loss.mean(1) / self._log_k, variance, right.mean(1)], 1)
-        self.statistics = now if self.statistics is None else SMOOTHING * self.statistics + (1 - SMOOTHING) * now
-        return self.statistics
+        if self.statistics is not None:
+            past = torch.where(self.statistics.isnan(), now, self.statistics)  # as after logits that were not finite
+            now = SMOOTHING * past + (1 - SMOOTHING) * now
+        self.statistics = now
+        return now
 
     def _noise_features(self, seen: Observation) -> dict[str, Tensor]:
         assert seen.averaged is not None and seen.averaged_labels is not None and seen.averaged_mask is not None

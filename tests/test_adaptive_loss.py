@@ -145,12 +145,18 @@ def test_a_policy_without_features_sets_learned_constants():
     assert learned[0] is not learned[3] and torch.equal(learned[0], learned[3])
 
 
-def test_eval_mode_is_plain_cross_entropy_and_changes_nothing():
+@pytest.mark.parametrize("by", ["eval", "no_grad"])
+def test_evaluation_is_plain_cross_entropy_and_changes_nothing(by):
+    """Also in a loop that gives the model alone its eval mode, and at a step at which a refresh is due."""
     criterion = AdaptiveLoss(artefact(), total_steps=5)
     logits, y, index = batch(0)
     criterion(logits, y, index=index)
+    for _ in range(criterion.refresh_every):
+        criterion.step(nn.Identity())
     before = copy.deepcopy(criterion.state_dict())
-    assert torch.equal(criterion.eval()(logits * 2, y, index=index), functional.cross_entropy(logits * 2, y))
+    with torch.set_grad_enabled(by == "eval"):
+        judged = criterion.train(by != "eval")(logits * 2, y, index=index)
+    assert torch.equal(judged, functional.cross_entropy(logits * 2, y))
     after = criterion.state_dict()
     assert after.pop("_extra_state") == before.pop("_extra_state")
     torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
@@ -171,6 +177,23 @@ def test_the_weight_decay_follows_the_policy_from_its_initial_value():
         assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1 * criterion.weight_decay_multiplier)
         assert optimizer.param_groups[1]["weight_decay"] == 0
     assert len(multipliers) == 3  # refreshed at steps 0, 3 and 6
+
+
+@pytest.mark.parametrize("overflow", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 1], ids=["at a refresh", "between two"])
+def test_it_gets_over_logits_that_are_not_finite(overflow, place):
+    """As after a GradScaler skipped that step: neither rows nor training state are lost for ever."""
+    criterion = AdaptiveLoss(artefact(basis=("robust_ce", "elr", "bootstrap")), total_steps=20)
+    logits, y, index = (part.detach() for part in batch(0))
+    for step in range(7):
+        bad = step == 3 + place
+        given = logits.index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(overflow)) if bad else logits
+        assert criterion(given, y, index=index).isfinite() != bad
+        criterion.step(nn.Identity())
+    assert criterion.statistics.isfinite().all()
+    p, times = torch.softmax(logits, 1), torch.full((8, 1), 7).index_fill(0, torch.tensor(2), 6)
+    averaged = p + criterion.averages.decay**times * (1 / 4 - p)
+    torch.testing.assert_close(criterion.averages.averaged[index], averaged)
 
 
 def test_accumulated_batches_share_one_refresh():

@@ -163,6 +163,33 @@ def test_labels_of_other_whole_number_types(dtype, training):
     torch.testing.assert_close(found, functional.cross_entropy(z, y))
 
 
+def test_the_arguments_are_attributes_that_may_be_set_later():
+    """As some training loops do with any loss, to see the loss of each example."""
+    settings = dict(weight=[1, 2, 3, 4], ignore_index=1, reduction="none", label_smoothing=0.1)
+    given, set_later = AdaptiveLoss(artefact(), total_steps=5, **settings), AdaptiveLoss(artefact(), total_steps=5)
+    for name in settings:
+        setattr(set_later, name, getattr(given, name))
+    z, y, index = batch(0)
+    for training in (True, False):
+        losses = [criterion.train(training)(z, y, index=index) for criterion in (given, set_later)]
+        assert torch.equal(*losses) and losses[0].shape == (8,)
+    set_later.train().reduction = "batchmean"
+    with pytest.raises(ConfigError, match="reduction: 'batchmean' is unknown"):
+        set_later(z, y, index=index)
+
+
+def test_labels_are_counted_exactly_where_there_are_millions():
+    """Of pixels and tokens there are; the state of a release that counted in float32 is read."""
+    criterion = AdaptiveLoss(artefact(), total_steps=5)
+    z, y, index = batch(0)
+    criterion(z, y, index=index)
+    saved = criterion.state_dict()
+    saved["label_counts"] = torch.full((CLASSES,), 2.0**24)
+    criterion.load_state_dict(saved)
+    criterion(z, y, index=index)
+    assert torch.equal(criterion.label_counts, 2**24 + y.bincount(minlength=CLASSES))
+
+
 def test_class_weights_weigh_whole_losses():
     """The mean is relative to the weights of the labels, and the policy does not read them."""
     z, y, index = batch(0)
@@ -233,8 +260,11 @@ def test_info_nce_compares_whole_labels():
         AdaptiveLoss(contrastive, total_steps=5, label_smoothing=0.1)
     criterion = AdaptiveLoss(contrastive, total_steps=5)
     z, y, index = batch(0)
-    with pytest.raises(ConfigError, match=r"y: .* info_nce, .* not probabilities"):
-        criterion(z, torch.softmax(z, 1), z)
+    for target, smoothing in ((torch.softmax(z, 1), 0.0), (y, 0.1)):
+        criterion.label_smoothing = smoothing
+        with pytest.raises(ConfigError, match=r"y: .* info_nce, .* no probabilities or smoothed"):
+            criterion(z, target, z)
+    criterion.label_smoothing = 0.0
     with pytest.raises(ConfigError, match=r"features: \[8, 4\] given; needs \[n, D\] for logits \[n, C\]"):
         criterion(z[..., None], y[:, None], z)
     with pytest.raises(ConfigError, match=r"features: \[7, 4\] given"):

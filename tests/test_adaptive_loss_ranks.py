@@ -1,13 +1,15 @@
-"""The drop-in under DistributedDataParallel: two real processes, against one that has the rows of both."""
+"""The drop-in under DistributedDataParallel and FSDP: two real processes, against one that has the rows of both."""
 
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from palf_dist.adaptive_loss import AdaptiveLoss
@@ -33,6 +35,8 @@ CASES = {
     "averages": ({"basis": ("elr", "robust_ce", "bootstrap"), "hyperparameters": ("lam", "beta", "ew")}, {}),
     "informed": ({"kind": "informed"}, {"training_rows": TRAINING_ROWS}),
     "six features": ({"kind": "palf", "basis": ("ce", "focal")}, {}),
+    "gradient norm": ({"features": ("gradient_norm", "loss")}, {}),
+    "Hessian trace": ({"features": ("hessian_trace", "loss")}, {}),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no (index|optimizer)")
 
@@ -64,12 +68,13 @@ def train(case: str, model: nn.Module, criterion: AdaptiveLoss, rank: int | None
     return found + [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def take_uneven_batches(criterion: AdaptiveLoss, rank: int | None) -> dict:
-    """Batches of which rank 0 has less labels than the other, once none, and once nobody has any. No training."""
+def take_uneven_batches(criterion: AdaptiveLoss, rank: int | None, ignored: tuple[int, ...] = (3, 5, 8, 16)) -> dict:
+    """Batches of which so many rows, from the first one on, have no label: those of rank 0, or all. No training."""
+    weight = nn.Parameter(torch.cat([torch.eye(3), torch.ones(3, 1)], 1))
     for step in range(STEPS):
         x, y, index = joint_batch(step)
-        z = torch.cat([x, x[:, :1]], 1)
-        y[: (3, 5, 8, 16)[step % 4]] = -100
+        z = x @ weight
+        y[: ignored[step % len(ignored)]] = -100
         if rank is not None:
             z, y, index = (part.chunk(RANKS)[rank] for part in (z, y, index))
         criterion(z, y, index=index)
@@ -78,7 +83,9 @@ def take_uneven_batches(criterion: AdaptiveLoss, rank: int | None) -> dict:
 
 
 def on_rank(rank: int, folder: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(minutes=1)
+    )
     found = {}
     for case in CASES:
         model = DistributedDataParallel(make_model())
@@ -97,6 +104,17 @@ def on_rank(rank: int, folder: str) -> None:
             resumed = train(case, model, again, rank, range(stopped, STEPS))
             found[case][f"resumed {stopped}"] = resumed
     found["uneven"] = take_uneven_batches(loss_of("robust", nn.Identity()), rank)
+    found["without labels"] = take_uneven_batches(loss_of("Hessian trace", nn.Identity()), rank, (ROWS,))
+    static = DistributedDataParallel(make_model(), static_graph=True)
+    found["static graph"] = train("Hessian trace", static, loss_of("Hessian trace", static), rank, range(STEPS))
+    sharded = make_model()
+    for layer in (sharded[0], sharded[2], sharded):
+        fully_shard(layer)
+    found["sharded"] = train("gradient norm", sharded, loss_of("gradient norm", sharded), rank, range(STEPS))[:STEPS]
+    x, y, _ = (part.chunk(RANKS)[rank] for part in joint_batch(0))
+    loss = loss_of("Hessian trace", sharded)(sharded(x), y if rank else torch.full_like(y, -100))
+    loss.backward()
+    found["sharded, without labels"] = loss.detach()
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -140,6 +158,30 @@ def test_the_state_of_rank_0_resumes_all_to_the_bit(found: list[dict], case: str
     for each in found:
         resumed, whole = each[case][f"resumed {stopped}"], each[case]["whole"][stopped:]
         assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
+
+
+def test_a_rank_without_labels_leaves_the_trace_to_the_others(found: list[dict]) -> None:
+    whole = take_uneven_batches(loss_of("Hessian trace", nn.Identity()), None, (ROWS,))
+    for each in found:
+        torch.testing.assert_close(each["without labels"]["controls"], whole["controls"])
+
+
+def test_the_trace_does_not_take_the_one_backward_pass_of_a_static_graph(found: list[dict]) -> None:
+    """It did, and the models of the ranks parted."""
+    first, second = (each["static graph"] for each in found)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[STEPS - 1].any()
+
+
+def test_sharded_gradients_have_the_norm_of_whole_ones(found: list[dict]) -> None:
+    whole = train("gradient norm", make_model(), loss_of("gradient norm", nn.Identity()), None, range(STEPS))
+    for each in found:
+        torch.testing.assert_close(each["sharded"], whole[:STEPS], rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_without_labels_makes_the_backward_passes_of_a_sharded_model(found: list[dict]) -> None:
+    """Which gather parameters, so that the others would wait for it."""
+    assert [each["sharded, without labels"].isfinite().item() for each in found] == [False, True]
 
 
 def test_a_row_that_is_there_twice_is_written_as_the_last_one() -> None:

@@ -171,6 +171,17 @@ def test_banked_probes_are_signs_and_fixed() -> None:
     assert torch.equal(probes, hutchinson_probes(1000, torch.float32))
 
 
+def test_a_class_ruled_out_by_its_logit_has_no_share_in_the_entropy() -> None:
+    """As one that the mask rules out: -inf is how a user's model says that."""
+    group = make_group()
+    labels = torch.zeros(3, 6, dtype=torch.int64)
+    without = LOGITS.index_fill(2, torch.tensor(3), -math.inf)
+    masked = group.class_mask & (torch.arange(4) < 3)
+    ours = RowStatistics.of(without, labels, torch.ones_like(group.class_mask))
+    torch.testing.assert_close(ours, RowStatistics.of(LOGITS, labels, masked))
+    assert ours.entropy.isfinite().all()
+
+
 def test_unknown_feature_is_refused() -> None:
     reader, _ = observe()
     with pytest.raises(ConfigError, match=r"policy.features: unknown momentum; allowed: gradient_norm"):
