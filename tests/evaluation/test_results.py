@@ -122,6 +122,8 @@ def test_the_headline_is_what_numpy_finds(made):
     expected = {
         "diff_vs_tuned_ce": mean,
         "se_clustered": se,
+        "diff_vs_ce_by_validation": None,
+        "diff_trainval": None,
         "diff_matched_prior": clustered(ahead[condition == "balanced"])[0],
         "diff_at_no_noise": clustered(ahead[(condition == "balanced") & (noise == 0)])[0],
         "diff_at_high_noise": clustered(ahead[(condition == "balanced") & (noise >= 0.3)])[0],
@@ -135,8 +137,6 @@ def test_the_headline_is_what_numpy_finds(made):
         "diff_vs_own_schedule_balanced": clustered((wide["policy"] - wide["policy_schedule"])[condition == "balanced"])[
             0
         ],
-        "diff_vs_ce_by_validation": None,
-        "diff_trainval": None,
         "diff_vs_learned_schedule": None,
         "diff_vs_learned_schedule_balanced": None,
         "diff_vs_shuffled": None,
