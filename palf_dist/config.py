@@ -117,9 +117,6 @@ class TasksConfig(Section):
     imbalance: ImbalanceConfig = ImbalanceConfig()
     architectures: tuple[Architecture, ...] = Field(default=(MLPConfig(),), min_length=1)
     optimisers: tuple[Literal["sgd", "momentum", "adam"], ...] = Field(default=("adam",), min_length=1)
-    class_subsets: Share = Field(
-        default=0.0, description="share of tasks with a random subset of their dataset's classes, which has two or more"
-    )
     group_size: Count = Field(default=24, description="tasks that train side by side in one unit of work")
     families: Literal["mixed", "in_turn"] = Field(
         default="mixed",

@@ -109,7 +109,6 @@ class TaskSpec:
     optimiser: str  # sgd | momentum | adam
     condition: str = ""  # its name in the held-out comparison; tasks of meta-training have none
     class_rows: int = 0  # classes with fewer rows in the dataset are left out (and those below splits.MIN_CLASS_ROWS)
-    classes: tuple[int, ...] = ()  # the dataset's classes that are kept, by index; none: all
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,7 @@ from palf_dist.randomness import random_generator
 from palf_dist.tasks.corruptions import add_label_noise, class_transitions, draw_labels, instance_transitions
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.inputs import fits, group_shape, input_widths, read_features, read_inputs
-from palf_dist.tasks.splits import (
-    SPLITS,
-    TaskRows,
-    draw_classes,
-    draw_rows,
-    imbalanced_capacity,
-    num_task_classes,
-    train_capacity,
-)
+from palf_dist.tasks.splits import SPLITS, TaskRows, draw_rows, imbalanced_capacity, num_task_classes, train_capacity
 from palf_dist.types import Rows, TaskGroup, TaskSpec
 
 Datasets = Mapping[str, EncodedDataset]
@@ -61,21 +53,19 @@ def sample_specs(config: RunConfig, datasets: Datasets, keys: tuple[int | str, .
         noisy = generator.random() >= tasks.noise.clean_share
         imbalanced = generator.random() >= tasks.imbalance.balanced_share
         uniform = generator.random() < tasks.imbalance.uniform_target_share
-        classes = _classes(config, dataset, (*keys, index, "classes"))
         noise_rate = float(generator.uniform(tasks.noise.low, tasks.noise.high))
         ratio = _log_uniform(tasks.imbalance.low, tasks.imbalance.high, generator)
         specs.append(
             TaskSpec(
                 keys=(*keys, index),
                 dataset=dataset.name,
-                train_size=_train_size(config, dataset, generator, classes),
+                train_size=_train_size(config, dataset, generator),
                 noise_kind=tasks.noise.kind,
                 noise_rate=noise_rate if noisy else 0.0,
                 imbalance=ratio if imbalanced else 1.0,
                 target_prior="uniform" if imbalanced and uniform else "train",
                 architecture=architecture,
                 optimiser=optimiser,
-                classes=classes,
             )
         )
     return tuple(specs)
@@ -306,19 +296,11 @@ def epochs(count: int, steps: int, batch_size: int, generator: np.random.Generat
     return order.reshape(-1)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def _classes(config: RunConfig, dataset: EncodedDataset, keys: tuple[int | str, ...]) -> tuple[int, ...]:
-    """The classes that a task of meta-training keeps; none named: all."""
-    generator = random_generator(*keys)
-    return draw_classes(dataset, config.tasks, generator) if generator.random() < config.tasks.class_subsets else ()
-
-
-def _train_size(
-    config: RunConfig, dataset: EncodedDataset, generator: np.random.Generator, classes: Sequence[int] = ()
-) -> int:
+def _train_size(config: RunConfig, dataset: EncodedDataset, generator: np.random.Generator) -> int:
     """Log-uniform between the two sizes of ``tasks.train_size``, the larger being lowered to what the dataset allows;
     the smaller one is not (``draw_rows`` refuses it when it is too large)."""
     low, high = config.tasks.train_size
-    return round(_log_uniform(low, max(low, min(high, train_capacity(dataset, config.tasks, classes))), generator))
+    return round(_log_uniform(low, max(low, min(high, train_capacity(dataset, config.tasks))), generator))
 
 
 def _log_uniform(low: float, high: float, generator: np.random.Generator) -> float:

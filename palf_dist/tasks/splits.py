@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +24,6 @@ MIN_CLASS_ROWS = 8
 RAREST = 5
 """Training rows that the rarest class of an imbalanced task of a suite has, where the dataset allows it."""
 
-ALIKE = 5
-"""How many times more rows than another class one of a random subset of the classes may have."""
-
 SPLITS = ("test", "meta_validation", "validation", "train")
 
 
@@ -41,24 +37,9 @@ class TaskRows:
     target: np.ndarray  # [k] class frequencies of the test and meta-validation rows
 
 
-def train_capacity(dataset: EncodedDataset, tasks: TasksConfig, classes: Sequence[int] = ()) -> int:
-    """The most training rows that a task of this dataset can have, with these ``classes`` or, where none are named,
-    all. DataError where not even two classes have enough."""
-    rows = _train_rows(dataset, tasks)
-    return int(rows[np.isin(_task_classes(dataset), classes)].sum() if classes else rows.sum())
-
-
-def draw_classes(dataset: EncodedDataset, tasks: TasksConfig, generator: np.random.Generator) -> tuple[int, ...]:
-    """A random subset of the classes of a dataset's tasks, none of them ``ALIKE`` times smaller than its largest, so
-    that each is in every split; none, which means all, where it has too few rows for the smallest training size.
-
-    Of k classes two to k - 1 are drawn, the logarithm of their number uniformly, and the small ones left out."""
-    kept, rows = _task_classes(dataset), _train_rows(dataset, tasks)
-    count = int(np.exp(generator.uniform(np.log(2), np.log(max(2, len(kept))))))
-    drawn = np.sort(generator.permutation(len(kept))[:count])
-    drawn = drawn[rows[drawn] * ALIKE >= rows[drawn].max()]
-    enough = len(drawn) > 1 and rows[drawn].sum() >= tasks.train_size[0]
-    return tuple(kept[drawn].tolist()) if enough else ()
+def train_capacity(dataset: EncodedDataset, tasks: TasksConfig) -> int:
+    """The most training rows that a task of this dataset can have. DataError where not even two classes have enough."""
+    return int(_train_rows(dataset, tasks).sum())
 
 
 def imbalanced_capacity(dataset: EncodedDataset, tasks: TasksConfig, ratio: float) -> tuple[int, int]:
@@ -97,12 +78,7 @@ def _train_rows(dataset: EncodedDataset, tasks: TasksConfig) -> np.ndarray:
 
 def num_task_classes(dataset: EncodedDataset) -> int:
     """Number of classes k that a task of this dataset has."""
-    return len(_task_classes(dataset))
-
-
-def _task_classes(dataset: EncodedDataset) -> np.ndarray:
-    """Classes [k] of a dataset with rows enough for a task."""
-    return np.flatnonzero(np.bincount(dataset.labels) >= MIN_CLASS_ROWS)
+    return int((np.bincount(dataset.labels) >= MIN_CLASS_ROWS).sum())
 
 
 def draw_rows(dataset: EncodedDataset, spec: TaskSpec, tasks: TasksConfig) -> TaskRows:
@@ -114,7 +90,7 @@ def draw_rows(dataset: EncodedDataset, spec: TaskSpec, tasks: TasksConfig) -> Ta
     uniform, and shrink until the rarest class suffices. Raises DataError when the training rows asked for are not
     there, or a split would have one class only.
     """
-    capacity = train_capacity(dataset, tasks, spec.classes)
+    capacity = train_capacity(dataset, tasks)
     if spec.train_size > capacity:
         raise DataError(
             f"{dataset.name}: a training size of {spec.train_size} is larger than the data allows: of its "
@@ -124,8 +100,6 @@ def draw_rows(dataset: EncodedDataset, spec: TaskSpec, tasks: TasksConfig) -> Ta
     generator = random_generator(*spec.keys, "rows")
     counts = np.bincount(dataset.labels)
     kept = np.flatnonzero(counts >= max(MIN_CLASS_ROWS, spec.class_rows))
-    if spec.classes:
-        kept = kept[np.isin(kept, spec.classes)]
     k = len(kept)
     lookup = np.full(len(counts), -1)
     lookup[kept] = np.arange(k)
