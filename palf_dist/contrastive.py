@@ -44,7 +44,7 @@ class Contrast:
         target = positive / count.clamp_min(1).to(h.dtype)
         similarity = (torch.bmm(f, f.transpose(1, 2)) / tau).masked_fill_(itself, MASKED_LOGIT)
         log_q = torch.log_softmax(similarity, -1)
-        q = log_q.exp()
+        q = torch.softmax(similarity, -1)  # not exp(log q), which is slow where q underflows
         reached = (count > 0).to(h.dtype)
         return cls(f, inverse_norm, similarity, log_q, q, target, q * reached - target, reached, tau)
 

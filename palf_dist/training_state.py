@@ -44,7 +44,7 @@ SMOOTHING = 0.4  # weight of the past in the moving averages of batch statistics
 CLAMP = 4.0  # normalised features are clamped to +- this many standard deviations
 HUTCHINSON_ROWS = 8  # sub-batch of the trace
 HUTCHINSON_PROBES = 4
-_NEIGHBOUR_ROWS = 4096  # whose neighbours are looked for at once: their similarities to all rows are held
+_NEIGHBOUR_ROWS = 256  # whose neighbours are looked for at once: their similarities to all rows are held
 _NOISE_GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
@@ -76,10 +76,11 @@ class RowStatistics(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, class_mask: Tensor) -> RowStatistics:
         """Of logits [G, B, C] and labels [G, B]."""
-        log_p = _masked_log_softmax(logits, class_mask)
+        masked = logits.masked_fill(~class_mask[:, None, :], -1e9)
+        log_p, p = torch.log_softmax(masked, -1), torch.softmax(masked, -1)  # as in loss_head.Softmax
         loss = -log_p.gather(2, labels[:, :, None])[:, :, 0]
         # clamped, since 0 times -inf, the logit of a class that somebody rules out, would be NaN
-        entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
+        entropy = -(p * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
         return cls(entropy, loss, (log_p.argmax(-1) == labels).to(loss.dtype))
 
 
@@ -156,7 +157,8 @@ class StateReader:
     def _validation_features(self, seen: Observation, train_loss: Tensor, accuracy: Tensor) -> dict[str, Tensor]:
         assert seen.validation_logits is not None
         assert seen.validation_labels is not None and seen.validation_mask is not None
-        log_p = _masked_log_softmax(seen.validation_logits, self.facts.class_mask)
+        masked = seen.validation_logits.masked_fill(~self.facts.class_mask[:, None, :], -1e9)
+        log_p = torch.log_softmax(masked, -1)
         own = log_p.gather(2, seen.validation_labels[:, :, None])[:, :, 0]
         weight = seen.validation_mask / seen.validation_mask.sum(1, keepdim=True).clamp_min(1)
         loss = (-(own * weight).sum(1) / self._log_k).clamp_max(20.0).log1p()
@@ -206,23 +208,28 @@ def bimodality(losses: Tensor, mask: Tensor) -> Tensor:
 
 def neighbour_agreement(train: Rows, neighbours: int = 5) -> Tensor | None:
     """Mean leave-one-out agreement [G] of a row's label with its nearest neighbours by cosine similarity of the first
-    input, when that is numeric; None otherwise."""
+    input, when that is numeric; None otherwise. NaN for a task of one row."""
     column = train.inputs[0]
     if not column.is_floating_point():
         return None
     flat = column.flatten(2)
     unit = flat / (flat.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
-    mask = train.mask > 0
+    real = train.mask > 0
+    # task by task and without its padding: the similarities are quadratic in the rows, and few at a time stay in cache
+    tasks = zip(unit, train.labels, real, strict=True)
+    return torch.stack([_agreement(rows[kept], labels[kept], neighbours) for rows, labels, kept in tasks])
+
+
+def _agreement(unit: Tensor, labels: Tensor, neighbours: int) -> Tensor:
+    """The same [] of one task: unit vectors [n, D] and labels [n]."""
     parts = []
-    for first in range(0, flat.shape[1], _NEIGHBOUR_ROWS):
-        some = slice(first, first + _NEIGHBOUR_ROWS)
-        similarity = torch.bmm(unit[:, some], unit.transpose(1, 2))
-        similarity.masked_fill_(~mask[:, None, :], -9.0)
-        similarity.diagonal(offset=first, dim1=1, dim2=2).fill_(-9.0)
-        nearest = similarity.topk(min(neighbours, flat.shape[1] - 1), -1)[1]
-        labels = train.labels[:, None, :].expand(-1, nearest.shape[1], -1).gather(2, nearest)
-        parts.append((labels == train.labels[:, some, None]).to(flat.dtype).mean(-1))
-    return (torch.cat(parts, 1) * train.mask).sum(1) / train.mask.sum(1).clamp_min(1)
+    for first in range(0, len(unit), _NEIGHBOUR_ROWS):
+        some = unit[first : first + _NEIGHBOUR_ROWS]
+        similarity = some @ unit.T
+        similarity.diagonal(offset=first).fill_(-9.0)
+        nearest = similarity.topk(min(neighbours, len(unit) - 1), -1)[1]
+        parts.append(labels[nearest] == labels[first : first + _NEIGHBOUR_ROWS, None])
+    return torch.cat(parts).to(unit.dtype).mean()
 
 
 def hutchinson_probes(size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -240,7 +247,7 @@ def hessian_trace(
     probes [Q, P] of +-1 entries: mean over q of probes_q^T H probes_q, which is exact where H is diagonal.
     """
     logits, _, tape = model.forward(theta, inputs)
-    p = _masked_log_softmax(logits, class_mask).exp()
+    p = torch.softmax(logits.masked_fill(~class_mask[:, None, :], -1e9), -1)
     rows = labels.shape[1]
     dlogits = p.scatter_add(2, labels[:, :, None], -torch.ones_like(labels, dtype=p.dtype)[:, :, None]) / rows
     total = torch.zeros_like(theta[:, 0])
@@ -251,10 +258,6 @@ def hessian_trace(
         product = model.backward_tangent(theta, tape, tangent_tape, v, dlogits, None, dtangent, None)
         total = total + (product * v).sum(1)
     return total / len(probes)
-
-
-def _masked_log_softmax(logits: Tensor, class_mask: Tensor) -> Tensor:
-    return torch.log_softmax(logits.masked_fill(~class_mask[:, None, :], -1e9), -1)
 
 
 def _task_features(facts: TaskFacts, log_k: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palf_dist import training_state
 from palf_dist.errors import ConfigError
 from palf_dist.inner_loop import task_facts
 from palf_dist.training_state import (
@@ -126,7 +127,9 @@ def test_bimodality_is_the_best_split_by_brute_force() -> None:
     assert bimodality(two_lumps, torch.ones(1, 40, dtype=torch.bool)).item() == pytest.approx(1, abs=1e-3)
 
 
-def test_neighbour_agreement_against_a_loop() -> None:
+@pytest.mark.parametrize("at_once", [4, 256])
+def test_neighbour_agreement_against_a_loop(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_state, "_NEIGHBOUR_ROWS", at_once)
     group = make_group()
     got = neighbour_agreement(group.train)
     assert got is not None
