@@ -37,6 +37,8 @@ CONTROLS := --set "policy.basis=[ce, robust_ce, symmetric_ce, elr]" --set "polic
 schedule_OPTIONS := --set policy.kind=schedule $(CONTROLS) --set "evaluation.methods=[policy]"
 constant_OPTIONS := --set policy.kind=constant $(CONTROLS) --set "evaluation.methods=[policy]"
 maml_OPTIONS := --set policy.kind=maml $(CONTROLS) --set "evaluation.methods=[policy]"
+# The other methods do not depend on what the policy was trained on: the folds have them.
+family_OPTIONS := --set "evaluation.methods=[policy, policy_schedule, policy_shuffled, s5]"
 # Networks that are trained on pictures and texts read no tables.
 READ_0 := fashion-mnist, digits, newsgroups, snippets
 READ_1 := crawl_tiles, crawl_tiles_fine, reuters-r52, fine_foods
