@@ -22,6 +22,7 @@ from palf_dist.config import InnerConfig
 from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass
 from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks, whole
 from palf_dist.errors import ConfigError
+from palf_dist.explanation import Explanation, explain
 from palf_dist.graph_curvature import graph_hessian_trace
 from palf_dist.losses import LossContext, column, mean_belief, posterior_belief
 from palf_dist.mixture_loss import mixture_loss
@@ -149,13 +150,19 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
 
     @classmethod
     def load(cls, path: str | Path, *, total_steps: int, **settings: Unpack[LossSettings]) -> AdaptiveLoss:
-        """Read a policy file (or the folder that holds it); the other arguments are the constructor's.
+        """Read a policy: its file or folder, a registered one (models:/palf@champion), or "default", which comes with
+        palf_dist; the other arguments are the constructor's.
 
         Raises:
-            PolicyFileError: the file is missing, too new, or was changed.
+            PolicyFileError: a file is missing, too new, or was changed.
+            RegistryError: the registry does not give it.
             ConfigError: as the constructor.
         """
         return cls(load_policy(path), total_steps=total_steps, **settings)
+
+    def explain(self) -> Explanation:
+        """What the policy does in which state: its controls along each feature, as arrays."""
+        return explain(self.policy, self.phi)
 
     @staticmethod
     def online(basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0) -> OnlineLoss:

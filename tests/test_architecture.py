@@ -25,6 +25,8 @@ ORDER = (
     "faults",
     "atomic",
     "storage",
+    "mlflow_client",
+    "model_registry",
     "architecture_config",
     "config",
     "losses",
@@ -39,6 +41,7 @@ ORDER = (
     "training_state",
     "shown_rows",
     "policies",
+    "explanation",
     "config_loading",
     "run_directory",
     "storage_lease",
@@ -82,6 +85,7 @@ ORDER = (
     "cli_doctor",
     "cli_results",
     "cli_ablate",
+    "cli_policy",
     "cli",
     "__main__",
 )
@@ -125,8 +129,11 @@ def test_imports_go_one_way(module: Path) -> None:
     [
         ("ray", {"distributed", "search", "doctor", "jobs"}),
         ("ray.tune", {"search"}),
-        ("mlflow", {"tracking_delivery"}),
-        ("typer", {"cli", "cli_shared", "cli_tune", "cli_jobs", "cli_doctor", "cli_results", "cli_ablate"}),
+        ("mlflow", {"mlflow_client", "model_registry", "tracking_delivery"}),
+        (
+            "typer",
+            {"cli", "cli_shared", "cli_tune", "cli_jobs", "cli_doctor", "cli_results", "cli_ablate", "cli_policy"},
+        ),
     ],
 )
 def test_few_places_know_the_library(library: str, owners: set[str]) -> None:
