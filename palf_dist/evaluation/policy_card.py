@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from palf_dist.config import RunConfig, TrackingConfig
@@ -26,7 +27,7 @@ from palf_dist.policies.policy_file import (
     policy_folder,
 )
 from palf_dist.run_directory import BEST, CONFIG, RESULTS
-from palf_dist.storage import exists, join, read_file, split
+from palf_dist.storage import exists, is_uri, join, read_file, split
 
 NOT_JUDGED = "none: its run has no held-out comparison"
 COMMAND = "palf-dist meta-train --config FILE, where FILE holds what stands under config"
@@ -42,8 +43,8 @@ def policy_place(place: str) -> str:
 
 def run_of(policy: str) -> str | None:
     """The run directory that a policy lies in; None where it lies in none."""
-    folder = str(policy_folder(policy))
-    run, name = split(folder)
+    folder = policy_folder(policy)
+    run, name = split(folder if is_uri(folder) else Path(folder).absolute())
     known = name == BEST and exists(join(run, CONFIG)) and not is_search_config(join(run, CONFIG))
     return run if known else None
 
