@@ -43,6 +43,7 @@ from palf_dist.training_state import (
     TaskFacts,
 )
 from palf_dist.types import AVERAGED_BASIS, CONTROL_INDEX, CONTROLS
+from palf_dist.untraced import untraced
 
 
 class LossSettings(TypedDict, total=False):
@@ -181,7 +182,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         """The policy's factor on the L2 strength; 1 before the first batch and for policies that do not set it."""
         return self._weight_decay_multiplier
 
-    @torch.compiler.disable  # tracing it inside of a compiled training step would only break the graph in more places
+    @untraced  # tracing it inside of a compiled training step would only break the graph in more places
     def forward(self, logits: Tensor, y: Tensor, features: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """The adaptive loss of a batch (in eval mode and under no_grad: the cross-entropy), in float32 at least.
 
@@ -225,7 +226,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
                 values = mixture_loss(z, rows.labels, h, controls, context, active)[0]
             return self._reduced(values, rows)
 
-    @torch.compiler.disable
+    @untraced
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Advance to the next optimiser step; call between ``backward`` and ``zero_grad``.
 

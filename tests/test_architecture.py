@@ -34,6 +34,7 @@ ORDER = (
     "contrastive",
     "logit_losses",
     "loss_head",
+    "untraced",
     "mixture_loss",
     "soft_targets",
     "cross_entropy_arguments",
