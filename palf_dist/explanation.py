@@ -56,7 +56,7 @@ def explain(policy: LearnedPolicy, phi: Tensor) -> Explanation:
     """What ``policy`` with parameters ``phi`` does. One that remembers has had ``HELD`` refreshes in each state."""
     usual, values = policy.mean.double().numpy(), grid_values(policy)
     controls = (*policy.spec.basis, *policy.spec.hyperparameters)
-    states = torch.from_numpy(held(np.concatenate([usual[None], grid_states(usual, values).reshape(-1, len(usual))])))
+    states = torch.from_numpy(held(np.concatenate([usual[None], grid_states(usual, values)])))
     with torch.no_grad():
         along = asked_along(policy, phi.detach().double().cpu(), states)
     found = along[:, -1, [CONTROL_INDEX[name] for name in controls]].numpy()
@@ -75,11 +75,11 @@ def grid_values(policy: LearnedPolicy) -> np.ndarray:
 
 
 def grid_states(usual: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """States [S, P, S]: in each row one feature has its ``values`` [S, P], and the others are as ``usual`` [S]."""
+    """States [S * P, S]: in each one feature has one of its ``values`` [S, P], and the others are as ``usual`` [S]."""
     states = np.tile(usual, (*values.shape, 1))
     each = np.arange(len(usual))
     states[each, :, each] = values
-    return states
+    return states.reshape(values.size, len(usual))
 
 
 def held(states: np.ndarray) -> np.ndarray:

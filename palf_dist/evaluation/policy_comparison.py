@@ -79,8 +79,8 @@ def _grid(artefacts: Sequence[PolicyArtefact]) -> States:
             usual.setdefault(name, mean)
             values.setdefault(name, row)
     middle = np.array([*usual.values()])
-    states = grid_states(middle, np.array([*values.values()]).reshape(len(middle), -1)).reshape(-1, len(middle))
-    states = np.concatenate([middle[None], states])
+    grid = np.array([*values.values()]).reshape(len(middle), POINTS)
+    states = np.concatenate([middle[None], grid_states(middle, grid)])
     origin = f"a grid: {POINTS} values of each of {len(usual)} features, the others at their usual values"
     return States(tuple(usual), held(states), origin)
 
