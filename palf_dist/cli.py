@@ -165,7 +165,10 @@ def meta_train(
 
 @app.command()
 def evaluate(
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or its folder; a path or a URI.")],
+    policy: Annotated[
+        str,
+        typer.Argument(metavar="POLICY", help="Policy file, its folder (path or URI), models:/NAME@ALIAS, or default."),
+    ],
     config: ConfigFile = None,
     overrides: Overrides = None,
     workers: Workers = None,

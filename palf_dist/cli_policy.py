@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +83,7 @@ def show(
         for fact, value in card_facts(artefact).items():
             table.add_row(fact, escape(value))
         record = {
-            "spec": artefact.spec.__dict__ | {"start": dict(artefact.spec.start)},
+            "spec": asdict(artefact.spec),
             "card": artefact.card,
             "explanation": _explanation_record(explanation),
             "pictures": [str(path) for path in paths],

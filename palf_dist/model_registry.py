@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palf_dist.errors import RegistryError
-from palf_dist.mlflow_client import CLIENT_SETTINGS, make_client, sqlite_file
+from palf_dist.mlflow_client import CLIENT_SETTINGS, absolute, make_client, sqlite_file
 from palf_dist.redaction import has_credentials
 from palf_dist.storage import first_line
 
@@ -161,7 +161,7 @@ def _registry(asked: str, tracking_uri: str | None, makes: bool) -> Iterator[tup
             import mlflow
         except ImportError as error:
             raise RegistryError(f"{asked}: mlflow cannot be imported ({first_line(error)}); install mlflow") from error
-        uri = tracking_uri or mlflow.get_tracking_uri()
+        uri = absolute(tracking_uri or mlflow.get_tracking_uri())
         file = sqlite_file(uri)
         if file is not None and not makes and not file.exists():
             raise RegistryError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from palf_dist.config import RunConfig
+from palf_dist.config import RunConfig, TrackingConfig
 from palf_dist.config_loading import load_config
 from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.policy_card import described, policy_place
@@ -27,7 +27,7 @@ ROWS = rows_of(("fashion_mnist", "iris"))
 @pytest.fixture
 def run(tmp_path: Path) -> str:
     """A judged run, with recorded states."""
-    return judged_run(tmp_path / "run", ROWS, trajectories=3)
+    return judged_run(tmp_path / "run", ROWS, "tracking.enabled=false", trajectories=3)
 
 
 def test_the_card_gets_what_the_run_measured(run: str) -> None:
@@ -36,7 +36,9 @@ def test_the_card_gets_what_the_run_measured(run: str) -> None:
     assert {name: card["figures"]["policy"][name] for name in ("diff_vs_ce", "se", "ci95", "by_dataset")} == {
         name: own[name] for name in ("diff_vs_ce", "se", "ci95", "by_dataset")
     }
-    assert RunConfig.model_validate(card["config"]) == load_config(Path(run, "config.yaml"))
+    whole = load_config(Path(run, "config.yaml"))
+    assert RunConfig.model_validate(card["config"]) == whole.model_copy(update={"tracking": TrackingConfig()})
+    assert "tracking" not in card["config"], "where it was tracked is nobody's business"
     assert card["protocol"]["datasets"] == ["fashion_mnist", "iris"]
     assert set(card["digests"]) == {TENSORS, "results.parquet"} and set(card["versions"]) >= {"torch", "python"}
     assert card["trained_on"] == load_policy(policy_place(run)).card["trained_on"], "what it had stays"
@@ -136,3 +138,8 @@ def test_a_feature_that_was_not_recorded_is_at_its_usual_value() -> None:
     assert np.allclose(
         compare_behaviour(policy, changed, whole).means, compare_behaviour(policy, changed, without).means
     )
+
+
+def test_a_card_of_another_program_is_refused_not_guessed_at(cli: Command) -> None:
+    save_policy("foreign", replace(untrained(), card={"figures": "good"}))
+    assert "the card is not one that this palf_dist writes" in cli.refused("policy", "show", "foreign")

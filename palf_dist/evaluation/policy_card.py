@@ -12,6 +12,7 @@ from typing import Any
 
 from palf_dist.config import RunConfig, TrackingConfig
 from palf_dist.config_loading import is_search_config, load_config
+from palf_dist.errors import PolicyFileError
 from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.methods import POLICY, REFERENCE
 from palf_dist.evaluation.runs import JudgedRun, read_run
@@ -76,8 +77,9 @@ def register_policy(
     artefact: PolicyArtefact, name: str, alias: str | None = None, tracking_uri: str | None = None
 ) -> tuple[Version, bool]:
     """Publish a policy as a version of the registered model ``name``, with its own figures as metrics; the version, and
-    whether it is new. Raises RegistryError."""
+    whether it is new. Raises RegistryError, and PolicyFileError for a card that another program wrote."""
     tensors, card = policy_bytes(artefact)
+    facts = card_facts(artefact)
     own = artefact.card.get("figures", {}).get("policy", {})
     return publish(
         name,
@@ -87,12 +89,22 @@ def register_policy(
         tracking_uri=tracking_uri,
         experiment=TrackingConfig().experiment,
         metrics={metric: own[metric] for metric in ("accuracy", "diff_vs_ce", "se") if own.get(metric) is not None},
-        description="\n".join(f"{fact}: {value}" for fact, value in card_facts(artefact).items()),
+        description="\n".join(f"{fact}: {value}" for fact, value in facts.items()),
     )
 
 
 def card_facts(artefact: PolicyArtefact) -> dict[str, str]:
-    """What the card says, for people: names and values."""
+    """What the card says, for people: names and values. Raises PolicyFileError for one that another program wrote."""
+    try:
+        return _facts(artefact)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PolicyFileError(
+            f"{CARD}: the card is not one that this palf_dist writes ({type(error).__name__}: {error}); export the "
+            "policy from its run again"
+        ) from error
+
+
+def _facts(artefact: PolicyArtefact) -> dict[str, str]:
     spec, card = artefact.spec, artefact.card
     versions = card.get("versions", {})
     return {
@@ -113,8 +125,10 @@ def card_facts(artefact: PolicyArtefact) -> dict[str, str]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """The fields of a configuration that are not at their defaults."""
-    settings = config.model_dump(mode="json", exclude_defaults=True)
+    """The fields of a configuration that are not at their defaults, but for where the run was done and tracked."""
+    places: dict[str, Any] = {"tracking": True, "checkpoint": True, "data": {"cache"}}
+    places |= {"distributed": {"workers", "address"}}
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=places)
     architectures = [item.model_dump(mode="json") for item in config.tasks.architectures]  # each needs its kind
     return {**settings, "tasks": {**settings.get("tasks", {}), "architectures": architectures}}
 
@@ -136,7 +150,7 @@ def _protocol(run: JudgedRun) -> dict[str, Any]:
     ]
     return {
         "measure": "clean test accuracy in percent",
-        "reference": f"{label_of(REFERENCE)}; every method has its learning rate and weight decay",
+        "reference": f"{label_of(REFERENCE)}; its learning rate and weight decay go for all methods that tune none",
         "standard_errors": "of paired differences, clustered by dataset",
         "datasets": run.judged,
         "conditions": conditions,

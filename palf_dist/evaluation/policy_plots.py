@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from palf_dist.evaluation.interpretation_plots import COLOURS
+from palf_dist.evaluation.interpretation_plots import COLOURS, STYLES
 from palf_dist.evaluation.plots import BASIS_COLOURS, FIGURE_STYLE, HYPERPARAMETER_LABELS, TITLE, to_png
 from palf_dist.explanation import Explanation
 from palf_dist.types import BASIS_LOSSES
@@ -27,8 +28,8 @@ def pictures(item: Explanation) -> dict[str, bytes]:
         made["mixture_weights"] = to_png(_plot(item, "Mixture weights", looks, relative=False))
     if item.features and others:
         looks = {
-            name: {"color": COLOURS[place % len(COLOURS)], "label": HYPERPARAMETER_LABELS[name]}
-            for place, name in enumerate(others)
+            name: {"color": colour, "linestyle": style, "label": HYPERPARAMETER_LABELS[name]}
+            for name, (style, colour) in zip(others, product(STYLES, COLOURS), strict=False)
         }
         made["hyperparameters"] = to_png(_plot(item, "Hyper-parameters, relative to the usual", looks, relative=True))
     return made
