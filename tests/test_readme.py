@@ -176,6 +176,7 @@ def test_a_finished_run_is_not_done_again_and_one_that_has_begun_is_resumed(tmp_
 
 @pytest.mark.timeout(1800)
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of mlflow, which policy register imports into this process
 def test_every_command_of_the_pages_works(cli: Command) -> None:
     """In order, with the smoke configuration in place of the quick one. ``make`` targets are what CI itself runs."""
     shutil.copytree(Path(SMOKE).parent, "configs")
