@@ -75,7 +75,7 @@ test: lint
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
 bench: $(STAMP)
-	for name in hedge_regret learnloss_lp learnloss_certificates classifier online_learnloss overhead scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
+	for name in hedge_regret import_time learnloss_lp learnloss_certificates classifier online_learnloss overhead scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 bench-tuneloss: $(STAMP)
 	$(BIN)/python -m benchmarks.tuneloss $(ARGS)

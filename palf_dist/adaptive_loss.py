@@ -22,6 +22,7 @@ from palf_dist.config import InnerConfig
 from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass
 from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks, whole
 from palf_dist.errors import ConfigError
+from palf_dist.explanation import Explanation, explain
 from palf_dist.graph_curvature import graph_hessian_trace
 from palf_dist.losses import LossContext, column, mean_belief, posterior_belief
 from palf_dist.mixture_loss import mixture_loss
@@ -42,6 +43,7 @@ from palf_dist.training_state import (
     TaskFacts,
 )
 from palf_dist.types import AVERAGED_BASIS, CONTROL_INDEX, CONTROLS
+from palf_dist.untraced import untraced
 
 
 class LossSettings(TypedDict, total=False):
@@ -149,13 +151,19 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
 
     @classmethod
     def load(cls, path: str | Path, *, total_steps: int, **settings: Unpack[LossSettings]) -> AdaptiveLoss:
-        """Read a policy file (or the folder that holds it); the other arguments are the constructor's.
+        """Read a policy: its file or folder, a registered one (models:/palf@champion), or "default", which comes with
+        palf_dist; the other arguments are the constructor's.
 
         Raises:
-            PolicyFileError: the file is missing, too new, or was changed.
+            PolicyFileError: a file is missing, too new, or was changed.
+            RegistryError: the registry does not give it.
             ConfigError: as the constructor.
         """
         return cls(load_policy(path), total_steps=total_steps, **settings)
+
+    def explain(self) -> Explanation:
+        """What the policy does in which state: its controls along each feature, as arrays."""
+        return explain(self.policy, self.phi)
 
     @staticmethod
     def online(basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0) -> OnlineLoss:
@@ -174,7 +182,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         """The policy's factor on the L2 strength; 1 before the first batch and for policies that do not set it."""
         return self._weight_decay_multiplier
 
-    @torch.compiler.disable  # tracing it inside of a compiled training step would only break the graph in more places
+    @untraced  # tracing it inside of a compiled training step would only break the graph in more places
     def forward(self, logits: Tensor, y: Tensor, features: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """The adaptive loss of a batch (in eval mode and under no_grad: the cross-entropy), in float32 at least.
 
@@ -218,7 +226,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
                 values = mixture_loss(z, rows.labels, h, controls, context, active)[0]
             return self._reduced(values, rows)
 
-    @torch.compiler.disable
+    @untraced
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Advance to the next optimiser step; call between ``backward`` and ``zero_grad``.
 

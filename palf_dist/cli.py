@@ -18,6 +18,7 @@ from rich.table import Table
 from palf_dist.cli_ablate import ablate
 from palf_dist.cli_doctor import doctor
 from palf_dist.cli_jobs import OWN_OPTIONS_FIRST, jobs_app, submit
+from palf_dist.cli_policy import policy_app
 from palf_dist.cli_results import results
 from palf_dist.cli_shared import (
     Address,
@@ -59,6 +60,7 @@ app.command()(doctor)
 app.command()(results)
 app.command()(ablate)
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(policy_app, name="policy")
 
 
 def main() -> None:
@@ -163,7 +165,10 @@ def meta_train(
 
 @app.command()
 def evaluate(
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="Policy file, or its folder; a path or a URI.")],
+    policy: Annotated[
+        str,
+        typer.Argument(metavar="POLICY", help="Policy file, its folder (path or URI), models:/NAME@ALIAS, or default."),
+    ],
     config: ConfigFile = None,
     overrides: Overrides = None,
     workers: Workers = None,

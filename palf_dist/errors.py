@@ -41,6 +41,10 @@ class PolicyFileError(PalfError):
     """A policy file is missing, newer than this version, or tampered with."""
 
 
+class RegistryError(PalfError):
+    """The model registry cannot be reached, does not have what is asked for, or takes no more."""
+
+
 class ClusterError(PalfError):
     """The Ray cluster cannot be reached or can never give what is asked."""
 

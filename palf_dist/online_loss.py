@@ -14,6 +14,7 @@ from palf_dist.mixture_loss import check_batch, mixture_loss
 from palf_dist.policies.hedge import HedgePolicy
 from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.types import CONTROL_INDEX
+from palf_dist.untraced import untraced
 
 
 class OnlineLoss(nn.Module):
@@ -42,7 +43,7 @@ class OnlineLoss(nn.Module):
         self.register_buffer("totals", torch.zeros(1 + len(self.policy.active_basis)))
         self.register_buffer("controls", self._learn(), persistent=False)  # follows from the snapshots
 
-    @torch.compiler.disable  # as AdaptiveLoss.forward
+    @untraced  # as AdaptiveLoss.forward
     def forward(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean mixture of a batch (in eval mode: the mean cross-entropy).
 

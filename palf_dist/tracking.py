@@ -21,12 +21,12 @@ from typing import Any, Protocol
 import palf_dist
 from palf_dist.atomic import exclusive
 from palf_dist.config import RunConfig, TrackingConfig
+from palf_dist.mlflow_client import DEFAULT_URI, absolute
 from palf_dist.redaction import without_credentials
 from palf_dist.tracking_spool import Spool
 
 logger = logging.getLogger("palf_dist.tracking")
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 GRACE = 60.0  # seconds for which a delivery process goes on after a driver that was killed
 
 
@@ -303,9 +303,7 @@ def _destination(tracking: TrackingConfig, name: str, before: dict[str, Any] | N
         given = without_credentials(given)
     if before is not None and given in (None, before["given"]):
         return before
-    uri = given or DEFAULT_URI
-    if uri.startswith("sqlite:///"):  # absolute, so that a resume from another folder finds the same database
-        uri = "sqlite:///" + str(Path(uri.removeprefix("sqlite:///")).absolute())
+    uri = absolute(given or DEFAULT_URI)  # so that a resume from another folder finds the same database
     if before is not None:
         return {**before, "given": given, "uri": uri}
     return {

@@ -6,7 +6,6 @@ closed it, or died), then goes on for at most GRACE seconds while anything is le
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from palf_dist.atomic import exclusive
 from palf_dist.containment import is_inside, link_out_of
+from palf_dist.mlflow_client import CLIENT_SETTINGS, make_client
 from palf_dist.redaction import HIDDEN, redact, without_credentials
 from palf_dist.tracking_spool import Spool
 
@@ -32,14 +32,6 @@ PARAMS_PER_BATCH = 100
 LONGEST_PARAM = 500  # of the older servers; the whole configuration is an artifact as well
 KEY_TAG = "palf_dist.key"
 PARENT_TAG = "mlflow.parentRunId"
-
-CLIENT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-"""Environment of the delivery process: one call lasts about 20 s at most. A user's own values win."""
 
 PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
 """Error codes that another attempt cannot mend: the records are reported and passed over."""
@@ -83,7 +75,7 @@ class Delivery:
         assert destination is not None
         uri = destination["uri"]
         if self._uri != uri:
-            self._client, self._uri = _client(_with_credentials(uri)), uri
+            self._client, self._uri = make_client(_with_credentials(uri)), uri
         known = self._spool.run
         if known is None or known["uri"] != uri:
             # A lost answer to an earlier attempt, or the same server under a new address: look before making another.
@@ -230,21 +222,6 @@ def follow(spool: Spool, grace: float, report: Report, ended: Callable[[float], 
             time.sleep(POLL)
         elif over := ended(min(POLL * 2**failures, LONGEST_WAIT)):
             deadline = time.monotonic() + grace
-
-
-def _client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    if not uri.startswith("sqlite:///"):
-        return MlflowClient(tracking_uri=uri)
-    folder = Path(uri.removeprefix("sqlite:///")).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    # Two processes that create the tables of a new database at once both fail: one at a time. Artifacts go to mlruns/
-    # in the folder of the moment, which must be the database's, wherever the run was started.
-    with exclusive(folder, wait=True), contextlib.chdir(folder):
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-    return client
 
 
 def _with_credentials(uri: str) -> str:

@@ -25,6 +25,8 @@ ORDER = (
     "faults",
     "atomic",
     "storage",
+    "mlflow_client",
+    "model_registry",
     "architecture_config",
     "config",
     "losses",
@@ -32,6 +34,7 @@ ORDER = (
     "contrastive",
     "logit_losses",
     "loss_head",
+    "untraced",
     "mixture_loss",
     "soft_targets",
     "cross_entropy_arguments",
@@ -39,6 +42,7 @@ ORDER = (
     "training_state",
     "shown_rows",
     "policies",
+    "explanation",
     "config_loading",
     "run_directory",
     "storage_lease",
@@ -82,6 +86,7 @@ ORDER = (
     "cli_doctor",
     "cli_results",
     "cli_ablate",
+    "cli_policy",
     "cli",
     "__main__",
 )
@@ -125,8 +130,11 @@ def test_imports_go_one_way(module: Path) -> None:
     [
         ("ray", {"distributed", "search", "doctor", "jobs"}),
         ("ray.tune", {"search"}),
-        ("mlflow", {"tracking_delivery"}),
-        ("typer", {"cli", "cli_shared", "cli_tune", "cli_jobs", "cli_doctor", "cli_results", "cli_ablate"}),
+        ("mlflow", {"mlflow_client", "model_registry", "tracking_delivery"}),
+        (
+            "typer",
+            {"cli", "cli_shared", "cli_tune", "cli_jobs", "cli_doctor", "cli_results", "cli_ablate", "cli_policy"},
+        ),
     ],
 )
 def test_few_places_know_the_library(library: str, owners: set[str]) -> None:

@@ -105,6 +105,16 @@ def test_the_snippets_of_the_drop_in_page_train(policy: Path, tmp_path: Path) ->
         assert names["criterion"](names["model"](x), y, index=index).isfinite()
 
 
+def test_the_snippets_of_the_policies_page_train_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    train, explain = blocks("python", [ROOT / "docs" / "policies.md"])
+    names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
+    with pytest.warns(UserWarning, match=r"no (validation|training_rows): the policy reads"):
+        exec(compile(train, "policies.md", "exec"), names)
+    assert names["accuracy"]() > 0.85
+    exec(compile(explain, "policies.md", "exec"), names)
+    assert "validation_loss" in capsys.readouterr().out
+
+
 def test_the_runs_of_the_published_table_have_options_that_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +176,7 @@ def test_a_finished_run_is_not_done_again_and_one_that_has_begun_is_resumed(tmp_
 
 @pytest.mark.timeout(1800)
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of mlflow, which policy register imports into this process
 def test_every_command_of_the_pages_works(cli: Command) -> None:
     """In order, with the smoke configuration in place of the quick one. ``make`` targets are what CI itself runs."""
     shutil.copytree(Path(SMOKE).parent, "configs")

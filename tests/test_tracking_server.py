@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +15,9 @@ import pytest
 from palf_dist.tracking import Tracker, deliver_spool, open_tracker
 from palf_dist.tracking_spool import Spool
 from tests.test_tracking import client, config, history
+from tests.tracking_server import Server, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-
-
-class Server:
-    """A tracking server on loopback with its own process group."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        arguments = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
-        arguments += ["--artifacts-destination", str(self.folder / "artifacts")]
-        arguments += ["--host", "127.0.0.1", "--port", str(self.port)]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *arguments],
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
-            )
-        wait_for(self.answers, 120)
-
-    def answers(self) -> bool:
-        try:
-            return urllib.request.urlopen(self.uri + "/health", timeout=1).status == 200
-        except OSError:
-            return False
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-        self.process = None
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +33,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 def log(tracker: Tracker, steps: range) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palf_dist.policies import Policy, RecurrentPolicy
+from palf_dist.explanation import asked_along
+from palf_dist.policies import Policy
 from palf_dist.randomness import random_generator
 from palf_dist.types import CONTROL_INDEX
 
@@ -52,7 +53,7 @@ def permutation_importance(
     given = torch.from_numpy(np.asarray(states, np.float64))
 
     def asked(changed: Tensor) -> np.ndarray:
-        return _controls(policy, phi.double(), changed)[:, :, columns].numpy()
+        return asked_along(policy, phi.double(), changed)[:, :, columns].numpy()
 
     with torch.no_grad():
         base = asked(given)
@@ -71,11 +72,3 @@ def permutation_importance(
                     found[kind, seed, feature] = np.abs(asked(changed) - base).mean(1) * scale
     among, along = found.mean(3)
     return Importance(policy.features, tuple(controls), among, along, found.sum(0).mean((0, 3)).T)
-
-
-def _controls(policy: Policy, phi: Tensor, states: Tensor) -> Tensor:
-    """What the policy asks for, [N, R, U], at each refresh of inner runs with these states [N, R, S]."""
-    if isinstance(policy, RecurrentPolicy):
-        return policy.controls_along(phi, states).transpose(0, 1)
-    assert not policy.reads_history, "how such a policy reads its history is not known here"
-    return policy.controls(phi, states.flatten(0, 1)).unflatten(0, states.shape[:2])

@@ -20,12 +20,12 @@ from palf_dist.architecture_config import ModuleConfig
 from palf_dist.config import DatasetSource, RunConfig
 from palf_dist.config_loading import dump_config
 from palf_dist.errors import ConfigError, DataError
-from palf_dist.policies.policy_file import CARD, TENSORS, policy_folder
+from palf_dist.policies.policy_file import load_policy, save_policy
 from palf_dist.redaction import has_credentials
 from palf_dist.run_directory import CONFIG
 from palf_dist.search.config import SearchConfig
 from palf_dist.search.targets.config import LossWeightsConfig
-from palf_dist.storage import is_uri, join, local_path, read_file
+from palf_dist.storage import is_uri, local_path
 from palf_dist.tasks.files import parquet_files
 
 CommandName = Literal["meta-train", "tune", "evaluate"]
@@ -90,11 +90,8 @@ class Packer:
     def evaluate(
         self, config: RunConfig, policy: str, run_dir: str | None, as_json: bool, *, quick: bool = False
     ) -> Shipment:
-        """``policy``: a policy file or its folder, which goes along. ``run_dir``: None where nothing is kept."""
-        source = policy_folder(policy)
-        (self.folder / POLICY).mkdir()
-        for name in (TENSORS, CARD):
-            (self.folder / POLICY / name).write_bytes(read_file(join(source, name)))
+        """``policy``, as ``load_policy`` takes it, goes along. ``run_dir``: None where nothing is kept."""
+        save_policy(self.folder / POLICY, load_policy(policy))
         kept, where = ([], None) if run_dir is None else self._run(run_dir, None)
         options = [*kept, *(["--quick"] if quick else []), *_json(as_json)]
         arguments = [POLICY, *self._write(self._run_config(config)), *options]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from palf_dist.errors import ConfigError
-from palf_dist.learnloss.on_the_fly import learn_weights
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.policies.base import WithoutParameters
 from palf_dist.policies.static import mixture_controls
@@ -60,6 +59,11 @@ class OnlineLearnLoss(WithoutParameters):
         (no validation error, a diverged model) are left out."""
         known = snapshots[np.isfinite(snapshots).all(1)]
         start = self.space.weights(self.space.centre)
-        weights = start if len(known) < 2 else learn_weights(self.space, known[:, 1:], known[:, 0])
+        if len(known) < 2:
+            weights = start
+        else:
+            from palf_dist.learnloss.on_the_fly import learn_weights  # scipy takes a second to load
+
+            weights = learn_weights(self.space, known[:, 1:], known[:, 0])
         alpha = np.concatenate([[1.0], weights])
         return alpha / alpha.sum()

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from palf_dist.atomic import write_atomic
 from palf_dist.config import PolicyConfig
 from palf_dist.errors import ConfigError, PolicyFileError
+from palf_dist.model_registry import fetch, is_registered
 from palf_dist.policies.meta_learned import LearnedPolicy, PolicySpec, make_policy, start_values
 from palf_dist.storage import first_line, is_uri, join, read_file, split
 from palf_dist.types import FIRST_CONTROLS
@@ -29,6 +30,9 @@ FORMAT_VERSION = 4
 OLD_KINDS = ("robust", "palf")
 TENSORS = "policy.safetensors"
 CARD = "policy.json"
+DEFAULT = "default"
+"""What ``load_policy`` takes for the policy that comes with palf_dist."""
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
 
 
 @dataclass(frozen=True)
@@ -83,25 +87,30 @@ def digest(tensors: bytes, card: dict[str, Any]) -> str:
     return hashlib.sha256(tensors + json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_policy(path: str | Path) -> PolicyArtefact:
+def card_digest(artefact: PolicyArtefact) -> str:
+    """The ``digest`` that the policy's card has in its file."""
+    return str(json.loads(policy_bytes(artefact)[1])["sha256"])
+
+
+def load_policy(path: str | Path, *, tracking_uri: str | None = None) -> PolicyArtefact:
     """Read a policy from its folder or from its policy.safetensors, beside which policy.json must stand; the path may
-    be a URI (s3://, gs://, file://).
+    be a URI (s3://, gs://, file://), the address of a registered one (models:/palf@champion), or "default": the one
+    that comes with palf_dist.
+
+    ``tracking_uri``: of the MLflow server whose registry it is; else MLFLOW_TRACKING_URI, as for MLflow itself.
 
     Raises:
-        PolicyFileError: a file is missing, not a policy, of a newer format, or not what was saved.
+        PolicyFileError: a file is missing, not a policy, of a newer format, or not what was saved or registered.
+        RegistryError: the registry cannot be reached, or does not have it.
     """
-    folder = policy_folder(path)
+    registered = None
+    if is_registered(path):
+        held, contents = fetch(str(path), (TENSORS, CARD), tracking_uri)
+        folder, registered = held.address, held.digest
+    else:
+        folder = str(policy_folder(path))
+        contents = _read(path, folder)
     card_file = join(folder, CARD)
-    contents = {}
-    for name in (TENSORS, CARD):
-        try:
-            contents[name] = read_file(join(folder, name))
-        except (FileNotFoundError, NotADirectoryError):
-            raise PolicyFileError(
-                f"{path}: there is no {name} in {folder}; name a folder with both policy files"
-            ) from None
-        except OSError as error:
-            raise PolicyFileError(f"{path}: {name} cannot be read ({first_line(error)})") from error
     try:
         card = json.loads(contents[CARD])
         if card["format"] != "palf_dist policy":
@@ -117,12 +126,29 @@ def load_policy(path: str | Path) -> PolicyArtefact:
     data = contents[TENSORS]
     if digest(data, card) != card.get("sha256"):
         raise PolicyFileError(f"{folder}: {TENSORS} and {CARD} are not as they were saved together; restore both")
+    if registered not in (None, card["sha256"]):
+        raise PolicyFileError(f"{folder}: holds another policy than the one that was registered; register it again")
     try:
         return _artefact(data, card)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, ConfigError) as error:
         raise PolicyFileError(
             f"{folder}: not a policy that works ({error}); restore both files or train anew"
         ) from error
+
+
+def _read(path: str | Path, folder: str) -> dict[str, bytes]:
+    """The contents of both files; ``path`` is what the user called the folder."""
+    contents = {}
+    for name in (TENSORS, CARD):
+        try:
+            contents[name] = read_file(join(folder, name))
+        except (FileNotFoundError, NotADirectoryError):
+            raise PolicyFileError(
+                f"{path}: there is no {name} in {folder}; name a folder with both policy files"
+            ) from None
+        except OSError as error:
+            raise PolicyFileError(f"{path}: {name} cannot be read ({first_line(error)})") from error
+    return contents
 
 
 def trained_on(card: Mapping[str, Any], name: str, origins: Collection[str]) -> bool:
@@ -132,6 +158,8 @@ def trained_on(card: Mapping[str, Any], name: str, origins: Collection[str]) -> 
 
 def policy_folder(path: str | Path) -> str | Path:
     """The folder of a policy: ``path``, a path or a URI, or where it is policy.safetensors what that lies in."""
+    if str(path) == DEFAULT:
+        return PRETRAINED
     if is_uri(path):
         folder, name = split(path)
         return folder if name == TENSORS else str(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import classifier, hedge_regret, learnloss_certificates, learnloss_lp, online_learnloss
+from benchmarks import classifier, hedge_regret, import_time, learnloss_certificates, learnloss_lp, online_learnloss
 from tests.command import SMOKE
 
 pytestmark = pytest.mark.slow
@@ -34,6 +34,13 @@ def test_linear_programs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(learnloss_lp, "COUNTS", (300,))
     learnloss_lp.main()
     assert "300" in capsys.readouterr().out
+
+
+def test_import_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(import_time, "ROUNDS", 2)
+    import_time.main()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in import_time.STATEMENTS) and "in 2 rounds" in printed
 
 
 def test_hedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from palf_dist.config_loading import load_config
 from palf_dist.errors import ConfigError, DataError, RunDirectoryError
 from palf_dist.jobs import shipment
 from palf_dist.jobs.shipment import Packer, Shipment
-from palf_dist.policies.policy_file import save_policy
+from palf_dist.policies.policy_file import load_policy, save_policy
 from palf_dist.search.config import load_search_config
 from palf_dist.tasks.suites import load_suite, suite_overrides
 from tests.adaptive_cases import untrained
@@ -139,9 +139,8 @@ def test_a_search_has_its_own_cache_on_the_cluster(packer: Packer) -> None:
 
 def test_a_policy_goes_along(packer: Packer, tmp_path: Path) -> None:
     best = tmp_path / "best"
-    best.mkdir()
-    for name in ("policy.safetensors", "policy.json", "notes.txt"):
-        (best / name).write_text(name)
+    save_policy(best, untrained())
+    (best / "notes.txt").write_text("no part of it")
     made = packer.evaluate(load_config(SMOKE), str(best), None, as_json=False)
     assert made.arguments == ("policy", "--config", "config.yaml") and made.run_dir is None
     assert shipped(packer) == ["config.yaml", "policy/policy.json", "policy/policy.safetensors"]
@@ -149,7 +148,10 @@ def test_a_policy_goes_along(packer: Packer, tmp_path: Path) -> None:
     packer.folder.mkdir()
     kept = packer.evaluate(load_config(SMOKE), str(best / "policy.safetensors"), "s3://bucket/kept", as_json=False)
     assert kept.arguments[-2:] == ("--run-dir", "s3://bucket/kept") and kept.run_dir == "s3://bucket/kept"
-    assert (packer.folder / "policy" / "policy.json").read_text() == "policy.json"
+    for name in ("policy.safetensors", "policy.json"):
+        assert (packer.folder / "policy" / name).read_bytes() == (best / name).read_bytes()
+    packer.evaluate(load_config(SMOKE), "default", None, as_json=False)
+    assert load_policy(packer.folder / "policy").card["run"] == "palf12", "no name of something that stays here"
 
 
 @pytest.mark.parametrize(
