@@ -157,6 +157,11 @@ class InnerConfig(Section):
     weight_decay: NonNegative | Literal["tuned"] = "tuned"
     grids: GridsConfig = GridsConfig()
     ema: Share = Field(default=0.7, description="decay of each example's averaged prediction")
+    compile: bool = Field(
+        default=False,
+        strict=True,
+        description="by inductor: a minute for each set of shapes, and a C++ compiler is needed",
+    )
 
 
 class PolicyStart(Section):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from palf_dist.adaptation import look_ahead_slope, pieces
+from palf_dist.compilation import HotPath
 from palf_dist.config import InnerConfig
 from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
 from palf_dist.loss_head import Evaluation, HeadTape, LossHead
@@ -37,7 +38,7 @@ from palf_dist.training_state import (
     hutchinson_probes,
     neighbour_agreement,
 )
-from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, WD, Inputs, Rows, TaskGroup
+from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, WD, InnerModel, Inputs, Rows, TaskGroup
 
 
 @dataclass
@@ -115,12 +116,14 @@ class InnerLoop:
         self.steps = group.batches.shape[0]
         self.optimiser = inner_optimiser(group.specs[0].optimiser)
         self.head = LossHead(policy.active_basis)
+        self.hot = HotPath(group.model, self.head, compiled=inner.compile)
         rows = group.train.labels.shape[1]
         first_rows = rows * torch.arange(group.size, device=group.batches.device)
         self._rows = group.batches + first_rows[:, None]  # among the rows of all tasks joined, [T, G, B]
         self._context = LossContext.create(group.class_mask, group.log_prior_ratio)
         self._padding = ~group.class_mask[:, None, :]
         self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
+        self._reads_averages = bool({*AVERAGED_BASIS} & {*policy.active_basis})
         self._keeps_snapshots = SNAPSHOTS in policy.features
         self._needs_validation = bool(set(VALIDATION_FEATURES) & set(policy.features))
         self._probes = None
@@ -159,19 +162,20 @@ class InnerLoop:
         the old ones and to phi."""
         t = state.step
         inputs, labels = self.minibatch(t)
+        refreshed = t % self.policy.refresh == 0 or state.features is None
+        compiled = self.hot.compiled and not differentiable
+        head, loss, tape = None, None, None
         if differentiable:
             logits, features = self.group.model.apply(state.theta, inputs)
-            tape = head = None
-        else:
+        elif refreshed or not compiled:
             logits, features, tape = self.group.model.forward(state.theta, inputs)
-        refreshed = t % self.policy.refresh == 0 or state.features is None
         if refreshed:
             state.features = self._read(state, logits, labels)
             state.mixing = None
         if refreshed or state.controls is None:
             self.resume(state, phi)
-        assert state.controls is not None
-        own, seen, averaged = self._remember(state, logits.detach(), labels)
+        own, seen, before = self._recall(state, labels)
+        averaged = before if self._reads_averages else None
         context = self.context(own, seen, averaged)
         if refreshed and (isinstance(self.policy, AdaptingPolicy) or self.policy.shield is not None):
             with torch.no_grad():
@@ -179,16 +183,16 @@ class InnerLoop:
             self._adapt(state, phi, labels, context, outputs)
             self._shield(state, labels, context, outputs)
         controls = state.controls
+        assert controls is not None
         if differentiable:
-            loss: Tensor | None = reference_mixture(
-                logits, labels, features, controls, context, self.policy.active_basis
-            )
-            assert loss is not None
+            loss = reference_mixture(logits, labels, features, controls, context, self.policy.active_basis)
             (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
+        elif compiled:
+            logits, loss, gradient = self.hot(loss_gradient, state.theta, inputs, labels, controls, context)
         else:
             head = self.head.forward(logits, labels, features, controls, context)
             gradient = self.group.model.backward(state.theta, tape, head.dlogits, head.dfeatures)
-            loss = None
+        self._remember(state, logits.detach(), before)
         if "gradient_norm" in self.policy.features:
             state.gradient_norm2 = gradient.detach().square().sum(1)
         rate = self.rate(t)
@@ -240,19 +244,24 @@ class InnerLoop:
         state.shielded = acted if state.shielded is None else state.shielded + acted
         state.controls = mix(state.controls, state.mixing)
 
-    def _remember(self, state: InnerState, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Own-label averaged probabilities and seen flags [G, B] before this step, and where a basis loss reads
-        them the whole averages [G, B, C]; then the averages' update."""
+    def _recall(self, state: InnerState, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Own-label averaged probabilities and seen flags [G, B] of this minibatch's rows, and their whole averages
+        [G, B, C]."""
+        with torch.no_grad():
+            rows = self._rows[state.step].flatten()
+            before = state.averaged.flatten(0, 1).index_select(0, rows).view(*labels.shape, -1)
+            own = before.gather(2, labels[:, :, None])[:, :, 0]
+            seen = state.seen.flatten().index_select(0, rows).view_as(labels)
+        return own, seen, before
+
+    def _remember(self, state: InnerState, logits: Tensor, before: Tensor) -> None:
+        """Take the predictions of this minibatch into the averages of its rows, which were ``before``."""
         with torch.no_grad():
             rows = self._rows[state.step].flatten()
             averaged, flags = state.averaged.flatten(0, 1), state.seen.flatten()  # views: written in place
-            before = averaged.index_select(0, rows).view_as(logits)
-            own = before.gather(2, labels[:, :, None])[:, :, 0]
-            seen = flags.index_select(0, rows).view_as(labels)
             p = torch.softmax(logits.masked_fill(self._padding, -1e9), -1)
             averaged.index_copy_(0, rows, torch.lerp(p, before, self.inner.ema).flatten(0, 1))
             flags.index_fill_(0, rows, True)
-        return own, seen, before if {*AVERAGED_BASIS} & {*self.policy.active_basis} else None
 
     def _read(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
         """What the policy reads at the current step; one that adapts, what it read before, to which ``_adapt`` adds."""
@@ -324,6 +333,21 @@ class InnerLoop:
         """Logits [G, N, C] on a split, of a large model piece by piece."""
         with torch.no_grad():
             return torch.cat([self.group.model.forward(theta, some.inputs)[0] for some in pieces(self.group, rows)], 1)
+
+
+def loss_gradient(
+    model: InnerModel,
+    head: LossHead,
+    theta: Tensor,
+    inputs: Inputs,
+    labels: Tensor,
+    controls: Tensor,
+    context: LossContext,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [G, B, C], the adaptive loss [G] and its gradient [G, P], in closed form."""
+    logits, features, tape = model.forward(theta, inputs)
+    at = head.forward(logits, labels, features, controls, context)
+    return logits, at.mixture, model.backward(theta, tape, at.dlogits, at.dfeatures)
 
 
 def _appended(past: Tensor | None, now: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palf_dist.compilation import check_compiler
 from palf_dist.config import RunConfig
 from palf_dist.evaluation.controls import PolicyControls
 from palf_dist.evaluation.methods import METHODS, REFERENCE, Method, baseline_policy, select_methods
@@ -133,9 +134,12 @@ class Runner:
         }
 
     def check(self) -> None:
-        """Raises ConfigError where this GPU has less memory than units take. The driver knows the machines' memory."""
+        """Raises ConfigError where this GPU has less memory than units take (the driver knows the machines' memory), or
+        where there is nothing to compile with."""
         if self.device.type == "cuda":
             self._plan.check()
+        elif self.config.inner.compile:
+            check_compiler()
 
     def run(
         self,

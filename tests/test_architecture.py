@@ -59,6 +59,7 @@ ORDER = (
     "outer_loss",
     "shield",
     "adaptation",
+    "compilation",
     "inner_loop",
     "trajectory",
     "estimators",

@@ -17,8 +17,10 @@ from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.inner_optimisers import Slots
+from palf_dist.loss_head import LossHead
+from palf_dist.losses import LossContext
 from palf_dist.policies import LearnedPolicy, Policy
-from palf_dist.types import CONTROL_INDEX, WD
+from palf_dist.types import CONTROL_INDEX, WD, InnerModel, Inputs
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,6 @@ class Adjoint:
 
         def after_step(now: InnerState, result: StepResult) -> None:
             nonlocal before, last_reference
-            assert result.head is not None
             if result.refreshed:
                 trace.open_segment(now)
             segment = len(trace.controls) - 1
@@ -137,7 +138,10 @@ class Adjoint:
             controls, rate = trace.controls[step.segment], loop.rate(t)
             along, of_slots = loop.optimiser.adjoint(of_theta, of_slots, step.slots, new_slots, rate, t)
             new_slots = step.slots
-            curvature, of_controls = self._along_gradient(loop, t, step, controls, along, running)
+            context = loop.context(step.own_probability, step.seen, step.averaged)
+            curvature, of_controls = loop.hot(
+                along_gradient, step.theta, *loop.minibatch(t), controls, context, along, running
+            )
             # weight decay: theta' has the further term -rate * decay * theta
             shrunk = rate * (of_theta * step.theta).sum(1, keepdim=True)
             of_controls[:, WD] -= (loop.group.weight_decay * shrunk)[:, 0]
@@ -145,24 +149,30 @@ class Adjoint:
             cotangents[step.segment] += of_controls
         return cotangents
 
-    def _along_gradient(
-        self, loop: InnerLoop, t: int, step: StepTrace, controls: Tensor, along: Tensor, running: float
-    ) -> tuple[Tensor, Tensor]:
-        """Derivatives of <grad l_t, along> + running * l_t with respect to theta_t [G, P] and the controls [G, U]."""
-        model = loop.group.model
-        inputs, labels = loop.minibatch(t)
-        logits, features, tape = model.forward(step.theta, inputs)
-        context = loop.context(step.own_probability, step.seen, step.averaged)
-        head = loop.head.forward(logits, labels, features, controls, context)
-        logits_dot, features_dot, tangent_tape = model.tangent(step.theta, tape, along)
-        dlogits_dot, dfeatures_dot, of_controls = loop.head.tangent(head, logits_dot, features_dot)
-        of_theta = model.backward_tangent(
-            step.theta, tape, tangent_tape, along, head.dlogits, head.dfeatures, dlogits_dot, dfeatures_dot
-        )
-        if running:
-            of_theta = of_theta.add(model.backward(step.theta, tape, head.dlogits, head.dfeatures), alpha=running)
-            of_controls = of_controls.add(loop.head.control_gradient(head), alpha=running)
-        return of_theta, of_controls
+
+def along_gradient(
+    model: InnerModel,
+    loss_head: LossHead,
+    theta: Tensor,
+    inputs: Inputs,
+    labels: Tensor,
+    controls: Tensor,
+    context: LossContext,
+    along: Tensor,
+    running: float,
+) -> tuple[Tensor, Tensor]:
+    """Derivatives of <grad l_t, along> + running * l_t with respect to theta_t [G, P] and the controls [G, U]."""
+    logits, features, tape = model.forward(theta, inputs)
+    head = loss_head.forward(logits, labels, features, controls, context)
+    logits_dot, features_dot, tangent_tape = model.tangent(theta, tape, along)
+    dlogits_dot, dfeatures_dot, of_controls = loss_head.tangent(head, logits_dot, features_dot)
+    of_theta = model.backward_tangent(
+        theta, tape, tangent_tape, along, head.dlogits, head.dfeatures, dlogits_dot, dfeatures_dot
+    )
+    if running:
+        of_theta = of_theta.add(model.backward(theta, tape, head.dlogits, head.dfeatures), alpha=running)
+        of_controls = of_controls.add(loss_head.control_gradient(head), alpha=running)
+    return of_theta, of_controls
 
 
 def _clipped(cotangents: list[Tensor], policy: Policy, most: float) -> tuple[list[Tensor], float]:
