@@ -116,7 +116,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # As .venv, with the libraries that meta-gradients are compared with, at the versions that were measured. One that cannot
 # be compiled here is left out, and the benchmark says so.
-$(BENCH_STAMP): pyproject.toml constraints.txt $(wildcard benchmarks/meta_gradient/requirements*.txt) | $(STAMP)
+$(BENCH_STAMP): pyproject.toml constraints.txt $(wildcard benchmarks/meta_gradient/requirements*.txt)
 	@echo "building .venv-bench, for the libraries that meta-gradients are compared with"
 	@test -f $@ || $(PYTHON) -m venv --clear .venv-bench
 	@rm -f $@

@@ -14,13 +14,12 @@ from rich.table import Table
 from benchmarks.meta_gradient import measure
 from benchmarks.meta_gradient.contenders import missing
 from benchmarks.meta_gradient.page import JSON, PAGE, page, summary, table, title
-from benchmarks.meta_gradient.record import Performance
 from benchmarks.meta_gradient.workloads import CASES, WORKLOADS
 from palf_dist.atomic import write_atomic
 from palf_dist.evaluation.table import Cells
 
 DOCS = measure.ROOT / "docs"
-ROUNDS = 7
+ROUNDS = 5
 WIDTH = 170
 
 
@@ -45,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=WIDTH)
     cases = [case for case in CASES if case.letter in options.workloads]
     with console.status("") as status:
-        for seen in measure.performance(cases, missing(), options.rounds):
-            if isinstance(seen, Performance):
-                found = seen
-            else:
-                status.update(seen)
+        found = measure.performance(cases, missing(), options.rounds, status.update)
     for case in found.cases:
         console.print(shown(table(case, found), title(case)))
     console.print(shown(summary(found), "CPU time, in times palf_dist's"))

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
@@ -126,19 +126,21 @@ def measure(case: Case, names: Sequence[str], rounds: int, peak: float, memory: 
     )
 
 
-def performance(cases: Sequence[Case], absent: Mapping[str, str], rounds: int) -> Iterator[str | Performance]:
-    """Yields a line before each part of the work, and what was found at the end."""
+def performance(
+    cases: Sequence[Case], absent: Mapping[str, str], rounds: int, tell: Callable[[str], None]
+) -> Performance:
+    """All of it but the contenders in ``absent``; ``tell`` is told what comes next."""
     names = [name for name in CONTENDERS if name not in absent]
-    yield "memory"
+    tell("memory")
     memory = peak_memory(cases, names)
     records = []
     with one_core():
         peak = matmul_peak()
         for case in cases:
-            yield str(case)
+            tell(str(case))
             records.append(measure(case, names, rounds, peak, memory.get(case, {})))
     packages = ["torch", "numpy", *(package for name in names for package in CONTENDERS[name].packages)]
-    yield Performance(
+    return Performance(
         cpu=cpu_model(),
         cores=os.cpu_count() or 1,
         threads=1,

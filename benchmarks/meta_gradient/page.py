@@ -34,7 +34,7 @@ def summary(found: Performance) -> Cells:
     header = ["case", "fastest library", "which", "JAX reverse", "JAX adjoint", UNROLL]
 
     def ratio(case: CaseRecord, name: str | None) -> str:
-        return _times(case.contenders[name].ratio) if name in case.contenders else "-"
+        return "-" if name is None or name not in case.contenders else _times(case.contenders[name].ratio)
 
     rows = []
     for case in found.cases:
@@ -55,7 +55,7 @@ def table(case: CaseRecord, found: Performance) -> Cells:
             _spread(figures.cpu),
             _times(figures.ratio),
             f"{figures.error32:.1e}",
-            f"{figures.error64:.1e}",
+            f"{figures.error64:.1e}" if figures.error64 else "reference",
             "-" if figures.memory is None else _number(figures.memory),
             f"{100 * figures.peak_share:.1f} %",
         ]

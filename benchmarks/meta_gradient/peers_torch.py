@@ -9,7 +9,8 @@ import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,7 +44,7 @@ class Conv(nn.Module):
     def __init__(self, channels: tuple[int, ...], groups: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in zip((1, *channels), channels, strict=False):
+        for inputs, outputs in pairwise((1, *channels)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.GroupNorm(groups, outputs), nn.ReLU()]
         self.body, self.last = nn.Sequential(*layers), nn.Linear(channels[-1], classes)
 
@@ -110,8 +111,9 @@ def adaptive_loss(z: Tensor, h: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
 class Task:
     """What one task's inner run needs: minibatches, outer rows, learning rates and initial parameters."""
 
-    def __init__(self, problem: Problem, model: LayeredModel, index: int) -> None:
+    def __init__(self, problem: Problem, net: nn.Module, index: int) -> None:
         group = problem.group
+        assert isinstance(group.model, LayeredModel)
         self.steps = problem.loop.steps
 
         def rows(column: Tensor, at: Tensor) -> Tensor:
@@ -123,15 +125,12 @@ class Task:
         everything = torch.arange(group.meta_validation.labels.shape[1])
         self.outer = rows(group.meta_validation.inputs[0], everything), group.meta_validation.labels[index]
         self.peak = float(group.learning_rate[index, 0])
-        self.theta0 = list(self._parameters(model, group.theta0[index : index + 1], problem))
-
-    @staticmethod
-    def _parameters(model: LayeredModel, theta: Tensor, problem: Problem) -> Iterator[Tensor]:
-        for value in model.parameters(theta):
-            if value.dim() == 3 and problem.case.workload.shape.image is not None and value.shape[2] % 9 == 0:
-                yield value[0].unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2).contiguous()  # taps first to channels first
-            else:
-                yield value[0].clone()
+        views = group.model.parameters(group.theta0[index : index + 1])
+        self.theta0 = [
+            # palf_dist has the taps of a convolution before its channels
+            value[0].unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2).contiguous() if p.dim() == 4 else value[0].clone()
+            for p, value in zip(net.parameters(), views, strict=True)
+        ]
 
     def rate(self, step: int) -> float:
         return self.peak * cosine_rate(step, self.steps)
@@ -235,10 +234,8 @@ def policy(problem: Problem, phi: Tensor, states: Tensor) -> Tensor:
 
 def prepare(problem: Problem, unrolled: Unrolled) -> Callable[[], np.ndarray]:
     """The meta-gradient of a problem of A to C, the tasks one after the other."""
-    model = problem.group.model
-    assert isinstance(model, LayeredModel)
     net, states = network(problem).to(problem.phi.dtype), problem.normalised_states
-    tasks = [Task(problem, model, index) for index in range(problem.case.tasks)]
+    tasks = [Task(problem, net, index) for index in range(problem.case.tasks)]
     refresh = problem.policy.refresh
     kept = [(module, name) for module in net.modules() for name in module._parameters]
 

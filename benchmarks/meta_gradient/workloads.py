@@ -148,7 +148,7 @@ def make_problem(case: Case, dtype: torch.dtype) -> Problem:
     exact = move_group(group, dtype=torch.float64)
     start = LearnedPolicy(spec, [0.0] * count, [1.0] * count)
     seen = _states(exact, start, torch.from_numpy(start.initial()).double()).nan_to_num().flatten(0, 1)
-    policy = LearnedPolicy(spec, seen.mean(0), seen.std(0).clamp_min(0.1) if len(seen) > 1 else [1.0] * count)
+    policy = LearnedPolicy(spec, seen.mean(0), seen.std(0).clamp_min(0.1))
     phi = policy.initial() + SPREAD * draw.normal(size=policy.num_parameters).astype(np.float32)
     states = _states(exact, policy, torch.from_numpy(phi).double()).to(dtype)
     loop = (InnerLoop if case.workload.real else FedLoop)(move_group(group, dtype=dtype), policy, InnerConfig())
