@@ -172,7 +172,7 @@ class Run:
         losses = basis_losses(z, h, step["y"], controls, task, averages)
         return sum(controls[name] * losses[name] for name in self.spec.basis), z
 
-    def update(self, theta: Tree, slots: Tree, gradient: Tree, decay: Any, step: Tree) -> tuple[Tree, Tree]:
+    def update(self, step: Tree, theta: Tree, slots: Tree, gradient: Tree, decay: Any) -> tuple[Tree, Tree]:
         if not self.adam:
             moved = jax.tree.map(lambda p, g: p - step["rate"] * g, theta, gradient)
         else:
@@ -216,7 +216,7 @@ class Run:
         averages = self.recall(memory, step)
         gradient, z = jax.grad(self.loss, has_aux=True)(theta, controls, step, task, averages)
         decay = controls.get("wd", 0.0) * task["decay"]
-        return (*self.update(theta, slots, gradient, decay, step), self.remember(memory, step, task, z)), averages
+        return (*self.update(step, theta, slots, gradient, decay), self.remember(memory, step, task, z)), averages
 
     def outer(self, theta: Tree, task: Tree) -> Any:
         return outer_loss(self.workload, self.model(theta, task["outer_inputs"])[0], task) / self.stretches
@@ -225,7 +225,8 @@ class Run:
         """J of one task: what reverse mode differentiates."""
 
         def one(carry: Tree, at: Tree) -> tuple[Tree, None]:
-            return self.step(carry, *at, task)[0], None
+            controls, step = at
+            return self.step(carry, controls, step, task)[0], None
 
         def stretch(carry: Tree, at: Tree) -> tuple[Tree, Any]:
             carry, _ = lax.scan(one, carry, at)
@@ -238,7 +239,8 @@ class Run:
         and back with the derivative of the gradient along the cotangent that the optimiser gives it."""
 
         def forward(carry: Tree, at: Tree) -> tuple[Tree, Tree]:
-            after, averages = self.step(carry, *at, task)
+            controls, step = at
+            after, averages = self.step(carry, controls, step, task)
             return after, (carry[0], carry[1], averages)
 
         def stretch(carry: Tree, at: Tree) -> tuple[Tree, Tree]:
@@ -249,11 +251,14 @@ class Run:
             controls, step, (theta, slots, averages) = at
 
             def gradients(theta: Tree) -> Tree:
-                return jax.grad(lambda *at: self.loss(*at, step, task, averages)[0], argnums=(0, 1))(theta, controls)
+                def loss(theta: Tree, controls: Tree) -> Any:
+                    return self.loss(theta, controls, step, task, averages)[0]
+
+                return jax.grad(loss, argnums=(0, 1))(theta, controls)
 
             (gradient, _), along_tangent = jax.linearize(gradients, theta)
             decay = controls.get("wd", jnp.zeros_like(step["rate"])) * task["decay"]
-            _, pull = jax.vjp(lambda *at: self.update(*at, step), theta, slots, gradient, decay)
+            _, pull = jax.vjp(partial(self.update, step), theta, slots, gradient, decay)
             of_theta, of_slots, along, of_decay = pull(cotangent)
             curvature, of_controls = along_tangent(along)
             if "wd" in of_controls:
