@@ -3,12 +3,15 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 BIN := .venv/bin
+BENCH_STAMP := .venv-bench/.installed
+BENCH_BIN := .venv-bench/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
+BENCH_INSTALL := $(BENCH_BIN)/python -m pip install -qq --constraint constraints.txt
 OFFLINE ?=
 MARKS := $(if $(OFFLINE),and not network)
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train suite results results-all test bench bench-tuneloss soak lint format clean
+.PHONY: help meta-train suite results results-all test bench bench-meta-gradient bench-tuneloss soak lint format clean
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
@@ -16,6 +19,7 @@ help:
 	@echo "make results-all  the same after all runs that it has room for: learned schedule, constants, MAML-Loss, families never seen, transfers; many hours"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
 	@echo "make bench        all benchmarks, one after the other: hours"
+	@echo "make bench-meta-gradient   meta-gradients against other libraries, which go into .venv-bench (ARGS='--rounds 2 --workloads A' makes it shorter)"
 	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
 	@echo "make soak         meta-training for 15 minutes while workers, nodes, drivers, disk and MLflow fail (ARGS='--minutes 60 --seed 7')"
 	@echo "make lint         ruff and mypy only"
@@ -74,8 +78,11 @@ test: lint
 	$(BIN)/pytest -m "not slow $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
-bench: $(STAMP)
+bench: $(STAMP) bench-meta-gradient
 	for name in hedge_regret import_time learnloss_lp learnloss_certificates classifier online_learnloss overhead scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
+
+bench-meta-gradient: $(BENCH_STAMP)
+	$(BENCH_BIN)/python -m benchmarks.meta_gradient $(ARGS)
 
 bench-tuneloss: $(STAMP)
 	$(BIN)/python -m benchmarks.tuneloss $(ARGS)
@@ -93,7 +100,7 @@ format: $(STAMP)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an install that was interrupted left none, and starts again from an empty .venv. torch goes
@@ -107,4 +114,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP_INSTALL) pip setuptools
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --no-build-isolation --editable '.[bench,test]'
+	@touch $@
+
+# As .venv, with the libraries that meta-gradients are compared with, at the versions that were measured. One that cannot
+# be compiled here is left out, and the benchmark says so.
+$(BENCH_STAMP): pyproject.toml constraints.txt $(wildcard benchmarks/meta_gradient/requirements*.txt)
+	@echo "building .venv-bench, for the libraries that meta-gradients are compared with"
+	@test -f $@ || $(PYTHON) -m venv --clear .venv-bench
+	@rm -f $@
+	$(BENCH_INSTALL) pip setuptools cython==3.3.1
+	$(BENCH_INSTALL) torch
+	$(BENCH_INSTALL) --no-build-isolation --editable .
+	$(BENCH_INSTALL) --no-deps --requirement benchmarks/meta_gradient/requirements.txt
+	-$(BENCH_INSTALL) --no-deps --no-build-isolation --requirement benchmarks/meta_gradient/requirements_compiled.txt
 	@touch $@
