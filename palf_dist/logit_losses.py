@@ -22,6 +22,7 @@ from palf_dist.losses import (
     REVERSE_CLIP,
     UNSEEN_WEIGHT,
     WEIGHT_FLOOR,
+    Controls,
     LossContext,
     column,
 )
@@ -74,7 +75,7 @@ class CrossEntropy:
     slope = -1.0
     curvature = 0.0
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.value = -own.log_p
 
     def value_controls(self) -> dict[str, Number]:
@@ -87,7 +88,7 @@ class CrossEntropy:
 class Focal:
     """F = -u^gamma log p_y with u = max(1 - p_y, floor)."""
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.own, self.gamma = own, column(controls, "gamma")
         rest = -torch.expm1(own.log_p)
         self.u = rest.clamp_min(FOCAL_FLOOR)
@@ -118,7 +119,7 @@ class Focal:
 class SymmetricCrossEntropy:
     """F = -a log p_y + 4 b (1 - p_y)."""
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.own, self.a, self.b = own, column(controls, "a"), column(controls, "b")
 
     @property
@@ -146,7 +147,7 @@ class RobustCrossEntropy:
     In logarithms throughout, so that r_y may underflow. r_y / m and 1 / m stay finite because e is floored.
     """
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.e, self.ew, self.context = column(controls, "e"), column(controls, "ew"), context
         self.k = context.num_classes[:, None]
         self.log_own = own.log_p
@@ -212,7 +213,7 @@ class RobustCrossEntropy:
 class GeneralisedCrossEntropy:
     """F = (1 - p_y^q) / q (Zhang and Sabuncu 2018, equation 6), q floored: from ce (q = 0) to half of mae (q = 1)."""
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.log_p = own.log_p
         asked = column(controls, "q")
         self.q = asked.clamp_min(EXPONENT_FLOOR)
@@ -240,7 +241,7 @@ class GeneralisedCrossEntropy:
 class MeanAbsoluteError:
     """F = 2 (1 - p_y), the sum over classes of |y - p|."""
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.own = own
 
     @property
@@ -262,7 +263,7 @@ class MeanAbsoluteError:
         return {}
 
 
-LOGIT_LOSSES: dict[str, Callable[[Own, Tensor, LossContext], LogitLoss]] = {
+LOGIT_LOSSES: dict[str, Callable[[Own, Controls, LossContext], LogitLoss]] = {
     "ce": CrossEntropy,
     "focal": Focal,
     "label_smoothing": CrossEntropy,  # = ce + eps (z_y - mean_c z_c); the head adds that part, which is linear in z

@@ -6,12 +6,13 @@ hot path uses the closed forms of ``loss_head``, which give the same numbers wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from palf_dist.types import BASIS_LOSSES, BASIS_PARTS, CONTROL_INDEX, HYPERPARAMETERS
+from palf_dist.types import BASIS_LOSSES, BASIS_PARTS, CONTROL_INDEX, CONTROLS, HYPERPARAMETERS
 
 MASKED_LOGIT = -1e9  # finite on purpose: -inf times zero is NaN in label smoothing and entropies
 FOCAL_FLOOR = 1e-4  # 1 - p_y in the focal power: a non-integer gamma has no derivative at 0
@@ -63,9 +64,18 @@ class LossContext:
         return replace(self, own_probability=own_probability.detach(), seen=seen, averaged=averaged)
 
 
-def column(controls: Tensor, name: str) -> Tensor:
-    """One control of controls [G, U] as [G, 1]."""
-    return controls.narrow(1, CONTROL_INDEX[name], 1)
+Controls = Tensor | Mapping[str, Tensor]
+"""Controls [G, U] (types.CONTROLS); or their ``columns``, where many steps read the same ones."""
+
+
+def columns(controls: Tensor) -> dict[str, Tensor]:
+    """Each control of controls [G, U] by its name, [G, 1]."""
+    return dict(zip(CONTROLS, controls.split(1, 1), strict=True))
+
+
+def column(controls: Controls, name: str) -> Tensor:
+    """One control as [G, 1]."""
+    return controls.narrow(1, CONTROL_INDEX[name], 1) if isinstance(controls, Tensor) else controls[name]
 
 
 def positive_pairs(y: Tensor) -> tuple[Tensor, Tensor]:
