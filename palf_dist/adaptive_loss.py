@@ -23,7 +23,7 @@ from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRow
 from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks, whole
 from palf_dist.errors import ConfigError
 from palf_dist.graph_curvature import graph_hessian_trace
-from palf_dist.losses import LossContext, columns, mean_belief, posterior_belief
+from palf_dist.losses import Columns, LossContext, mean_belief, posterior_belief
 from palf_dist.mixture_loss import ByClass, mixture_loss
 from palf_dist.online_loss import OnlineLoss
 from palf_dist.policies.hedge import HedgePolicy
@@ -132,7 +132,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         self.refresh_every = artefact.refresh_in(total_steps)
         self._weight_decay_multiplier = 1.0
         self._context: LossContext | None = None
-        self._taken: tuple[Tensor, int, dict[str, Tensor]] | None = None  # controls, their version and their columns
+        self._taken: tuple[Tensor, int, Columns] | None = None  # controls, their version and their columns
         basis, features = {*self.policy.active_basis}, {*self.policy.features}
         self._reads_averages = bool({"robust_ce", *AVERAGED_BASIS} & basis or {*NOISE_FEATURES[1:]} & features)
         self._reads_predictions = bool({*AVERAGED_BASIS} & basis)
@@ -220,7 +220,10 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
                 values = soft_target_mixture(z, rows.labels, rows.targets, controls, context, active)
             else:
                 h = rows.features.flatten(1).to(z.dtype) if rows.features is not None else None
-                values, _ = mixture_loss(z, rows.labels, h, controls, context, active, softmax)
+                mean = self.reduction == "mean" and rows.divisor is None
+                values, _ = mixture_loss(z, rows.labels, h, controls, context, active, plain=softmax, mean=mean)
+                if mean:
+                    return values
             return self._reduced(values, rows)
 
     @torch.compiler.disable
@@ -277,7 +280,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         return context
 
     @torch.no_grad()
-    def _observe(self, rows: LabelledRows) -> tuple[LossContext, dict[str, Tensor], ByClass | None]:
+    def _observe(self, rows: LabelledRows) -> tuple[LossContext, Columns, ByClass | None]:
         """Take in the rows of all ranks, and refresh the controls where due. The context of the losses, with averages
         as they were before this batch; the columns of the controls of this batch; the softmax, where it was made."""
         z, y, context, softmax, joint_index = rows.z, rows.labels, self._task(rows.z), None, None
@@ -319,11 +322,11 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             context = own
         return context, controls, softmax
 
-    def _columns(self, z: Tensor) -> dict[str, Tensor]:
+    def _columns(self, z: Tensor) -> Columns:
         """The columns of the controls in force, of the logits' type: taken once for each refresh."""
         taken, now = self._taken, self.controls
         if taken is None or taken[0] is not now or taken[1] != now._version or taken[2]["ce"].dtype != z.dtype:
-            self._taken = taken = now, now._version, columns(now[None].to(z.dtype))
+            self._taken = taken = now, now._version, Columns.of(now[None].to(z.dtype))
         return taken[2]
 
     def _with_averages(self, context: LossContext, averaged: Tensor, seen: Tensor, y: Tensor) -> LossContext:
@@ -392,7 +395,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             warnings.warn(f"AdaptiveLoss: {message}", stacklevel=2)
 
 
-def _among_all(controls: dict[str, Tensor], own: LossContext, joint: LossContext) -> dict[str, Tensor]:
+def _among_all(controls: Columns, own: LossContext, joint: LossContext) -> Columns:
     """Controls for the rows of one rank, with which posterior weights are relative to the mean over all ranks."""
     own_mean, joint_mean = (mean_belief(posterior_belief(of, controls["ew"])) for of in (own, joint))
-    return controls | {"robust_ce": controls["robust_ce"] * (own_mean / joint_mean)}
+    return Columns(controls | {"robust_ce": controls["robust_ce"] * (own_mean / joint_mean)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -141,6 +141,20 @@ class SymmetricCrossEntropy:
         return {"a": -1.0, "b": -REVERSE_CLIP * self.own.p}
 
 
+class NoiseShares(NamedTuple):
+    """What the controls say of label noise, [G, 1] each."""
+
+    k: Tensor
+    log_kept: Tensor  # log(1 - e)
+    log_noise: Tensor  # log(e / k)
+    believed: Tensor  # ew / k
+
+    @classmethod
+    def of(cls, controls: Controls, context: LossContext) -> NoiseShares:
+        k, e = context.num_classes[:, None], column(controls, "e")
+        return cls(k, torch.log1p(-e), torch.log((e + NOISE_FLOOR) / k), column(controls, "ew") / k)
+
+
 class RobustCrossEntropy:
     """F = -w log m, m = (1 - e) r_y + e / k: ``own`` belongs to the prior-adjusted softmax r.
 
@@ -148,11 +162,12 @@ class RobustCrossEntropy:
     """
 
     def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
-        self.e, self.ew, self.context = column(controls, "e"), column(controls, "ew"), context
-        self.k = context.num_classes[:, None]
+        make = NoiseShares.of
+        self.noise = make(controls, context) if isinstance(controls, Tensor) else controls.once(make, context)
+        self.ew, self.k, self.context = column(controls, "ew"), self.noise.k, context
         self.log_own = own.log_p
-        kept = own.log_p + torch.log1p(-self.e)
-        self.log_m = torch.logaddexp(kept, torch.log((self.e + NOISE_FLOOR) / self.k))
+        kept = own.log_p + self.noise.log_kept
+        self.log_m = torch.logaddexp(kept, self.noise.log_noise)
         self.kept = torch.exp(kept - self.log_m)  # probability that the label is not a noisy one
 
     @cached_property
@@ -166,7 +181,7 @@ class RobustCrossEntropy:
         assert self.context.own_probability is not None and self.context.seen is not None
         own = self.context.own_probability.clamp_min(OWN_FLOOR)
         kept = torch.addcmul(own, own, self.ew, value=-1)
-        mixed = kept + self.ew / self.k
+        mixed = kept + self.noise.believed
         belief = torch.where(self.context.seen, kept / mixed, UNSEEN_WEIGHT)
         return own, mixed, belief, belief.mean(1, keepdim=True)
 

@@ -33,21 +33,32 @@ class ByClass(Softmax):
 
 
 class MixtureLoss(Function):
-    """(logits [n, C], features [n, D] or None, Evaluation at them, its values) -> sum_k alpha_k l_k of each example [n]."""
+    """(logits [n, C], features [n, D] or None, Evaluation at them, its values, whether the mean is wanted) -> sum_k
+    alpha_k l_k of each example [n], or their mean []."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, features: Tensor | None, evaluation: Evaluation, values: dict[str, Tensor]) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        features: Tensor | None,
+        evaluation: Evaluation,
+        values: dict[str, Tensor],
+        mean: bool,
+    ) -> Tensor:
         ctx.save_for_backward(logits, features)
-        ctx.evaluation = evaluation
+        ctx.evaluation, ctx.mean = evaluation, mean
         first, *rest = (column(evaluation.controls, name) * value for name, value in values.items())
-        return sum(rest, start=first)[0]
+        mixture = sum(rest, start=first)
+        return mixture.mean() if mean else mixture[0]
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         logits, features = ctx.saved_tensors
+        of_each = upstream[0] / len(logits) if ctx.mean else upstream[0]
         if torch.is_grad_enabled():  # the caller asked for a graph
-            return (*_Gradient.apply(logits, features, upstream[0], ctx.evaluation), None, None)
-        return (*_gradient(ctx.evaluation, upstream[0]), None, None)
+            given = of_each.expand(len(logits))
+            return (*_Gradient.apply(logits, features, given, ctx.evaluation), None, None, None)
+        return (*_gradient(ctx.evaluation, of_each), None, None, None)
 
 
 class _Gradient(Function):
@@ -78,6 +89,7 @@ def _weights(evaluation: Evaluation, upstream: Tensor) -> Weights:
 
 
 def _gradient(evaluation: Evaluation, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Its gradient [n, C] and [n, D]; upstream [n], or [] where all examples share it."""
     dlogits, dfeatures = evaluation.gradient(_weights(evaluation, upstream))
     return dlogits[0], None if dfeatures is None else dfeatures[0]
 
@@ -89,7 +101,9 @@ def mixture_loss(
     controls: Controls,
     context: LossContext,
     active: tuple[str, ...],
+    *,
     plain: Softmax | None = None,
+    mean: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The adaptive loss of one task (G = 1), differentiable in logits and features.
 
@@ -101,16 +115,17 @@ def mixture_loss(
         context: of one task.
         active: basis losses in the mixture.
         plain: softmax of the logits, where the caller has it.
+        mean: of the examples, NaN of none.
 
     Returns:
-        sum_k alpha_k l_k of each example [n], and the values l_k [1, n] by basis loss.
+        sum_k alpha_k l_k of each example [n] or their mean [], and the values l_k [1, n] by basis loss.
     """
     h = features if "info_nce" in active else None
     with torch.no_grad():
         rows = None if h is None else h[None]
         evaluation = Evaluation(active, logits[None], labels[None], rows, controls, context, ByClass, plain)
         values = dict(evaluation.values())
-    return MixtureLoss.apply(logits, h, evaluation, values), values
+    return MixtureLoss.apply(logits, h, evaluation, values, mean), values
 
 
 def check_batch(logits: Tensor, y: Tensor) -> None:

@@ -15,11 +15,12 @@ from tests.loss_cases import LOGIT_BASIS, make_case
 @pytest.mark.parametrize(
     "active", [("ce",), ("robust_ce",), ("elr",), ("info_nce",), LOGIT_BASIS, BASIS_LOSSES], ids="+".join
 )
-def test_first_and_second_derivatives(active):
+@pytest.mark.parametrize("mean", [False, True])
+def test_first_and_second_derivatives(active, mean):
     case = make_case(0, tasks=1, n=5, classes=4, scale=1.0)
 
     def function(logits, features):
-        return mixture_loss(logits, case.y[0], features, case.controls, case.context, active)[0]
+        return mixture_loss(logits, case.y[0], features, case.controls, case.context, active, mean=mean)[0]
 
     inputs = [a[0].clone().requires_grad_() for a in (case.z, case.h)]
     assert gradcheck(function, inputs)
