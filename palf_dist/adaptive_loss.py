@@ -102,7 +102,6 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             ignore_index: the label of what has none; such rows are as if they were not in the batch.
             reduction: "none", "mean" or "sum".
             label_smoothing: in [0, 1]; the policy reads the labels themselves.
-
             validation: for policies that read validation rows: gives the model's logits [V, C] of them, in eval mode,
                 and their labels [V], as noisy as those of training. Called at every refresh, without gradient.
             training_rows: for policies that read neighbours: all training inputs [N, ...] and labels [N]; read once.

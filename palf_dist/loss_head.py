@@ -103,9 +103,9 @@ class Evaluation:
         # basis losses by the softmax they read
         self.groups: list[tuple[Softmax, dict[str, LogitLoss]]] = []
         logit_losses = [name for name in active if name in LOGIT_LOSSES]
-        plain = [name for name in logit_losses if not (self.adjusted and name == "robust_ce")]
-        if plain:
-            self.groups.append((self.plain, self._losses(self.plain, plain)))
+        of_plain = [name for name in logit_losses if not (self.adjusted and name == "robust_ce")]
+        if of_plain:
+            self.groups.append((self.plain, self._losses(self.plain, of_plain)))
         self.targets = self._targets()
         self.early: EarlyLearning | None = None
         if "elr" in active and context.averaged is not None:
