@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from palf_dist.class_priors import checked_class_counts, log_prior_ratio
 from palf_dist.config import InnerConfig
-from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass
+from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass, full_precision
 from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks, whole
 from palf_dist.errors import ConfigError
 from palf_dist.explanation import Explanation, explain
 from palf_dist.graph_curvature import graph_hessian_trace
-from palf_dist.losses import LossContext, column, mean_belief, posterior_belief
-from palf_dist.mixture_loss import mixture_loss
+from palf_dist.losses import Columns, LossContext, mean_belief, posterior_belief
+from palf_dist.mixture_loss import ByClass, mixture_loss
 from palf_dist.online_loss import OnlineLoss
 from palf_dist.policies.hedge import HedgePolicy
 from palf_dist.policies.meta_learned import check_for_use
@@ -104,7 +104,6 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             ignore_index: the label of what has none; such rows are as if they were not in the batch.
             reduction: "none", "mean" or "sum".
             label_smoothing: in [0, 1]; the policy reads the labels themselves.
-
             validation: for policies that read validation rows: gives the model's logits [V, C] of them, in eval mode,
                 and their labels [V], as noisy as those of training. Called at every refresh, without gradient.
             training_rows: for policies that read neighbours: all training inputs [N, ...] and labels [N]; read once.
@@ -134,6 +133,11 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         self.refresh_every = artefact.refresh_in(total_steps)
         self._weight_decay_multiplier = 1.0
         self._context: LossContext | None = None
+        self._taken: tuple[Tensor, int, Columns] | None = None  # controls, their version and their columns
+        basis, features = {*self.policy.active_basis}, {*self.policy.features}
+        self._reads_averages = bool({"robust_ce", *AVERAGED_BASIS} & basis or {*NOISE_FEATURES[1:]} & features)
+        self._reads_predictions = bool({*AVERAGED_BASIS} & basis)
+        self._counts_labels = self.class_counts is None and "imbalance" in features
         self._said: set[str] = set()
         rows = 0 if self.class_counts is None else int(self.class_counts.sum())
         self.averages = PredictionAverages(artefact.card.get("ema", InnerConfig().ema), rows)
@@ -217,13 +221,16 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             raise ConfigError(f"class_counts: {len(self.class_counts)} classes given, but logits have {z.shape[1]}")
         if self.phi.device != z.device:
             self.to(z.device)
-        with torch.autocast(z.device.type, enabled=False):
-            context, controls = self._observe(rows)
+        with full_precision(z.device.type):
+            context, controls, softmax = self._observe(rows)
             if rows.targets is not None:
                 values = soft_target_mixture(z, rows.labels, rows.targets, controls, context, active)
             else:
                 h = rows.features.flatten(1).to(z.dtype) if rows.features is not None else None
-                values = mixture_loss(z, rows.labels, h, controls, context, active)[0]
+                mean = self.reduction == "mean" and rows.divisor is None
+                values, _ = mixture_loss(z, rows.labels, h, controls, context, active, plain=softmax, mean=mean)
+                if mean:
+                    return values
             return self._reduced(values, rows)
 
     @untraced
@@ -280,57 +287,60 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         return context
 
     @torch.no_grad()
-    def _observe(self, rows: LabelledRows) -> tuple[LossContext, Tensor]:
+    def _observe(self, rows: LabelledRows) -> tuple[LossContext, Columns, ByClass | None]:
         """Take in the rows of all ranks, and refresh the controls where due. The context of the losses, with averages
-        as they were before this batch, and the controls [U] of this batch."""
-        z, y, context, joint_index = rows.z, rows.labels, self._task(rows.z), None
+        as they were before this batch; the columns of the controls of this batch; the softmax, where it was made."""
+        z, y, context, softmax, joint_index = rows.z, rows.labels, self._task(rows.z), None, None
+        due = self._step // self.refresh_every > self._refreshed_at // self.refresh_every
         # not averaged, nor gathered from the ranks, for nobody to read
-        index = rows.index if self._remembers or "log_rows" in self.policy.features else None
+        index = rows.index if self._reads_averages or "log_rows" in self.policy.features else None
         if index is None:
-            (joint_labels,) = joined(y)
-            if self._remembers:
+            if self._reads_averages:
                 self._say(
                     "no index: posterior weights, noise features, and what elr and bootstrap read are left out; pass "
                     "index=row numbers of the batch"
                 )
+            if not (due or self._counts_labels):
+                return context, self._columns(z), None
+            (joint_labels,) = joined(y)
         else:
-            own_index = index.to(z.device, torch.int64)
-            joint_labels, joint_index, p = joined(y, own_index, torch.softmax(z, 1))
+            own_index, softmax = index.to(z.device, torch.int64), ByClass(z[None], y[None])
+            joint_labels, joint_index, p = joined(y, own_index, softmax.p[0])
             # of one rank, from where the caller has it: reading a GPU's values would wait for it
             self.averages.reserve(joint_index if ranks() > 1 else index, z.shape[1])
         if not len(joint_labels):
-            return context, self.controls.to(z.dtype)
-        if self.class_counts is None:
+            return context, self._columns(z), softmax
+        if self._counts_labels:
             if not len(self.label_counts):
                 self.label_counts = self.label_counts.new_zeros(z.shape[1])
             self.label_counts.scatter_add_(0, joint_labels, torch.ones_like(joint_labels))
-        if self._step // self.refresh_every > self._refreshed_at // self.refresh_every:
+        if due:
             self._refresh(z, y, joint_index)
-        controls = self.controls.to(z.dtype)
+        controls = self._columns(z)
         if joint_index is not None:
-            joint = own = self._recalled(context, joint_index, joint_labels)
+            before, seen = self.averages.recall(joint_index)
+            joint = own = self._with_averages(context, before, seen, joint_labels)
             if ranks() > 1:
-                own = self._recalled(context, own_index, y)
+                own = self._with_averages(context, *self.averages.recall(own_index), y)
                 controls = _among_all(controls, own, joint)
                 last = last_of_each(joint_index)  # ranks can have the same row
-                joint_labels, p = joint_labels[last], p[last]
-            self.averages.update(joint_index, joint_labels, p)
+                joint_labels, before, p = joint_labels[last], before[last], p[last]
+            self.averages.update(joint_index, joint_labels, before, p)
             context = own
-        return context, controls
+        return context, controls, softmax
 
-    def _recalled(self, context: LossContext, index: Tensor, y: Tensor) -> LossContext:
-        """The context with the averages of rows ``index`` [n]; whole ones only where a basis loss reads them."""
-        own, seen = self.averages.recall(index, y)
-        averaged = None
-        if {*AVERAGED_BASIS} & {*self.policy.active_basis}:
-            averaged = self.averages.averaged[index].to(context.num_classes.dtype)[None]
-        return context.with_averages(own.to(context.num_classes.dtype)[None], seen[None], averaged)
+    def _columns(self, z: Tensor) -> Columns:
+        """The columns of the controls in force, of the logits' type: taken once for each refresh."""
+        taken, now = self._taken, self.controls
+        if taken is None or taken[0] is not now or taken[1] != now._version or taken[2]["ce"].dtype != z.dtype:
+            self._taken = taken = now, now._version, Columns.of(now[None].to(z.dtype))
+        return taken[2]
 
-    @property
-    def _remembers(self) -> bool:
-        """Whether the policy reads averaged predictions."""
-        basis, features = {"robust_ce", *AVERAGED_BASIS}, {*NOISE_FEATURES[1:]}
-        return bool(basis & {*self.policy.active_basis} or features & {*self.policy.features})
+    def _with_averages(self, context: LossContext, averaged: Tensor, seen: Tensor, y: Tensor) -> LossContext:
+        """The context with recalled averages [n, C]; whole ones only where a basis loss reads them."""
+        averaged = averaged.to(context.num_classes.dtype)
+        own = averaged.gather(1, y[:, None]).mT
+        return context.with_averages(own, seen[None], averaged[None] if self._reads_predictions else None)
 
     def _facts(self, z: Tensor, index: Tensor | None) -> TaskFacts:
         """What the constant features are made of. Without class_counts: from the labels seen so far; the training set
@@ -392,9 +402,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             warnings.warn(f"AdaptiveLoss: {message}", stacklevel=2)
 
 
-def _among_all(controls: Tensor, own: LossContext, joint: LossContext) -> Tensor:
-    """Controls [U] for the rows of one rank, with which posterior weights are relative to the mean over all ranks."""
-    own_mean, joint_mean = (mean_belief(posterior_belief(of, column(controls[None], "ew"))) for of in (own, joint))
-    share = torch.ones_like(controls)
-    share[CONTROL_INDEX["robust_ce"]] = (own_mean / joint_mean)[0, 0]
-    return controls * share
+def _among_all(controls: Columns, own: LossContext, joint: LossContext) -> Columns:
+    """Controls for the rows of one rank, with which posterior weights are relative to the mean over all ranks."""
+    own_mean, joint_mean = (mean_belief(posterior_belief(of, controls["ew"])) for of in (own, joint))
+    return Columns(controls | {"robust_ce": controls["robust_ce"] * (own_mean / joint_mean)})

@@ -7,6 +7,7 @@ i, zero where i has none.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from palf_dist.losses import MASKED_LOGIT, NORM_FLOOR, positive_pairs
 
 def _twice(a: Tensor) -> Tensor:
     """a + a^T: every similarity reads its two features alike."""
+    if len(a) == 1:  # torch copies one transposed matrix in blocks, which is three times as fast
+        return a[0].T.contiguous().add_(a[0])[None]
     return a + a.transpose(1, 2)
 
 
@@ -27,9 +30,7 @@ class Contrast:
     inverse_norm: Tensor  # [G, n, 1]
     similarity: Tensor  # [G, n, n]
     log_q: Tensor  # [G, n, n] log-softmax of it
-    q: Tensor
     target: Tensor  # [G, n, n] 1 / number of positives on each positive
-    residual: Tensor  # [G, n, n] d l_i / d s_ij
     reached: Tensor  # [G, n, 1] 1 where the example has a positive
     tau: Tensor  # [G, 1, 1]
 
@@ -42,11 +43,19 @@ class Contrast:
         positive, itself = positive_pairs(y)
         count = positive.sum(-1, keepdim=True)
         target = positive / count.clamp_min(1).to(h.dtype)
-        similarity = (torch.bmm(f, f.transpose(1, 2)) / tau).masked_fill_(itself, MASKED_LOGIT)
+        # in place here and below where nobody else reads it: of a large batch, new memory takes longer than the sums
+        similarity = torch.bmm(f, f.transpose(1, 2)).div_(tau).masked_fill_(itself, MASKED_LOGIT)
         log_q = torch.log_softmax(similarity, -1)
-        q = torch.softmax(similarity, -1)  # not exp(log q), which is slow where q underflows
-        reached = (count > 0).to(h.dtype)
-        return cls(f, inverse_norm, similarity, log_q, q, target, q * reached - target, reached, tau)
+        return cls(f, inverse_norm, similarity, log_q, target, (count > 0).to(h.dtype), tau)
+
+    @cached_property
+    def q(self) -> Tensor:
+        return torch.softmax(self.similarity, -1)  # not exp(log q), which is slow where q underflows
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """d l_i / d s_ij [G, n, n]."""
+        return (self.q * self.reached).sub_(self.target)
 
     @property
     def value(self) -> Tensor:
@@ -59,7 +68,7 @@ class Contrast:
 
     def _df(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Symmetrised d / d s, divided by tau, and the gradient in f."""
-        pairs = _twice(self.residual * weight[..., None]) / self.tau
+        pairs = _twice(self.residual * weight[..., None]).div_(self.tau)
         return pairs, torch.bmm(pairs, self.f)
 
     def gradient(self, weight: Tensor) -> Tensor:

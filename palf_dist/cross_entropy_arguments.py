@@ -5,6 +5,7 @@ labels to ignore, smoothed and soft targets, dense predictions, and the reductio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from palf_dist.errors import ConfigError
-from palf_dist.mixture_loss import check_labels
+from palf_dist.mixture_loss import check_labels, label_bounds
 
 PerClass = Sequence[float] | Tensor
 """One number for each class."""
@@ -87,14 +88,17 @@ class CrossEntropyArguments(nn.Module):
             smooth = self._smoothed(targets, weight)
             return LabelledRows(z, targets.argmax(1), smooth, None, None, features, index, None, shape)
         y, kept = y.flatten().to(torch.int64), None
-        labelled = y != self.ignore_index
-        if not labelled.all():  # a GPU is waited for here, if y is there: how many rows there are has to be known
-            places = labelled.nonzero()[:, 0]
-            kept = places.to(z.device)
-            y, z = y[places], z[kept]
-            features = None if features is None else features[kept]
-            index = None if index is None else index[places.to(index.device)]
-        check_labels(y, z.shape[1])
+        bounds = label_bounds(y)
+        if bounds is None or bounds[0] <= self.ignore_index <= bounds[1]:
+            labelled = y != self.ignore_index
+            if not labelled.all():  # a GPU is waited for here, if y is there: how many rows there are has to be known
+                places = labelled.nonzero()[:, 0]
+                kept = places.to(z.device)
+                y, z = y[places], z[kept]
+                features = None if features is None else features[kept]
+                index = None if index is None else index[places.to(index.device)]
+                bounds = label_bounds(y)
+        check_labels(bounds, z.shape[1])
         y = y.to(z.device)
         scale = None if weight is None else weight[y]
         divisor = None if scale is None else scale.sum()
@@ -145,6 +149,12 @@ class CrossEntropyArguments(nn.Module):
         if self.weight is not None and len(self.weight) != classes:
             raise ConfigError(f"weight: {len(self.weight)} classes given, but logits have {classes}")
         return shape
+
+
+def full_precision(device_type: str) -> AbstractContextManager[object]:
+    """What keeps autocast out; nothing, which costs less, where it is off."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _check_reduction(name: str) -> None:

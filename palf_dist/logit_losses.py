@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from palf_dist.losses import (
     REVERSE_CLIP,
     UNSEEN_WEIGHT,
     WEIGHT_FLOOR,
+    Controls,
     LossContext,
     column,
 )
@@ -74,7 +75,7 @@ class CrossEntropy:
     slope = -1.0
     curvature = 0.0
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.value = -own.log_p
 
     def value_controls(self) -> dict[str, Number]:
@@ -87,7 +88,7 @@ class CrossEntropy:
 class Focal:
     """F = -u^gamma log p_y with u = max(1 - p_y, floor)."""
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.own, self.gamma = own, column(controls, "gamma")
         rest = -torch.expm1(own.log_p)
         self.u = rest.clamp_min(FOCAL_FLOOR)
@@ -118,7 +119,7 @@ class Focal:
 class SymmetricCrossEntropy:
     """F = -a log p_y + 4 b (1 - p_y)."""
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.own, self.a, self.b = own, column(controls, "a"), column(controls, "b")
 
     @property
@@ -140,18 +141,33 @@ class SymmetricCrossEntropy:
         return {"a": -1.0, "b": -REVERSE_CLIP * self.own.p}
 
 
+class NoiseShares(NamedTuple):
+    """What the controls say of label noise, [G, 1] each."""
+
+    k: Tensor
+    log_kept: Tensor  # log(1 - e)
+    log_noise: Tensor  # log(e / k)
+    believed: Tensor  # ew / k
+
+    @classmethod
+    def of(cls, controls: Controls, context: LossContext) -> NoiseShares:
+        k, e = context.num_classes[:, None], column(controls, "e")
+        return cls(k, torch.log1p(-e), torch.log((e + NOISE_FLOOR) / k), column(controls, "ew") / k)
+
+
 class RobustCrossEntropy:
     """F = -w log m, m = (1 - e) r_y + e / k: ``own`` belongs to the prior-adjusted softmax r.
 
     In logarithms throughout, so that r_y may underflow. r_y / m and 1 / m stay finite because e is floored.
     """
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
-        self.e, self.ew, self.context = column(controls, "e"), column(controls, "ew"), context
-        self.k = context.num_classes[:, None]
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
+        make = NoiseShares.of
+        self.noise = make(controls, context) if isinstance(controls, Tensor) else controls.once(make, context)
+        self.ew, self.k, self.context = column(controls, "ew"), self.noise.k, context
         self.log_own = own.log_p
-        kept = own.log_p + torch.log1p(-self.e)
-        self.log_m = torch.logaddexp(kept, torch.log((self.e + NOISE_FLOOR) / self.k))
+        kept = own.log_p + self.noise.log_kept
+        self.log_m = torch.logaddexp(kept, self.noise.log_noise)
         self.kept = torch.exp(kept - self.log_m)  # probability that the label is not a noisy one
 
     @cached_property
@@ -165,7 +181,7 @@ class RobustCrossEntropy:
         assert self.context.own_probability is not None and self.context.seen is not None
         own = self.context.own_probability.clamp_min(OWN_FLOOR)
         kept = torch.addcmul(own, own, self.ew, value=-1)
-        mixed = kept + self.ew / self.k
+        mixed = kept + self.noise.believed
         belief = torch.where(self.context.seen, kept / mixed, UNSEEN_WEIGHT)
         return own, mixed, belief, belief.mean(1, keepdim=True)
 
@@ -212,7 +228,7 @@ class RobustCrossEntropy:
 class GeneralisedCrossEntropy:
     """F = (1 - p_y^q) / q (Zhang and Sabuncu 2018, equation 6), q floored: from ce (q = 0) to half of mae (q = 1)."""
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.log_p = own.log_p
         asked = column(controls, "q")
         self.q = asked.clamp_min(EXPONENT_FLOOR)
@@ -240,7 +256,7 @@ class GeneralisedCrossEntropy:
 class MeanAbsoluteError:
     """F = 2 (1 - p_y), the sum over classes of |y - p|."""
 
-    def __init__(self, own: Own, controls: Tensor, context: LossContext) -> None:
+    def __init__(self, own: Own, controls: Controls, context: LossContext) -> None:
         self.own = own
 
     @property
@@ -262,7 +278,7 @@ class MeanAbsoluteError:
         return {}
 
 
-LOGIT_LOSSES: dict[str, Callable[[Own, Tensor, LossContext], LogitLoss]] = {
+LOGIT_LOSSES: dict[str, Callable[[Own, Controls, LossContext], LogitLoss]] = {
     "ce": CrossEntropy,
     "focal": Focal,
     "label_smoothing": CrossEntropy,  # = ce + eps (z_y - mean_c z_c); the head adds that part, which is linear in z

@@ -18,7 +18,7 @@ from torch import Tensor
 from palf_dist.contrastive import Contrast
 from palf_dist.early_learning import EarlyLearning
 from palf_dist.logit_losses import LOGIT_LOSSES, LogitLoss, Number, Own
-from palf_dist.losses import LossContext, column
+from palf_dist.losses import Controls, LossContext, column
 from palf_dist.types import BASIS_LOSSES, CONTROLS
 
 Weights = Mapping[str, Tensor]
@@ -30,9 +30,13 @@ class Softmax:
 
     def __init__(self, z: Tensor, y: Tensor) -> None:
         self.y = y[..., None]
-        self.log_p = torch.log_softmax(z, -1)
-        self.p = torch.softmax(z, -1)  # exp(log p) is ten times slower where p underflows, as on padded classes
+        self.log_p, self.p = self._both(z)
         self.own = Own(self.own_entry(self.log_p))
+
+    @staticmethod
+    def _both(z: Tensor) -> tuple[Tensor, Tensor]:
+        """log p and p; exp(log p) would be ten times slower where p underflows, as on padded classes."""
+        return torch.log_softmax(z, -1), torch.softmax(z, -1)
 
     def own_entry(self, a: Tensor) -> Tensor:
         """Entries of a [G, n, C] at the labels, [G, n]."""
@@ -80,9 +84,15 @@ class Evaluation:
         z: Tensor,
         y: Tensor,
         h: Tensor | None,
-        controls: Tensor,
+        controls: Controls,
         context: LossContext,
+        softmax: type[Softmax] = Softmax,
+        plain: Softmax | None = None,
     ) -> None:
+        """``plain``: the softmax of the logits themselves, where the caller has it."""
+        self._of = softmax
+        if plain is not None:
+            self.plain = plain
         self.active, self.controls, self.context, self.y = active, controls, context, y
         self.z = z
         self.adjusted = context.adjusted and "robust_ce" in active
@@ -93,9 +103,9 @@ class Evaluation:
         # basis losses by the softmax they read
         self.groups: list[tuple[Softmax, dict[str, LogitLoss]]] = []
         logit_losses = [name for name in active if name in LOGIT_LOSSES]
-        plain = [name for name in logit_losses if not (self.adjusted and name == "robust_ce")]
-        if plain:
-            self.groups.append((self.plain, self._losses(self.plain, plain)))
+        of_plain = [name for name in logit_losses if not (self.adjusted and name == "robust_ce")]
+        if of_plain:
+            self.groups.append((self.plain, self._losses(self.plain, of_plain)))
         self.targets = self._targets()
         self.early: EarlyLearning | None = None
         if "elr" in active and context.averaged is not None:
@@ -112,7 +122,7 @@ class Evaluation:
         padding = self.context.padding
         if padding is not None:
             offset = padding if offset is None else offset + padding
-        return Softmax(self.z if offset is None else self.z + offset[:, None, :], self.y)
+        return self._of(self.z if offset is None else self.z + offset[:, None, :], self.y)
 
     @cached_property
     def plain(self) -> Softmax:

@@ -6,12 +6,17 @@ hot path uses the closed forms of ``loss_head``, which give the same numbers wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from palf_dist.types import BASIS_LOSSES, BASIS_PARTS, CONTROL_INDEX, HYPERPARAMETERS
+from palf_dist.types import BASIS_LOSSES, BASIS_PARTS, CONTROL_INDEX, CONTROLS, HYPERPARAMETERS
+
+Made = TypeVar("Made")
 
 MASKED_LOGIT = -1e9  # finite on purpose: -inf times zero is NaN in label smoothing and entropies
 FOCAL_FLOOR = 1e-4  # 1 - p_y in the focal power: a non-integer gamma has no derivative at 0
@@ -63,9 +68,31 @@ class LossContext:
         return replace(self, own_probability=own_probability.detach(), seen=seen, averaged=averaged)
 
 
-def column(controls: Tensor, name: str) -> Tensor:
-    """One control of controls [G, U] as [G, 1]."""
-    return controls.narrow(1, CONTROL_INDEX[name], 1)
+class Columns(dict[str, Tensor]):
+    """Controls [G, U] taken apart for the steps that share them: each by its name [G, 1]."""
+
+    @classmethod
+    def of(cls, controls: Tensor) -> Columns:
+        return cls(zip(CONTROLS, controls.split(1, 1), strict=True))
+
+    def once(self, make: Callable[[Columns, LossContext], Made], context: LossContext) -> Made:
+        """What ``make`` makes of them and of tasks that stay the same; made for the first of these steps."""
+        if make not in self._made:
+            self._made[make] = make(self, context)
+        return self._made[make]
+
+    @cached_property
+    def _made(self) -> dict[Any, Any]:
+        return {}
+
+
+Controls = Tensor | Columns
+"""Controls [G, U] (types.CONTROLS), or the columns of them."""
+
+
+def column(controls: Controls, name: str) -> Tensor:
+    """One control as [G, 1]."""
+    return controls.narrow(1, CONTROL_INDEX[name], 1) if isinstance(controls, Tensor) else controls[name]
 
 
 def positive_pairs(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The closed-form losses as an autograd function, for loops that call ``loss.backward()``.
 
 Differentiable twice: the gradient is itself a function whose backward is the closed-form directional derivative, since
-the Hessian of a per-example sum is symmetric.
+the Hessian of a per-example sum is symmetric. Where nobody asks for that, the gradient is computed without a graph.
 """
 
 from __future__ import annotations
@@ -14,29 +14,55 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from palf_dist.errors import ConfigError
-from palf_dist.loss_head import Evaluation
-from palf_dist.losses import LossContext
-from palf_dist.types import CONTROL_INDEX
+from palf_dist.loss_head import Evaluation, Softmax, Weights
+from palf_dist.losses import Controls, LossContext, column
+
+_FEW_CLASSES = 16  # of float32 fill a vector register of a CPU
+
+
+class ByClass(Softmax):
+    """The same, of few classes with all values of one class side by side in memory: torch's kernel for the last
+    dimension takes fewer classes than fill a register one by one, which is up to eight times as slow."""
+
+    @staticmethod
+    def _both(z: Tensor) -> tuple[Tensor, Tensor]:
+        if z.shape[-1] >= _FEW_CLASSES:
+            return Softmax._both(z)
+        log_p = torch.log_softmax(z.mT, -2).mT
+        return log_p, log_p.exp()
 
 
 class MixtureLoss(Function):
-    """(logits [G, n, C], features [G, n, D] or None, Evaluation at them) -> values [K, G, n] in order of ``active``."""
+    """(logits [n, C], features [n, D] or None, Evaluation at them, its values, whether the mean is wanted) -> sum_k
+    alpha_k l_k of each example [n], or their mean []."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, features: Tensor | None, evaluation: Evaluation) -> Tensor:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        features: Tensor | None,
+        evaluation: Evaluation,
+        values: dict[str, Tensor],
+        mean: bool,
+    ) -> Tensor:
         ctx.save_for_backward(logits, features)
-        ctx.evaluation = evaluation
-        rows = dict(evaluation.values())
-        return torch.stack([rows[name] for name in evaluation.active])
+        ctx.evaluation, ctx.mean = evaluation, mean
+        first, *rest = (column(evaluation.controls, name) * value for name, value in values.items())
+        mixture = sum(rest, start=first)
+        return mixture.mean() if mean else mixture[0]
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         logits, features = ctx.saved_tensors
-        return (*_Gradient.apply(logits, features, upstream[0], ctx.evaluation), None)
+        of_each = upstream[0] / len(logits) if ctx.mean else upstream[0]
+        if torch.is_grad_enabled():  # the caller asked for a graph
+            given = of_each.expand(len(logits))
+            return (*_Gradient.apply(logits, features, given, ctx.evaluation), None, None, None)
+        return (*_gradient(ctx.evaluation, of_each), None, None, None)
 
 
 class _Gradient(Function):
-    """Gradient in (logits, features) of the sum of upstream [K, G, n] times the losses."""
+    """Gradient in (logits, features) of the sum of upstream [n] times the mixture."""
 
     @staticmethod
     def forward(
@@ -44,47 +70,62 @@ class _Gradient(Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(upstream)
         ctx.evaluation = evaluation
-        return evaluation.gradient(dict(zip(evaluation.active, upstream, strict=True)))
+        return _gradient(evaluation, upstream)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *direction: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, None]:
         (upstream,) = ctx.saved_tensors
-        active = ctx.evaluation.active
-        z_dot, h_dot = direction
+        z_dot, h_dot = (None if part is None else part[None] for part in direction)
         assert z_dot is not None
-        along = ctx.evaluation.tangent(dict(zip(active, upstream, strict=True)), z_dot, h_dot)
-        return along.dlogits, along.dfeatures, torch.stack([along.losses[name] for name in active]), None
+        controls = ctx.evaluation.controls
+        along = ctx.evaluation.tangent(_weights(ctx.evaluation, upstream), z_dot, h_dot)
+        mixture = sum(column(controls, name) * value for name, value in along.losses.items())
+        return along.dlogits[0], None if along.dfeatures is None else along.dfeatures[0], mixture[0], None
+
+
+def _weights(evaluation: Evaluation, upstream: Tensor) -> Weights:
+    return {name: column(evaluation.controls, name) * upstream for name in evaluation.active}
+
+
+def _gradient(evaluation: Evaluation, upstream: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Its gradient [n, C] and [n, D]; upstream [n], or [] where all examples share it."""
+    dlogits, dfeatures = evaluation.gradient(_weights(evaluation, upstream))
+    return dlogits[0], None if dfeatures is None else dfeatures[0]
 
 
 def mixture_loss(
     logits: Tensor,
     labels: Tensor,
     features: Tensor | None,
-    controls: Tensor,
+    controls: Controls,
     context: LossContext,
     active: tuple[str, ...],
-) -> tuple[Tensor, Tensor]:
-    """The adaptive loss of one task (G = 1), differentiable in logits, features and alpha.
+    *,
+    plain: Softmax | None = None,
+    mean: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The adaptive loss of one task (G = 1), differentiable in logits and features.
 
     Args:
         logits: [n, C] floating point.
         labels: [n] int64.
         features: [n, D]; only info_nce reads them.
-        controls: [U]; the hyper-parameters in it are taken as constants.
+        controls: [1, U], or their columns; taken as constants.
         context: of one task.
         active: basis losses in the mixture.
+        plain: softmax of the logits, where the caller has it.
+        mean: of the examples, NaN of none.
 
     Returns:
-        sum_k alpha_k l_k of each example [n], and the values l_k [K, n] in the order of ``active``.
+        sum_k alpha_k l_k of each example [n] or their mean [], and the values l_k [1, n] by basis loss.
     """
-    z, y = logits[None], labels[None]
-    h = features[None] if features is not None and "info_nce" in active else None
+    h = features if "info_nce" in active else None
     with torch.no_grad():
-        evaluation = Evaluation(active, z, y, h, controls[None].detach(), context)
-    values = MixtureLoss.apply(z, h, evaluation)[:, 0]
-    alpha = torch.stack([controls[CONTROL_INDEX[name]] for name in active])
-    return alpha @ values, values
+        rows = None if h is None else h[None]
+        evaluation = Evaluation(active, logits[None], labels[None], rows, controls, context, ByClass, plain)
+        values = dict(evaluation.values())
+    return MixtureLoss.apply(logits, h, evaluation, values, mean), values
 
 
 def check_batch(logits: Tensor, y: Tensor) -> None:
@@ -95,16 +136,22 @@ def check_batch(logits: Tensor, y: Tensor) -> None:
         )
     if not len(y):
         raise ConfigError("y: the batch is empty; a mean loss needs at least one example")
-    check_labels(y, logits.shape[1])
+    check_labels(label_bounds(y), logits.shape[1])
 
 
-def check_labels(y: Tensor, classes: int) -> None:
-    """Refuse, with a ConfigError, labels [n] out of 0 .. classes - 1. They are not looked for on a GPU: that would make
-    every step wait for it, and its kernels check the range."""
+def label_bounds(y: Tensor) -> tuple[int, int] | None:
+    """The least and the greatest of labels [n]; None of no label, and on a GPU: that would make every step wait for it,
+    and its kernels check the range."""
     if not len(y) or y.device.type != "cpu":
-        return
-    low, high = (int(bound) for bound in y.aminmax())
-    if not 0 <= low <= high < classes:
+        return None
+    low, high = y.aminmax()
+    return int(low), int(high)
+
+
+def check_labels(bounds: tuple[int, int] | None, classes: int) -> None:
+    """Refuse, with a ConfigError, labels within such ``label_bounds`` that are out of 0 .. classes - 1."""
+    if bounds is not None and not 0 <= bounds[0] <= bounds[1] < classes:
         raise ConfigError(
-            f"y: labels {low} to {high} given, but logits have {classes} classes; needs labels from 0 to classes - 1"
+            f"y: labels {bounds[0]} to {bounds[1]} given, but logits have {classes} classes; needs labels from 0 to "
+            "classes - 1"
         )

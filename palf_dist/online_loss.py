@@ -63,10 +63,12 @@ class OnlineLoss(nn.Module):
             z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
             y = y.to(z.device, torch.int64)
             context = self._task(z)
-            loss, values = mixture_loss(z, y, None, self.controls.to(z.dtype), context, self.policy.active_basis)
+            controls, active = self.controls[None].to(z.dtype), self.policy.active_basis
+            loss, values = mixture_loss(z, y, None, controls, context, active, mean=True)
             with torch.no_grad():
-                self.totals += torch.cat([values.new_tensor([len(y)]), values.sum(1)]).to(self.totals)
-            return loss.mean()
+                sums = [values[name].sum() for name in active]
+                self.totals += torch.stack([z.new_tensor(len(y)), *sums]).to(self.totals)
+            return loss
 
     def observe(self, validation_error: float | Tensor | None = None) -> None:
         """Tell the model's present validation error, which Hedge does not need, and learn new weights.

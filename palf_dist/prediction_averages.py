@@ -50,14 +50,18 @@ class PredictionAverages(LateBuffers):
             averaged[:have], labels[:have], seen[:have] = self.averaged.view(have, classes), self.labels, self.seen
             self.averaged, self.labels, self.seen = averaged, labels, seen
 
-    def recall(self, index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Averaged own-label probability [n], and whether the row has been seen [n]."""
-        return self.averaged[index, labels], self.seen[index]
+    def recall(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Averaged predictions of rows ``index`` [n, C], and whether each has been seen [n]."""
+        return self.averaged.index_select(0, index), self.seen.index_select(0, index)
 
-    def update(self, index: Tensor, labels: Tensor, p: Tensor) -> None:
-        """Take in the current predictions p [n, C]; rows of NaN, of a model that overflowed, change nothing."""
-        before, known = self.averaged[index], ~p[:, 0].isnan()
-        now = torch.lerp(p.to(before.dtype), before, self.decay)
-        self.averaged[index] = torch.where(known[:, None], now, before)
-        self.labels[index] = labels
-        self.seen[index] |= known
+    def update(self, index: Tensor, labels: Tensor, before: Tensor, p: Tensor) -> None:
+        """Take in the current predictions p [n, C] of rows whose averages were ``before``; rows of NaN, of a model that
+        overflowed, change nothing."""
+        now, lost = torch.lerp(p.to(before.dtype), before, self.decay), p[:, 0].isnan()
+        self.labels.index_copy_(0, index, labels)
+        if lost.is_cuda or lost.any():
+            now = torch.where(lost[:, None], before, now)
+            self.seen.index_copy_(0, index, self.seen.index_select(0, index) | ~lost)
+        else:
+            self.seen.index_fill_(0, index, True)
+        self.averaged.index_copy_(0, index, now)

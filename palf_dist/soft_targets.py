@@ -8,12 +8,11 @@ from torch import Tensor
 
 from palf_dist.logit_losses import LOGIT_LOSSES, Own
 from palf_dist.loss_head import Evaluation
-from palf_dist.losses import LossContext, column
-from palf_dist.types import CONTROL_INDEX
+from palf_dist.losses import Controls, LossContext, column
 
 
 def soft_target_mixture(
-    z: Tensor, labels: Tensor, targets: Tensor, controls: Tensor, context: LossContext, active: tuple[str, ...]
+    z: Tensor, labels: Tensor, targets: Tensor, controls: Controls, context: LossContext, active: tuple[str, ...]
 ) -> Tensor:
     """sum_c q_c sum_k alpha_k l_k(z, c) of each example [n] of one task, by autograd in the logits.
 
@@ -21,24 +20,23 @@ def soft_target_mixture(
         z: [n, C] logits.
         labels: [n] int64, whose averaged probabilities are those of ``context``.
         targets: [n, C] the weights q_c, of any sum.
-        controls: [U], taken as constants.
+        controls: [1, U], or their columns; taken as constants.
         context: of one task.
         active: basis losses in the mixture; not info_nce, which compares whole labels.
     """
     assert "info_nce" not in active
-    given = controls[None]
-    evaluation = Evaluation(active, z[None], labels[None], None, given, context)
+    evaluation = Evaluation(active, z[None], labels[None], None, controls, context)
     mass = targets.sum(-1)
     mixture = z.new_zeros(len(z))
     for softmax, losses in evaluation.groups:
         log_p = softmax.log_p[0]
         own = Own(log_p.T)  # [C, n]: in the place of the tasks, each class once as everybody's label
         for name in losses:
-            value = (targets.T * LOGIT_LOSSES[name](own, given, context).value).sum(0)
+            value = (targets.T * LOGIT_LOSSES[name](own, controls, context).value).sum(0)
             if (target := evaluation.targets.get(name)) is not None:
                 instead = (log_p * target.t).sum(-1)
                 value = value + (target.strength * (target.mass * (targets * log_p).sum(-1) - mass * instead))[0]
             if name == "elr" and evaluation.early is not None:
-                value = value + mass * (column(given, "lam") * evaluation.early.value)[0]
-            mixture = mixture + controls[CONTROL_INDEX[name]] * value
+                value = value + mass * (column(controls, "lam") * evaluation.early.value)[0]
+            mixture = mixture + column(controls, name)[0] * value
     return mixture

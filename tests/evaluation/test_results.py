@@ -287,9 +287,10 @@ def test_datasets_as_they_are_and_the_overhead_are_on_the_page(tmp_path):
     run = judged_run(tmp_path / "run", worse, conditions)
     docs = tmp_path / "docs"
     docs.mkdir()
-    model = {"percent": 4.25, "ci95": [3.0, 5.0], "seconds": 0.1}
-    measured = {"policy": "robust", "digest": "ab" * 32, "threads": 1, "torch": "2.9.1"}
-    (docs / OVERHEAD_JSON).write_text(json.dumps({"rounds": 31, "steps": 150, **measured, "models": {"MLP": model}}))
+    asked = {"policy": "robust", "refresh": 100}
+    cell = asked | {"model": "MLP", "batch": 64, "percent": 4.25, "ci95": [3.0, 5.0], "plain": 100}
+    measured = asked | {"digest": "ab" * 32, "threads": 1, "torch": "2.9.1"}
+    (docs / OVERHEAD_JSON).write_text(json.dumps({"rounds": 31, **measured, "cells": [cell]}))
     made = make_results([run], docs)
     record, page = made.record, made.markdown.read_text()
     assert record["as_is"]["significantly_below"] == ["iris", "wine"] and record["headline"]["overhead_percent"] == 4.25
