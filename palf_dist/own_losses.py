@@ -65,20 +65,21 @@ def check_basis(basis: Sequence[str]) -> None:
 def refuse_own(basis: Sequence[str], where: str) -> None:
     """Refuse, with a ConfigError, a user's own losses where closed forms are needed; ``where`` is the field."""
     if own := [name for name in basis if name in _LOSSES]:
-        raise ConfigError(f"{where}: {own_refusal(own)}")
+        raise ConfigError(
+            f"{where}: {', '.join(own)} given, a basis loss of your own: it has no closed form, so nothing is "
+            "meta-trained with it. Use it in AdaptiveLoss, with a fixed mixture or a policy of your own"
+        )
 
 
-def own_refusal(own: Sequence[str]) -> str:
-    return (
-        f"{', '.join(own)} given, a basis loss of your own: it has no closed form, so nothing is meta-trained with it. "
-        "Use it in AdaptiveLoss, with a fixed mixture or a policy of your own"
-    )
-
-
-def own_values(name: str, z: Tensor, labels: Tensor) -> Tensor:
-    """The values [n] of one of them at logits z [n, C] and labels [n]. Raises ConfigError if it gives anything else."""
+def registered(name: str) -> BasisLoss:
+    """The function of that name. Raises ConfigError where there is none."""
     check_basis([name])
-    values = _LOSSES[name](z, labels)
+    return _LOSSES[name]
+
+
+def own_values(name: str, function: BasisLoss, z: Tensor, labels: Tensor) -> Tensor:
+    """The values [n] of a loss at logits z [n, C] and labels [n]. Raises ConfigError if it gives anything else."""
+    values = function(z, labels)
     if not isinstance(values, Tensor) or values.shape != labels.shape or not values.is_floating_point():
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ConfigError(f"basis loss {name}: gave {got} for {len(labels)} examples; return one value of each, [n]")
@@ -90,9 +91,10 @@ def own_mixture(names: Sequence[str], alpha: Tensor, z: Tensor, labels: Tensor, 
     labels of their losses, at one call for each class."""
     total = z.new_zeros(len(z))
     for name, weight in zip(names, alpha, strict=True):
+        function = registered(name)
         if targets is None:
-            total = total + weight * own_values(name, z, labels)
+            total = total + weight * own_values(name, function, z, labels)
             continue
         for label, share in enumerate(targets.unbind(1)):
-            total = total + weight * share * own_values(name, z, torch.full_like(labels, label))
+            total = total + weight * share * own_values(name, function, z, torch.full_like(labels, label))
     return total

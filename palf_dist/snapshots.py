@@ -12,7 +12,7 @@ from palf_dist.data_parallel import joined
 from palf_dist.errors import ConfigError
 from palf_dist.loss_head import Evaluation
 from palf_dist.losses import LossContext
-from palf_dist.own_losses import own_names, own_values
+from palf_dist.own_losses import own_names, own_values, registered
 from palf_dist.policies.base import Policy
 from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.policies.static import control_vector
@@ -51,7 +51,7 @@ class Snapshots(nn.Module):
         closed, own = self._basis
         defaults = control_vector({}).to(z)[None]
         evaluation = Evaluation(closed, z[None], labels[None], None, defaults, context)
-        values = dict(evaluation.values()) | {name: own_values(name, z, labels) for name in own}
+        values = dict(evaluation.values()) | {name: own_values(name, registered(name), z, labels) for name in own}
         sums = [values[name].sum() for name in self._order]
         rows = torch.stack([z.new_tensor(len(labels)), *sums])
         self.totals += joined(rows[None])[0].sum(0).to(self.totals)  # at every batch: all ranks save one state

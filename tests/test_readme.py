@@ -98,7 +98,9 @@ def test_the_drop_in_page_tells_all_names() -> None:
 
 def test_the_snippets_of_the_drop_in_page_train(policy: Path, tmp_path: Path) -> None:
     """The loop before the change and the one after it, each on its own model; and all the arguments."""
-    before, after, named, objects, arguments, shown = blocks("python", [ROOT / "docs" / "drop_in.md"])
+    before, after, named, objects, arguments, shown, own_policy, own_loss = blocks(
+        "python", [ROOT / "docs" / "drop_in.md"]
+    )
     for snippet in (before, after, named):
         names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
         run_snippet(snippet, policy, names)
@@ -106,6 +108,11 @@ def test_the_snippets_of_the_drop_in_page_train(policy: Path, tmp_path: Path) ->
     names = {"AdaptiveLoss": AdaptiveLoss}
     run_snippet(objects, policy, names)
     assert names["criterion"].refresh_every == 50
+    run_snippet(own_policy, policy, names)
+    assert names["criterion"].refresh_every == 20
+    run_snippet(own_loss, policy, names)
+    loss = names["criterion"](torch.zeros(2, 4), torch.tensor([0, 3]))
+    torch.testing.assert_close(loss, (torch.tensor(4.0).log() + 0.5) / 2)
     save_policy(tmp_path / "informed", untrained(kind="informed"))
     for snippet, file in ((arguments, policy), (shown.replace("runs/informed/best", POLICY), tmp_path / "informed")):
         names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
