@@ -238,6 +238,10 @@ def test_a_static_policy_warns_of_nothing() -> None:
     assert criterion.weight_decay_multiplier == 1
 
 
+class Unwritable(CurriculumPolicy):
+    settings = {"table": torch.zeros(2)}  # noqa: RUF012
+
+
 class Nothing:
     def controls(self, phi, state):
         return phi
@@ -257,6 +261,7 @@ class Nothing:
             Nothing(),
             "policy Nothing: it has no features, refresh, .*derive it from palf_dist.policies.With",
         ),
+        (Unwritable(), "policy Unwritable: settings are .*; needs plain data, as JSON holds it"),
         (CurriculumPolicy(refresh=0), "policy CurriculumPolicy: refresh is 0; needs a positive number of steps"),
         ("online_learnloss", "validation: online LearnLoss learns from the validation error; pass validation="),
     ],

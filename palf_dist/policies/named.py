@@ -120,6 +120,12 @@ def _loaded(path: str | Path) -> PolicyArtefact:
 
 def _digest(policy: Policy) -> str:
     """Of a policy that no file describes: of its class and of what it says of itself."""
-    kind = type(policy)
-    about = [kind.__module__, kind.__qualname__, policy.features, policy.active_basis, getattr(policy, "settings", {})]
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode() + policy.initial().tobytes()).hexdigest()
+    kind, settings = type(policy), getattr(policy, "settings", {})
+    try:
+        names = [kind.__module__, kind.__qualname__, policy.features, policy.active_basis]
+        about = json.dumps([*names, settings], sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"policy {kind.__name__}: settings are {settings!r}; needs plain data, as JSON holds it"
+        ) from error
+    return hashlib.sha256(about.encode() + policy.initial().tobytes()).hexdigest()
