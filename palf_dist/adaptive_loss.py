@@ -7,9 +7,8 @@ ranks train one model, each sees what one rank would see that had the rows of al
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -18,30 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from palf_dist.class_priors import checked_class_counts, log_prior_ratio
-from palf_dist.config import InnerConfig
 from palf_dist.cross_entropy_arguments import CrossEntropyArguments, LabelledRows, PerClass, full_precision
 from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks, whole
 from palf_dist.errors import ConfigError
 from palf_dist.explanation import Explanation, explain
 from palf_dist.graph_curvature import graph_hessian_trace
-from palf_dist.losses import Columns, LossContext, mean_belief, posterior_belief
-from palf_dist.mixture_loss import ByClass, mixture_loss
-from palf_dist.online_loss import OnlineLoss
-from palf_dist.policies.hedge import HedgePolicy
-from palf_dist.policies.meta_learned import check_for_use
-from palf_dist.policies.online_learnloss import PER_EXAMPLE, OnlineLearnLoss
-from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
+from palf_dist.losses import Columns, LossContext
+from palf_dist.mixture_loss import ByClass
+from palf_dist.own_losses import own_names
+from palf_dist.policies.base import check_controls
+from palf_dist.policies.named import AnyPolicy, policy_in_use
+from palf_dist.policies.policy_file import load_policy
 from palf_dist.policies.static import restored_controls
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
+from palf_dist.row_mixture import among_all, row_mixture
 from palf_dist.shown_rows import LabelledTensor, ShownRows
-from palf_dist.soft_targets import soft_target_mixture
-from palf_dist.training_state import (
-    NOISE_FEATURES,
-    Observation,
-    RowStatistics,
-    StateReader,
-    TaskFacts,
-)
+from palf_dist.snapshots import Snapshots
+from palf_dist.training_state import NOISE_FEATURES, SNAPSHOTS, Observation, RowStatistics, StateReader, TaskFacts
 from palf_dist.types import AVERAGED_BASIS, CONTROL_INDEX, CONTROLS
 from palf_dist.untraced import untraced
 
@@ -60,7 +52,7 @@ class LossSettings(TypedDict, total=False):
 
 
 class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
-    """A loss whose mixture weights and hyper-parameters follow the training state, as a learned policy says.
+    """A loss whose mixture weights and hyper-parameters follow the training state, as a policy says.
 
     ``loss = criterion(logits, y, index=rows); loss.backward(); criterion.step(model, optimizer); optimizer.step()``
 
@@ -73,15 +65,15 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
     """
 
     phi: Tensor
-    controls: Tensor  # [U] in force
+    controls: Tensor  # [U] in force, and after them the weights of a user's own losses
     statistics: Tensor  # [1, 4] of the StateReader
     gradient_norm2: Tensor  # [1] NaN where unknown
-    history: Tensor  # [1, n, S] the states of all refreshes so far, where the policy reads them
+    history: Tensor  # [1, n, S] the states (or the snapshots, [1, n, 1 + K]) of all refreshes, where they are read
     label_counts: Tensor  # [C] int64: labels seen so far, where class_counts is not given
 
     def __init__(
         self,
-        artefact: PolicyArtefact,
+        policy: AnyPolicy,
         *,
         total_steps: int,
         class_counts: PerClass | None = None,
@@ -95,7 +87,8 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
     ) -> None:
         """
         Args:
-            artefact: a loaded policy; ``load`` reads one from a file.
+            policy: "cross_entropy", "uniform", "s5", "curriculum", "hedge" or "online_learnloss"; a policy file or the
+                folder that holds it; a loaded one; or an object with what ``palf_dist.policies.Policy`` says.
             total_steps: optimiser steps of the whole training run.
             class_counts: [C] how many training labels each class has (counts, not frequencies). Needed for a
                 target_prior other than "train"; otherwise estimated from the labels that pass.
@@ -104,8 +97,9 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             ignore_index: the label of what has none; such rows are as if they were not in the batch.
             reduction: "none", "mean" or "sum".
             label_smoothing: in [0, 1]; the policy reads the labels themselves.
-            validation: for policies that read validation rows: gives the model's logits [V, C] of them, in eval mode,
-                and their labels [V], as noisy as those of training. Called at every refresh, without gradient.
+            validation: for policies that read validation rows ("online_learnloss" does): gives the model's logits
+                [V, C] of them, in eval mode, and their labels [V], as noisy as those of training. Called at every
+                refresh, without gradient.
             training_rows: for policies that read neighbours: all training inputs [N, ...] and labels [N]; read once.
 
         ``weight`` to ``label_smoothing`` mean what they mean to ``torch.nn.CrossEntropyLoss``: a basis loss l(z, y)
@@ -113,9 +107,9 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
 
         Raises:
             ConfigError: an argument is out of range, or they do not fit together; or the policy needs a model.
+            PolicyFileError: the policy's file is missing, too new, or was changed.
         """
         super().__init__(weight, ignore_index, reduction, label_smoothing)
-        check_for_use(artefact.spec)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(
                 f"total_steps: {total_steps!r} is not a positive whole number; give the optimiser steps of the run"
@@ -123,14 +117,16 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         self.total_steps = total_steps
         self.class_counts = None if class_counts is None else checked_class_counts(class_counts)
         self.log_prior_ratio = log_prior_ratio(self.class_counts, target_prior)
-        self.policy = artefact.policy()
+        use = policy_in_use(policy, total_steps)
+        self.policy = use.policy
+        self._names = (*CONTROLS, *own_names(self.policy.active_basis))
         if label_smoothing and "info_nce" in self.policy.active_basis:
             raise ConfigError(
                 "label_smoothing: the policy's mixture holds info_nce, which compares whole labels; use 0"
             )
-        self._digest = hashlib.sha256(b"".join(policy_bytes(artefact))).hexdigest()
+        self._digest = use.digest
         self._step, self._refreshed_at = 0, -1
-        self.refresh_every = artefact.refresh_in(total_steps)
+        self.refresh_every = use.refresh_every
         self._weight_decay_multiplier = 1.0
         self._context: LossContext | None = None
         self._taken: tuple[Tensor, int, Columns] | None = None  # controls, their version and their columns
@@ -140,15 +136,17 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         self._counts_labels = self.class_counts is None and "imbalance" in features
         self._said: set[str] = set()
         rows = 0 if self.class_counts is None else int(self.class_counts.sum())
-        self.averages = PredictionAverages(artefact.card.get("ema", InnerConfig().ema), rows)
-        self.register_buffer("phi", torch.tensor(artefact.phi), persistent=False)
-        self.register_buffer("controls", torch.zeros(len(CONTROLS)))
+        self.averages = PredictionAverages(use.ema, rows)
+        self.register_buffer("phi", torch.tensor(use.phi), persistent=False)
+        self.register_buffer("controls", torch.zeros(len(self._names)))
         self.register_buffer("statistics", torch.zeros(1, 4))
         self.register_buffer("gradient_norm2", torch.full((1,), torch.nan))
         # whole numbers: a float32 stops at 2^24, which the labels of images and texts soon reach
         self.register_buffer("label_counts", torch.zeros(0, dtype=torch.int64))
-        history = torch.zeros(1, 0, len(self.policy.features))
-        self.register_buffer("history", history, persistent=self.policy.reads_history)
+        self.snapshots = Snapshots(self.policy, validation) if SNAPSHOTS in self.policy.features else None
+        self._reads_history = self.policy.reads_history or self.snapshots is not None
+        seen = len(self.policy.features) if self.snapshots is None else 1 + len(self.policy.active_basis)
+        self.register_buffer("history", torch.zeros(1, 0, seen), persistent=self._reads_history)
         self._shown = ShownRows(self.policy.features, validation, training_rows)
         for missing in self._shown.missing:
             self._say(missing)
@@ -166,20 +164,14 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         return cls(load_policy(path), total_steps=total_steps, **settings)
 
     def explain(self) -> Explanation:
-        """What the policy does in which state: its controls along each feature, as arrays."""
+        """What a learned policy does in which state: its controls along each feature. ConfigError for others."""
         return explain(self.policy, self.phi)
 
-    @staticmethod
-    def online(basis: Sequence[str] = PER_EXAMPLE, *, low: float = 0.01, high: float = 100.0) -> OnlineLoss:
-        """A loss that learns its mixture weights during the very run that it trains, from the validation errors that
-        its ``observe`` is told: no policy file is needed. Arguments are those of ``OnlineLearnLoss``."""
-        return OnlineLoss(OnlineLearnLoss(basis, low=low, high=high))
-
-    @staticmethod
-    def hedge(basis: Sequence[str] = PER_EXAMPLE, *, horizon: int | None = None) -> OnlineLoss:
-        """A loss whose mixture weights follow Hedge over the run's own training losses: its ``observe`` ends a round
-        and is told nothing. Arguments are those of ``HedgePolicy``; ``horizon`` counts the calls of ``observe``."""
-        return OnlineLoss(HedgePolicy(basis, horizon=horizon))
+    @property
+    def alpha(self) -> dict[str, float]:
+        """The mixture weights in force, by basis loss; 0 before the first batch."""
+        weights = dict(zip(self._names, self.controls.tolist(), strict=True))
+        return {name: weights[name] for name in self.policy.active_basis}
 
     @property
     def weight_decay_multiplier(self) -> float:
@@ -223,15 +215,9 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             self.to(z.device)
         with full_precision(z.device.type):
             context, controls, softmax = self._observe(rows)
-            if rows.targets is not None:
-                values = soft_target_mixture(z, rows.labels, rows.targets, controls, context, active)
-            else:
-                h = rows.features.flatten(1).to(z.dtype) if rows.features is not None else None
-                mean = self.reduction == "mean" and rows.divisor is None
-                values, _ = mixture_loss(z, rows.labels, h, controls, context, active, plain=softmax, mean=mean)
-                if mean:
-                    return values
-            return self._reduced(values, rows)
+            mean = self.reduction == "mean" and rows.divisor is None and rows.targets is None
+            values = row_mixture(rows, controls, context, active, plain=softmax, mean=mean)
+            return values if mean else self._reduced(values, rows)
 
     @untraced
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -247,7 +233,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             for group in optimizer.param_groups:
                 initial = group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
                 group["weight_decay"] = initial * self._weight_decay_multiplier
-        elif "wd" in self.policy.spec.hyperparameters:
+        elif self._weight_decay_multiplier != 1:
             self._say("no optimizer: the policy's weight decay is left out; pass it as step(model, optimizer)")
         self._step += 1
         if self._step % self.refresh_every == 0 and "gradient_norm" in self.policy.features:
@@ -291,6 +277,8 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         """Take in the rows of all ranks, and refresh the controls where due. The context of the losses, with averages
         as they were before this batch; the columns of the controls of this batch; the softmax, where it was made."""
         z, y, context, softmax, joint_index = rows.z, rows.labels, self._task(rows.z), None, None
+        if self.snapshots is not None:
+            self.snapshots.add(z, y, context)
         due = self._step // self.refresh_every > self._refreshed_at // self.refresh_every
         # not averaged, nor gathered from the ranks, for nobody to read
         index = rows.index if self._reads_averages or "log_rows" in self.policy.features else None
@@ -322,7 +310,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             joint = own = self._with_averages(context, before, seen, joint_labels)
             if ranks() > 1:
                 own = self._with_averages(context, *self.averages.recall(own_index), y)
-                controls = _among_all(controls, own, joint)
+                controls = among_all(controls, own, joint)
                 last = last_of_each(joint_index)  # ranks can have the same row
                 joint_labels, before, p = joint_labels[last], before[last], p[last]
             self.averages.update(joint_index, joint_labels, before, p)
@@ -333,7 +321,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         """The columns of the controls in force, of the logits' type: taken once for each refresh."""
         taken, now = self._taken, self.controls
         if taken is None or taken[0] is not now or taken[1] != now._version or taken[2]["ce"].dtype != z.dtype:
-            self._taken = taken = now, now._version, Columns.of(now[None].to(z.dtype))
+            self._taken = taken = now, now._version, Columns.of(now[None].to(z.dtype), self._names)
         return taken[2]
 
     def _with_averages(self, context: LossContext, averaged: Tensor, seen: Tensor, y: Tensor) -> LossContext:
@@ -357,6 +345,17 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
 
     def _refresh(self, z: Tensor, y: Tensor, index: Tensor | None) -> None:
         """Read the training state and ask the policy."""
+        state = self._state(z, y, index) if self.snapshots is None else self.snapshots.taken(z)
+        state = of_first_rank(state)
+        if self._reads_history:
+            self.history = torch.cat([self.history, state[:, None].to(self.history)], 1)
+            state = self.history.to(z)
+        self.controls = check_controls(self.policy, self.policy.controls(self.phi.to(z), state))[0].to(self.controls)
+        self._weight_decay_multiplier = float(self.controls[CONTROL_INDEX["wd"]])
+        self._refreshed_at = self._step
+
+    def _state(self, z: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+        """The features [1, S] that the policy reads."""
         reader = StateReader(self.policy.features, self._facts(z, index))
         if self._refreshed_at >= 0:
             reader.statistics = self.statistics.to(z)
@@ -374,15 +373,10 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
                 averaged_labels=self.averages.labels[None],
                 averaged_mask=self.averages.seen[None],
             )
-        state = of_first_rank(reader.read(self._shown.added(observation, z)))
+        state = reader.read(self._shown.added(observation, z))
         assert reader.statistics is not None
         self.statistics = reader.statistics.to(self.statistics)
-        if self.policy.reads_history:
-            self.history = torch.cat([self.history, state[:, None].to(self.history)], 1)
-            state = self.history.to(z)
-        self.controls = self.policy.controls(self.phi.to(z), state)[0].to(self.controls)
-        self._weight_decay_multiplier = float(self.controls[CONTROL_INDEX["wd"]])
-        self._refreshed_at = self._step
+        return state
 
     def _hessian_trace(self, z: Tensor, y: Tensor) -> Tensor:
         """The trace [1] on the first rows of the first rank where it is known; NaN where that is nowhere."""
@@ -400,9 +394,3 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         if message not in self._said:
             self._said.add(message)
             warnings.warn(f"AdaptiveLoss: {message}", stacklevel=2)
-
-
-def _among_all(controls: Columns, own: LossContext, joint: LossContext) -> Columns:
-    """Controls for the rows of one rank, with which posterior weights are relative to the mean over all ranks."""
-    own_mean, joint_mean = (mean_belief(posterior_belief(of, controls["ew"])) for of in (own, joint))
-    return Columns(controls | {"robust_ce": controls["robust_ce"] * (own_mean / joint_mean)})

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from palf_dist.architecture_config import Architecture, MLPConfig
+from palf_dist.own_losses import refuse_own
 from palf_dist.sections import Count, Decay, NonNegative, Positive, Section, Share, distinct
 from palf_dist.types import BASIS_LOSSES, HYPERPARAMETERS
 
@@ -204,6 +205,13 @@ class PolicyConfig(Section):
     )
 
     _no_twins = field_validator("features", "basis", "hyperparameters")(distinct)
+
+    @field_validator("basis", mode="before")
+    @classmethod
+    def _closed_forms(cls, names: object) -> object:
+        if isinstance(names, list | tuple):
+            refuse_own(names, "policy.basis")
+        return names
 
     @model_validator(mode="after")
     def _shield_has_its_reference(self) -> PolicyConfig:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palf_dist.errors import ConfigError
 from palf_dist.policies.base import Policy
 from palf_dist.policies.meta_learned import LearnedPolicy, RecurrentPolicy
 from palf_dist.types import CONTROL_INDEX
@@ -52,8 +53,11 @@ class Explanation:
         return sorted(range(len(self.features)), key=lambda row: -float((self.reach[row] / widest).sum()))
 
 
-def explain(policy: LearnedPolicy, phi: Tensor) -> Explanation:
-    """What ``policy`` with parameters ``phi`` does. One that remembers has had ``HELD`` refreshes in each state."""
+def explain(policy: Policy, phi: Tensor) -> Explanation:
+    """What ``policy`` with parameters ``phi`` does. One that remembers has had ``HELD`` refreshes in each state. Raises
+    ConfigError for a policy that is no learned one."""
+    if not isinstance(policy, LearnedPolicy):
+        raise ConfigError(f"explain: {type(policy).__name__} is no learned policy, and these alone have states to show")
     usual, values = policy.mean.double().numpy(), grid_values(policy)
     controls = (*policy.spec.basis, *policy.spec.hyperparameters)
     states = torch.from_numpy(held(np.concatenate([usual[None], grid_states(usual, values)])))

@@ -19,6 +19,7 @@ from palf_dist.contrastive import Contrast
 from palf_dist.early_learning import EarlyLearning
 from palf_dist.logit_losses import LOGIT_LOSSES, LogitLoss, Number, Own
 from palf_dist.losses import Controls, LossContext, column
+from palf_dist.own_losses import refuse_own
 from palf_dist.types import BASIS_LOSSES, CONTROLS
 
 Weights = Mapping[str, Tensor]
@@ -262,6 +263,7 @@ class LossHead:
     """The adaptive loss of a group of tasks, with fixed active basis losses (names of ``types.BASIS_LOSSES``)."""
 
     def __init__(self, active: tuple[str, ...]) -> None:
+        refuse_own(active, "active_basis")
         assert active and set(active) <= set(BASIS_LOSSES), active
         self.active = active
 

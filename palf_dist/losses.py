@@ -6,7 +6,7 @@ hot path uses the closed forms of ``loss_head``, which give the same numbers wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -72,8 +72,8 @@ class Columns(dict[str, Tensor]):
     """Controls [G, U] taken apart for the steps that share them: each by its name [G, 1]."""
 
     @classmethod
-    def of(cls, controls: Tensor) -> Columns:
-        return cls(zip(CONTROLS, controls.split(1, 1), strict=True))
+    def of(cls, controls: Tensor, names: Sequence[str] = CONTROLS) -> Columns:
+        return cls(zip(names, controls.split(1, 1), strict=True))
 
     def once(self, make: Callable[[Columns, LossContext], Made], context: LossContext) -> Made:
         """What ``make`` makes of them and of tasks that stay the same; made for the first of these steps."""

@@ -28,8 +28,7 @@ class ByClass(Softmax):
     def _both(z: Tensor) -> tuple[Tensor, Tensor]:
         if z.shape[-1] >= _FEW_CLASSES:
             return Softmax._both(z)
-        log_p = torch.log_softmax(z.mT, -2).mT
-        return log_p, log_p.exp()
+        return torch.log_softmax(z.mT, -2).mT, torch.softmax(z.mT, -2).mT
 
 
 class MixtureLoss(Function):

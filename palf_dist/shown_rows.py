@@ -50,7 +50,7 @@ class ShownRows:
         ConfigError for rows that do not fit them."""
         if self._validation is None:
             return observation
-        logits, labels, mask = _validation_columns(self._validation, like)
+        logits, labels, mask = validation_columns(self._validation, like)
         return replace(observation, validation_logits=logits, validation_labels=labels, validation_mask=mask)
 
 
@@ -67,7 +67,7 @@ def _agreement(training_rows: LabelledTensor) -> Tensor:
     return found
 
 
-def _validation_columns(validation: Callable[[], LabelledTensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def validation_columns(validation: Callable[[], LabelledTensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [1, V, C], labels [1, V] and mask [1, V] as ``validation`` gives them now."""
     logits, labels = _fitting("validation", validation())
     classes = like.shape[1]

@@ -20,6 +20,9 @@ FIRST_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce", "ro
 BASIS_LOSSES = (*FIRST_BASIS, "generalised_ce", "mae", "elr", "bootstrap")
 """The basis losses l_k of equation (4), in the order of the mixture weights alpha. New ones come last."""
 
+PAPER_BASIS = FIRST_BASIS[:5]
+"""The five of the paper; the others are ours (METHODS part 6) or of other authors."""
+
 FIRST_HYPERPARAMETERS = ("e", "la", "ew", "wd", "gamma", "eps", "a", "b", "tau")
 HYPERPARAMETERS = (*FIRST_HYPERPARAMETERS, "q", "lam", "beta")
 """Loss hyper-parameters a policy may set: e assumed noise rate of the forward correction, la strength of the logit

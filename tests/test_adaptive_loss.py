@@ -17,6 +17,7 @@ from palf_dist.config import InnerConfig
 from palf_dist.errors import ConfigError
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.policies.policy_file import save_policy
+from palf_dist.policies.static import control_vector
 from palf_dist.randomness import random_generator
 from palf_dist.training_state import PAPER_FEATURES, hutchinson_probes
 from palf_dist.types import CONTROL_INDEX
@@ -212,7 +213,7 @@ def test_the_six_features_of_the_paper(monkeypatch):
     y = batch(0)[1]
     states = []
     monkeypatch.setattr(
-        criterion.policy, "controls", lambda phi, state: states.append(state) or torch.ones(1, len(CONTROL_INDEX))
+        criterion.policy, "controls", lambda phi, state: states.append(state) or control_vector({"ce": 1.0})[None]
     )
     for _ in range(4):
         model.zero_grad()

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from palf_dist.adaptive_loss import AdaptiveLoss
 from palf_dist.data_parallel import last_of_each
+from palf_dist.policies import HedgePolicy
 from palf_dist.randomness import random_generator
 from tests.adaptive_cases import artefact
 
@@ -37,6 +38,7 @@ CASES = {
     "six features": ({"kind": "palf", "basis": ("ce", "focal")}, {}),
     "gradient norm": ({"features": ("gradient_norm", "loss")}, {}),
     "Hessian trace": ({"features": ("hessian_trace", "loss")}, {}),
+    "snapshots": (HedgePolicy(refresh=3), {}),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:AdaptiveLoss. no (index|optimizer)")
 
@@ -51,7 +53,7 @@ def loss_of(case: str, model: nn.Module) -> AdaptiveLoss:
     if case == "informed":
         x, y, _ = joint_batch(101)
         settings = settings | {"validation": lambda: (model(x), y)}
-    return AdaptiveLoss(artefact(**policy), total_steps=20, **settings)
+    return AdaptiveLoss(artefact(**policy) if isinstance(policy, dict) else policy, total_steps=20, **settings)
 
 
 def train(case: str, model: nn.Module, criterion: AdaptiveLoss, rank: int | None, steps: range) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ from palf_dist.cli import app
 from palf_dist.cli_shared import load_run_config, overrides_of_suite
 from palf_dist.config import PolicyConfig
 from palf_dist.policies import LearnedPolicy, policy_spec
+from palf_dist.policies.named import NAMED
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
 from tests.adaptive_cases import untrained
 from tests.command import SMOKE, Command
@@ -89,13 +90,29 @@ def test_the_snippet_trains(policy: Path) -> None:
     assert names["accuracy"]() > 0.85
 
 
+def test_the_drop_in_page_tells_all_names() -> None:
+    page = (ROOT / "docs" / "drop_in.md").read_text()
+    table = page[page.index("| name |") :].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.M) == [*NAMED]
+
+
 def test_the_snippets_of_the_drop_in_page_train(policy: Path, tmp_path: Path) -> None:
     """The loop before the change and the one after it, each on its own model; and all the arguments."""
-    before, after, arguments, shown = blocks("python", [ROOT / "docs" / "drop_in.md"])
-    for snippet in (before, after):
+    before, after, named, objects, arguments, shown, own_policy, own_loss = blocks(
+        "python", [ROOT / "docs" / "drop_in.md"]
+    )
+    for snippet in (before, after, named):
         names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}
         run_snippet(snippet, policy, names)
-        assert names["accuracy"]() > (0.85 if snippet == after else 0.5)  # one epoch before, fifteen after
+        assert names["accuracy"]() > (0.5 if snippet == before else 0.85)  # one epoch before, fifteen after
+    names = {"AdaptiveLoss": AdaptiveLoss}
+    run_snippet(objects, policy, names)
+    assert names["criterion"].refresh_every == 50
+    run_snippet(own_policy, policy, names)
+    assert names["criterion"].refresh_every == 20
+    run_snippet(own_loss, policy, names)
+    loss = names["criterion"](torch.zeros(2, 4), torch.tensor([0, 3]))
+    torch.testing.assert_close(loss, (torch.tensor(4.0).log() + 0.5) / 2)
     save_policy(tmp_path / "informed", untrained(kind="informed"))
     for snippet, file in ((arguments, policy), (shown.replace("runs/informed/best", POLICY), tmp_path / "informed")):
         names = digits_to_train() | {"AdaptiveLoss": AdaptiveLoss}

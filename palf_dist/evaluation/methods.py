@@ -20,10 +20,7 @@ from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
 from palf_dist.tasks.inputs import fits
 from palf_dist.training_state import VALIDATION_FEATURES
-from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS
-
-PAPER_BASIS = ("ce", "focal", "label_smoothing", "symmetric_ce", "info_nce")
-"""The five basis losses of the paper, equation (4); robust_ce is ours (METHODS part 6)."""
+from palf_dist.types import BASIS_LOSSES, DEFAULT_HYPERPARAMETERS, PAPER_BASIS
 
 REFERENCE = "ce"
 """The method that all differences are taken against; it is part of every comparison."""

@@ -1,6 +1,6 @@
 """Who chooses the controls: one protocol, implemented by meta-learned, static, schedule and online policies."""
 
-from palf_dist.policies.base import Policy
+from palf_dist.policies.base import Policy, WithoutParameters
 from palf_dist.policies.hedge import HedgePolicy
 from palf_dist.policies.meta_learned import (
     AdaptingPolicy,
@@ -12,7 +12,7 @@ from palf_dist.policies.meta_learned import (
 )
 from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.policies.schedule import CurriculumPolicy, RecordedSchedule
-from palf_dist.policies.static import StaticPolicy
+from palf_dist.policies.static import StaticPolicy, fixed_mixture, mixture_controls
 
 __all__ = [
     "AdaptingPolicy",
@@ -25,6 +25,9 @@ __all__ = [
     "RecordedSchedule",
     "RecurrentPolicy",
     "StaticPolicy",
+    "WithoutParameters",
+    "fixed_mixture",
     "make_policy",
+    "mixture_controls",
     "policy_spec",
 ]

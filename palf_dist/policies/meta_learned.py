@@ -25,7 +25,14 @@ from palf_dist.training_state import (
     check_features,
     normalise,
 )
-from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, DEFAULT_HYPERPARAMETERS, HYPERPARAMETERS
+from palf_dist.types import (
+    BASIS_LOSSES,
+    CONTROL_INDEX,
+    CONTROLS,
+    DEFAULT_HYPERPARAMETERS,
+    HYPERPARAMETERS,
+    PAPER_BASIS,
+)
 
 OUTPUT_SCALE = 2.0  # multiplies the output layer: a unit of phi moves a control by a useful amount
 
@@ -37,7 +44,6 @@ _LOG_RANGE |= {"tau": (-1.5, 1.5), "lam": (-4.0, 1.5)}
 
 _ROBUST_FEATURES = ("time", "entropy", "loss", "loss_variance", *NOISE_FEATURES, *TASK_FEATURES)
 _ROBUST = {"basis": ("ce", "robust_ce"), "hyperparameters": ("e", "la", "ew", "wd")}
-_PAPER_BASIS = BASIS_LOSSES[:5]
 _PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "robust": {"features": _ROBUST_FEATURES, **_ROBUST},
     "informed": {
@@ -50,8 +56,8 @@ _PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "schedule": {"features": ("time",), **_ROBUST},
     "constant": {"features": (), **_ROBUST},
     "maml": {"features": (), **_ROBUST},
-    "palf": {"features": PAPER_FEATURES, "basis": _PAPER_BASIS, "hyperparameters": ()},
-    "widened": {"features": PAPER_FEATURES, "basis": _PAPER_BASIS, "hyperparameters": ("gamma", "eps", "a", "b")},
+    "palf": {"features": PAPER_FEATURES, "basis": PAPER_BASIS, "hyperparameters": ()},
+    "widened": {"features": PAPER_FEATURES, "basis": PAPER_BASIS, "hyperparameters": ("gamma", "eps", "a", "b")},
 }
 _ROBUST_SHARE = 0.96  # mixture weight of robust_ce at the start of the robust preset: nearly the static S5
 
