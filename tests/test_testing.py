@@ -228,7 +228,7 @@ def test_the_losses_of_this_package_pass(name: str) -> None:
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
         context = LossContext.create(torch.ones(1, z.shape[1], dtype=torch.bool), z.new_zeros(1, z.shape[1]))
-        return mixture_loss(z, y, None, control_vector({name: 1.0}).to(z), context, (name,))[0]
+        return mixture_loss(z, y, None, control_vector({name: 1.0}).to(z)[None], context, (name,))[0]
 
     check_basis_loss(loss)
 
