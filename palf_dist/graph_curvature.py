@@ -3,6 +3,8 @@ logits."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,6 +35,12 @@ def parameters_behind(z: Tensor) -> list[Tensor]:
     return [*found.values()]
 
 
+@lru_cache(maxsize=1)
+def _probes(size: int) -> Tensor:
+    """The probes of a model, drawn once and kept in one byte a sign: drawing them takes longer than using them."""
+    return hutchinson_probes(size, torch.int8)
+
+
 @torch.enable_grad()
 def graph_hessian_trace(z: Tensor, y: Tensor) -> Tensor | None:
     """Hutchinson's trace [1] of the mean cross-entropy of the first few rows, by double backward; None where no
@@ -47,11 +55,11 @@ def graph_hessian_trace(z: Tensor, y: Tensor) -> Tensor | None:
         return None
     few = functional.cross_entropy(z[:HUTCHINSON_ROWS], y[:HUTCHINSON_ROWS])
     sizes = [p.numel() for p in parameters]
-    probes = hutchinson_probes(sum(sizes), z.dtype).to(z.device)
+    probes = _probes(sum(sizes))
     total = z.new_zeros(1)
     gradients = torch.autograd.grad(few, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
     for probe in probes:
-        v = [part.view_as(p).to(p.dtype) for part, p in zip(probe.split(sizes), parameters, strict=True)]
+        v = [part.view_as(p).to(p) for part, p in zip(probe.split(sizes), parameters, strict=True)]
         product = sum((g * part).sum() for g, part in zip(gradients, v, strict=True))
         hv = torch.autograd.grad(product, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         total += sum((a * b).sum() for a, b in zip(hv, v, strict=True)).detach()
