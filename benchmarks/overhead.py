@@ -34,7 +34,7 @@ from palf_dist.tasks.datasets import load_dataset
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = "results_overhead.md"
-ROUNDS = 15
+ROUNDS = 31
 FEWEST_ROUNDS = 6  # from which on the order of the rounds gives the median a 95 % interval
 BATCHES, REFRESHES = (64, 128, 512), (10, 100)
 ROWS = 6000  # of a dataset, a tenth of them for validation

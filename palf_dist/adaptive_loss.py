@@ -30,7 +30,7 @@ from palf_dist.policies.named import AnyPolicy, policy_in_use
 from palf_dist.policies.policy_file import load_policy
 from palf_dist.policies.static import restored_controls
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
-from palf_dist.row_mixture import among_all, row_mixture
+from palf_dist.row_mixture import row_mixture
 from palf_dist.shown_rows import LabelledTensor, ShownRows
 from palf_dist.snapshots import Snapshots
 from palf_dist.training_state import NOISE_FEATURES, SNAPSHOTS, Observation, RowStatistics, StateReader, TaskFacts
@@ -307,10 +307,10 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         controls = self._columns(z)
         if joint_index is not None:
             before, seen = self.averages.recall(joint_index)
-            joint = own = self._with_averages(context, before, seen, joint_labels)
+            joint = own = context.recalling(before, seen, joint_labels, self._reads_predictions)
             if ranks() > 1:
-                own = self._with_averages(context, *self.averages.recall(own_index), y)
-                controls = among_all(controls, own, joint)
+                own = context.recalling(*self.averages.recall(own_index), y, self._reads_predictions)
+                controls = controls.among_all(own, joint)
                 last = last_of_each(joint_index)  # ranks can have the same row
                 joint_labels, before, p = joint_labels[last], before[last], p[last]
             self.averages.update(joint_index, joint_labels, before, p)
@@ -323,12 +323,6 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         if taken is None or taken[0] is not now or taken[1] != now._version or taken[2]["ce"].dtype != z.dtype:
             self._taken = taken = now, now._version, Columns.of(now[None].to(z.dtype), self._names)
         return taken[2]
-
-    def _with_averages(self, context: LossContext, averaged: Tensor, seen: Tensor, y: Tensor) -> LossContext:
-        """The context with recalled averages [n, C]; whole ones only where a basis loss reads them."""
-        averaged = averaged.to(context.num_classes.dtype)
-        own = averaged.gather(1, y[:, None]).mT
-        return context.with_averages(own, seen[None], averaged[None] if self._reads_predictions else None)
 
     def _facts(self, z: Tensor, index: Tensor | None) -> TaskFacts:
         """What the constant features are made of. Without class_counts: from the labels seen so far; the training set

@@ -67,6 +67,12 @@ class LossContext:
             averaged = torch.where(seen[..., None], averaged.detach(), 0.0)
         return replace(self, own_probability=own_probability.detach(), seen=seen, averaged=averaged)
 
+    def recalling(self, averaged: Tensor, seen: Tensor, y: Tensor, whole: bool) -> LossContext:
+        """``with_averages`` of one task: averaged predictions [n, C], all of which the losses read if ``whole``, else
+        those of the own labels; whether there are any [n]; labels [n]."""
+        averaged = averaged.to(self.num_classes.dtype)
+        return self.with_averages(averaged.gather(1, y[:, None]).mT, seen[None], averaged[None] if whole else None)
+
 
 class Columns(dict[str, Tensor]):
     """Controls [G, U] taken apart for the steps that share them: each by its name [G, 1]."""
@@ -80,6 +86,11 @@ class Columns(dict[str, Tensor]):
         if make not in self._made:
             self._made[make] = make(self, context)
         return self._made[make]
+
+    def among_all(self, own: LossContext, joint: LossContext) -> Columns:
+        """Those for the rows of one rank, with which posterior weights are relative to the mean over all ranks."""
+        own_mean, joint_mean = (mean_belief(posterior_belief(of, self["ew"])) for of in (own, joint))
+        return Columns(self | {"robust_ce": self["robust_ce"] * (own_mean / joint_mean)})
 
     @cached_property
     def _made(self) -> dict[Any, Any]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from palf_dist.cross_entropy_arguments import LabelledRows
 from palf_dist.loss_head import Softmax
-from palf_dist.losses import Columns, LossContext, mean_belief, posterior_belief
+from palf_dist.losses import Columns, LossContext
 from palf_dist.mixture_loss import mixture_loss
 from palf_dist.own_losses import own_mixture, own_names
 from palf_dist.soft_targets import soft_target_mixture
@@ -45,9 +45,3 @@ def row_mixture(
     if values is not None:
         known = known + values if closed else values
     return known.mean() if mean else known
-
-
-def among_all(controls: Columns, own: LossContext, joint: LossContext) -> Columns:
-    """Controls for the rows of one rank, with which posterior weights are relative to the mean over all ranks."""
-    own_mean, joint_mean = (mean_belief(posterior_belief(of, controls["ew"])) for of in (own, joint))
-    return Columns(controls | {"robust_ce": controls["robust_ce"] * (own_mean / joint_mean)})
