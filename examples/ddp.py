@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from palf_dist import AdaptiveLoss
 from palf_dist.types import CONTROLS
 
-policy = sys.argv[1] if len(sys.argv) > 1 else "runs/first/best"
+policy = sys.argv[1] if len(sys.argv) > 1 else "default"
 distributed.init_process_group("gloo")  # "nccl" on GPUs
 torch.manual_seed(0)
 x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from palf_dist import AdaptiveLoss
 
-policy = sys.argv[1] if len(sys.argv) > 1 else "runs/first/best"
+policy = sys.argv[1] if len(sys.argv) > 1 else "default"
 x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
 x = x.float() / 16
 rows = [{"input": x[i], "labels": torch.stack([y[i], torch.tensor(i)])} for i in range(1280)]

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from palf_dist import AdaptiveLoss
 
-policy = sys.argv[1] if len(sys.argv) > 1 else "runs/first/best"
+policy = sys.argv[1] if len(sys.argv) > 1 else "default"
 rows = TensorDataset(*map(torch.tensor, load_digits(return_X_y=True)), torch.arange(1797))  # each with its number
 train, test = DataLoader(Subset(rows, range(1200)), 64, shuffle=True), DataLoader(Subset(rows, range(1200, 1797)), 597)
 

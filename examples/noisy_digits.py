@@ -8,7 +8,7 @@ from torch import nn
 
 from palf_dist import AdaptiveLoss
 
-policy = sys.argv[1] if len(sys.argv) > 1 else "runs/first/best"
+policy = sys.argv[1] if len(sys.argv) > 1 else "default"
 x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
 x, y = x.float() / 16, y.long()
 seeds, rows, noise, steps = 5, 400, 0.4, 300

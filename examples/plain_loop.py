@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from palf_dist import AdaptiveLoss
 
-policy = sys.argv[1] if len(sys.argv) > 1 else "runs/first/best"
+policy = sys.argv[1] if len(sys.argv) > 1 else "default"
 torch.manual_seed(0)
 x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
 x, y = x.float() / 16, y.long()

@@ -35,6 +35,6 @@ def work(policy):
             report({"epoch": epoch, "loss": loss.item()}, Checkpoint.from_directory(folder))
 
 
-policy = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/first/best").resolve()
+policy = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else "default"
 run = RunConfig(failure_config=FailureConfig(max_failures=2))  # on more machines: storage_path= that all of them see
 print(TorchTrainer(work, train_loop_config=policy, scaling_config=ScalingConfig(num_workers=2), run_config=run).fit())
