@@ -239,14 +239,19 @@ def prepare(problem: Problem, unrolled: Unrolled) -> Callable[[], np.ndarray]:
     refresh = problem.policy.refresh
     kept = [(module, name) for module in net.modules() for name in module._parameters]
 
+    def reset(values: list[Tensor]) -> None:
+        """TorchOpt leaves what it made in the network, with its graph."""
+        for (module, name), value in zip(kept, values, strict=True):
+            module._parameters[name] = nn.Parameter(value.clone())
+
     def run() -> np.ndarray:
         phi = problem.phi.clone().requires_grad_(True)
         for index, task in enumerate(tasks):
-            for (module, name), value in zip(kept, task.theta0, strict=True):  # TorchOpt leaves its own there
-                module._parameters[name] = nn.Parameter(value.clone())
+            reset(task.theta0)
             alphas = policy(problem, phi, states[:, index])
             of_steps = [alphas[step // refresh] for step in range(task.steps)]
             (unrolled(net, task, problem.case.optimiser, of_steps) / len(tasks)).backward()
+        reset(tasks[0].theta0)
         assert phi.grad is not None
         return phi.grad.double().numpy()
 
