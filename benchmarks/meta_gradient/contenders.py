@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -10,7 +11,9 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.meta_gradient.workloads import Case, Problem
+from palf_dist.compilation import HotPath, check_compiler
 from palf_dist.config import EstimatorConfig
+from palf_dist.errors import ConfigError
 from palf_dist.estimators import make_estimator
 
 Run = Callable[[], np.ndarray]
@@ -39,6 +42,20 @@ def _own(kind: Literal["adjoint", "unroll"]) -> Callable[[Problem], Run]:
     return prepare
 
 
+def _compiled() -> Callable[[Problem], Run]:
+    try:
+        check_compiler()
+    except ConfigError as error:
+        raise ImportError(str(error)) from error
+
+    def prepare(problem: Problem) -> Run:
+        estimator, loop = make_estimator(EstimatorConfig(), problem.outer), copy(problem.loop)
+        loop.hot = HotPath(loop.group.model, loop.head, compiled=True)
+        return lambda: estimator.estimate(loop, problem.phi, loop.start(), loop.steps, (0,)).gradient
+
+    return prepare
+
+
 def _library(name: Literal["torchopt", "higher", "learn2learn"]) -> Callable[[Problem], Run]:
     from benchmarks.meta_gradient import peers_torch
 
@@ -52,9 +69,10 @@ def _jax(mode: Literal["reverse", "adjoint"]) -> Callable[[Problem], Run]:
     return lambda problem: peers_jax.prepare(problem, mode)
 
 
-OURS, UNROLL = "palf_dist", "palf_dist, unroll"
+OURS, COMPILED, UNROLL = "palf_dist", "palf_dist, compiled", "palf_dist, unroll"
 CONTENDERS = {
     OURS: Contender("own", partial(_own, "adjoint"), products="adjoint"),
+    COMPILED: Contender("own", _compiled, products="adjoint"),
     UNROLL: Contender("own", partial(_own, "unroll")),
     "TorchOpt": Contender("library", partial(_library, "torchopt"), ("torchopt",)),
     "higher": Contender("library", partial(_library, "higher"), ("higher",)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.meta_gradient.contenders import UNROLL
+from benchmarks.meta_gradient.contenders import COMPILED, UNROLL
 from benchmarks.meta_gradient.record import CaseRecord, Figures, Performance, Spread
 from palf_dist.evaluation.table import Cells, markdown_table
 
@@ -31,7 +31,7 @@ def title(case: CaseRecord) -> str:
 
 def summary(found: Performance) -> Cells:
     """How many times palf_dist's CPU time the others need, case by case."""
-    header = ["case", "fastest library", "which", "JAX reverse", "JAX adjoint", UNROLL]
+    header = ["case", "fastest library", "which", "JAX reverse", "JAX adjoint", UNROLL, COMPILED]
 
     def ratio(case: CaseRecord, name: str | None) -> str:
         return "-" if name is None or name not in case.contenders else _times(case.contenders[name].ratio)
@@ -77,8 +77,8 @@ Written by `{COMMAND}`; [{JSON}]({JSON}) has the figures. {found.cpu}, one of {f
 one thread, Python {found.python}, {versions}. Float32.
 
 The exact gradient of the outer loss with respect to the policy's parameters, through every step of the inner run: by
-palf_dist's own `adjoint` estimator, its `unroll` (autograd through all tasks at once), and by other libraries, which
-compute the same quantity. A, B and C take 20 steps under the paper's five basis losses, whose weights a policy 6-32-5
+palf_dist's own `adjoint` estimator, as it is and compiled by inductor (`inner.compile`), its `unroll` (autograd through
+all tasks at once), and by other libraries, which compute the same quantity. A, B and C take 20 steps under the paper's five basis losses, whose weights a policy 6-32-5
 sets every 10 steps; the outer loss is cross-entropy on clean rows at the end. D is a unit of meta-training: 150 Adam
 steps of 48 tasks under the robust policy, the soft error read at six checkpoints. Data are made up; in D, rows and
 classes are padded, half of the tasks have a shifted prior.
