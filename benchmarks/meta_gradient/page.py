@@ -79,8 +79,8 @@ one thread, Python {found.python}, {versions}. Float32.
 The exact gradient of the outer loss with respect to the policy's parameters, through every step of the inner run: by
 palf_dist's own `adjoint` estimator, as it is and compiled by inductor (`inner.compile`), its `unroll` (autograd through
 all tasks at once), and by other libraries, which compute the same quantity. A, B and C take 20 steps under the paper's
-five basis losses, whose weights a policy 6-32-5 sets every 10 steps; the outer loss is cross-entropy on clean rows at the
-end. D is a unit of meta-training: 150 Adam steps of 48 tasks under the robust policy, the soft error read at six
+five basis losses, whose weights a policy 6-32-5 sets every 10 steps; the outer loss is cross-entropy on clean rows at
+the end. D is a unit of meta-training: 150 Adam steps of 48 tasks under the robust policy, the soft error read at six
 checkpoints. Data are made up; in D, rows and classes are padded, half of the tasks have a shifted prior.
 
 - All start from the same parameters, minibatches and policy. In A to C the training states that the policy reads are
