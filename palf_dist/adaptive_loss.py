@@ -26,6 +26,7 @@ from palf_dist.losses import Columns, LossContext
 from palf_dist.mixture_loss import ByClass
 from palf_dist.own_losses import own_names
 from palf_dist.policies.base import check_controls
+from palf_dist.policies.meta_learned import LearnedPolicy
 from palf_dist.policies.named import AnyPolicy, policy_in_use
 from palf_dist.policies.policy_file import load_policy
 from palf_dist.policies.static import restored_controls
@@ -344,7 +345,10 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         if self._reads_history:
             self.history = torch.cat([self.history, state[:, None].to(self.history)], 1)
             state = self.history.to(z)
-        self.controls = check_controls(self.policy, self.policy.controls(self.phi.to(z), state))[0].to(self.controls)
+        controls = self.policy.controls(self.phi.to(z), state)
+        if not isinstance(self.policy, LearnedPolicy):  # a user's own may say anything
+            check_controls(self.policy, controls)
+        self.controls = controls[0].to(self.controls)
         self._weight_decay_multiplier = float(self.controls[CONTROL_INDEX["wd"]])
         self._refreshed_at = self._step
 

@@ -137,6 +137,9 @@ def test_it_warns_once_without_index():
 
 def test_it_warns_once_where_the_weight_decay_goes_nowhere():
     criterion = AdaptiveLoss(artefact(hyperparameters=("wd",)), total_steps=5)
+    logits, labels, index = batch(0)
+    criterion(logits, labels, index=index)
+    assert criterion.weight_decay_multiplier != 1
     layer = nn.Linear(2, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

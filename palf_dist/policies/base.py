@@ -59,8 +59,8 @@ class Policy(Protocol):
         ...
 
 
-def check_controls(policy: Policy, controls: Tensor) -> Tensor:
-    """Controls [G, U] as a policy gave them, after a look at them.
+def check_controls(policy: Policy, controls: Tensor) -> None:
+    """Look at controls [G, U] as a policy gave them.
 
     Raises:
         ConfigError: they are no mixture of its basis losses, or a hyper-parameter is out of its bounds.
@@ -84,4 +84,3 @@ def check_controls(policy: Policy, controls: Tensor) -> Tensor:
         high = UPPER_BOUNDS.get(name, math.inf)
         if ((values < 0) | (values > high)).any():
             raise ConfigError(f"{who}: hyper-parameter {name} is {values.tolist()}; needs numbers from 0 to {high:g}")
-    return controls
