@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,7 +96,7 @@ def show(
 @policy_app.command()
 def export(
     policy: Place,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where policy.safetensors and policy.json go.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where policy.safetensors and policy.json go.")],
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
@@ -102,13 +104,18 @@ def export(
     with output(as_json) as emit:
         from palf_dist.errors import PolicyFileError
         from palf_dist.evaluation.policy_card import described
-        from palf_dist.policies.policy_file import CARD, card_digest, load_policy, save_policy
+        from palf_dist.policies.policy_file import CARD, TENSORS, card_digest, load_policy, save_policy
+        from palf_dist.storage import is_uri
 
-        if (folder / CARD).exists():
+        if is_uri(folder):
+            raise PolicyFileError(f"{folder}: is a URI; export into a local folder and copy its two files")
+        target = Path(folder)
+        if any((target / name).exists() for name in (TENSORS, CARD)):
             raise PolicyFileError(f"{folder}: holds a policy already; name another folder")
         artefact = described(policy, tracking_uri)
-        path = save_policy(folder, artefact)
-        sha256 = card_digest(load_policy(folder))
+        with _written(target):
+            path = save_policy(target, artefact)
+        sha256 = card_digest(load_policy(target))
         emit({"policy": str(path), "sha256": sha256}, f"policy  {escape(str(near(path)))}", f"sha256  {sha256}")
 
 
@@ -147,12 +154,27 @@ def compare(
 def _draw(explanation: Explanation, folder: Path) -> list[Path]:
     from palf_dist.evaluation.policy_plots import pictures
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, picture in pictures(explanation).items():
-        paths.append(folder / f"{name}.png")
-        paths[-1].write_bytes(picture)
+    with _written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures(explanation).items():
+            paths.append(folder / f"{name}.png")
+            paths[-1].write_bytes(picture)
     return paths
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """What cannot be written is one message."""
+    from palf_dist.errors import PolicyFileError
+    from palf_dist.storage import first_line
+
+    try:
+        yield
+    except OSError as error:
+        raise PolicyFileError(
+            f"{folder}: cannot be written to ({first_line(error)}); name a folder that can be"
+        ) from error
 
 
 def _explanation_record(item: Explanation) -> dict[str, Any]:

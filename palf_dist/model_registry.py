@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palf_dist.errors import RegistryError
-from palf_dist.mlflow_client import CLIENT_SETTINGS, absolute, make_client, sqlite_file
+from palf_dist.mlflow_client import CLIENT_SETTINGS, DEFAULT_URI, absolute, make_client, sqlite_file
 from palf_dist.redaction import has_credentials
 from palf_dist.storage import first_line
 
@@ -24,6 +24,8 @@ FOLDER = "policy"
 DIGEST_TAG = "palf_dist.sha256"
 """The tag of a version with the digest of what was registered."""
 
+_NAME = re.compile(r"(?!\.)[\w. -]*\w")
+_ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]+", re.IGNORECASE)  # what MLflow takes
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[1-9][0-9]*|latest))")
 
 
@@ -49,29 +51,17 @@ def is_registered(path: str | Path) -> bool:
 def fetch(address: str, names: Sequence[str], tracking_uri: str | None = None) -> tuple[Version, dict[str, bytes]]:
     """The version that an address names, and the contents of these files of it.
 
-    ``tracking_uri``: of the MLflow server; else the one that MLflow itself uses (MLFLOW_TRACKING_URI). Raises
-    RegistryError.
+    ``tracking_uri``: of the MLflow server; else the one that MLflow was given (MLFLOW_TRACKING_URI), else mlflow.db in
+    the working folder. Raises RegistryError.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise RegistryError(
             f"{address}: not an address of a registered model; write models:/NAME@ALIAS or models:/NAME/VERSION"
         )
-    with _registry(address, tracking_uri, makes=False) as (client, uri), tempfile.TemporaryDirectory() as folder:
-        from mlflow.artifacts import download_artifacts
-
+    with _registry(address, tracking_uri, makes=False) as (client, uri):
         version = _version(_named(client, **match.groupdict()))
-        contents = {}
-        for name in names:
-            try:
-                file = download_artifacts(f"{version.source}/{name}", dst_path=folder, tracking_uri=uri)
-            except Exception as error:
-                raise RegistryError(
-                    f"{address}: {name} of {version.address} cannot be had ({first_line(error)}); register a policy "
-                    "with palf-dist policy register"
-                ) from error
-            contents[name] = Path(file).read_bytes()
-        return version, contents
+        return version, {name: _read(version, name, uri) for name in names}
 
 
 def publish(
@@ -85,13 +75,20 @@ def publish(
     metrics: Mapping[str, float],
     description: str,
 ) -> tuple[Version, bool]:
-    """Register ``files`` as a new version of the model ``name``, or find the version that has the same ``digest``; the
-    alias then names it, and no other. The version, and whether it is new. Raises RegistryError."""
-    if not name or re.search(r"[/:@]", name):
-        raise RegistryError(f"--name {name}: a name without / : @ is needed, for instance palf")
-    with _registry(f"{PREFIX}{name}", tracking_uri, makes=True) as (client, _):
+    """Register ``files`` as a new version of the model ``name``, or find the version that has the same ``digest`` and
+    still holds them; the alias then names it, and no other. The version, and whether it is new. Raises RegistryError.
+    """
+    if not _NAME.fullmatch(name):
+        raise RegistryError(f"--name {name}: a name of letters, digits, _ - and . is needed, for instance palf")
+    if alias is not None and not _ALIAS.fullmatch(alias):
+        raise RegistryError(
+            f"--alias {alias}: an alias of letters, digits, _ and - is needed, for instance champion; latest, v1, v2 "
+            "and so on are MLflow's own"
+        )
+    with _registry(f"{PREFIX}{name}", tracking_uri, makes=True) as (client, uri):
         found = [_version(item) for item in client.search_model_versions(f"name='{name}'")]
-        version = next((item for item in found if item.digest == digest), None)
+        same = (item for item in found if item.digest == digest)
+        version = next((item for item in same if _holds(item, files, uri)), None)
         new = version is None
         if version is None:
             if not found:
@@ -108,6 +105,29 @@ def publish(
 
 def _version(item: Any) -> Version:
     return Version(item.name, str(item.version), item.source.rstrip("/"), item.tags.get(DIGEST_TAG))
+
+
+def _read(version: Version, name: str, uri: str) -> bytes:
+    """A file of a version. Raises RegistryError."""
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = download_artifacts(f"{version.source}/{name}", dst_path=folder, tracking_uri=uri)
+            return Path(file).read_bytes()
+        except Exception as error:
+            raise RegistryError(
+                f"{version.address}: {name} cannot be had ({first_line(error)}); register a policy with palf-dist "
+                "policy register"
+            ) from error
+
+
+def _holds(version: Version, files: Mapping[str, bytes], uri: str) -> bool:
+    """Whether a version still holds these files: what was damaged or removed is registered again."""
+    try:
+        return all(_read(version, name, uri) == content for name, content in files.items())
+    except RegistryError:
+        return False
 
 
 def _named(client: Any, name: str, alias: str | None, version: str | None) -> Any:
@@ -161,7 +181,8 @@ def _registry(asked: str, tracking_uri: str | None, makes: bool) -> Iterator[tup
             import mlflow
         except ImportError as error:
             raise RegistryError(f"{asked}: mlflow cannot be imported ({first_line(error)}); install mlflow") from error
-        uri = absolute(tracking_uri or mlflow.get_tracking_uri())
+        own = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else DEFAULT_URI  # as for a run's tracking
+        uri = absolute(tracking_uri or own)
         file = sqlite_file(uri)
         if file is not None and not makes and not file.exists():
             raise RegistryError(

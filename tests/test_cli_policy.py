@@ -16,6 +16,7 @@ from palf_dist.evaluation.policy_card import described, policy_place
 from palf_dist.evaluation.policy_comparison import States, compare_behaviour, states_for
 from palf_dist.evaluation.table import to_records
 from palf_dist.policies.policy_file import CARD, TENSORS, load_policy, policy_bytes, save_policy
+from palf_dist.run_directory import BEST
 from palf_dist.types import DEFAULT_HYPERPARAMETERS
 from tests.adaptive_cases import artefact, untrained
 from tests.command import Command
@@ -59,6 +60,19 @@ def test_without_a_run_the_card_stays_as_it_is(run: str, tmp_path: Path) -> None
     assert "figures" not in described(run).card and "config" in described(run).card
 
 
+def test_a_run_that_only_evaluated_it_does_not_say_how_it_was_trained(run: str, tmp_path: Path) -> None:
+    """Such as ``evaluate --run-dir`` keeps, of another configuration: that is not the one it was trained by."""
+    trained = described(run)
+    kept = Path(judged_run(tmp_path / "kept", rows_of(("iris", "wine")), "inner.steps=77"))
+    for path in kept.glob("metrics.*"):
+        path.unlink()
+    for kept_policy, config in ((load_policy(policy_place(run)), None), (trained, trained.card["config"])):
+        save_policy(kept / BEST, kept_policy)
+        card = described(str(kept)).card
+        assert card.get("config") == config and ("command" in card) == (config is not None)
+        assert card["protocol"]["datasets"] == ["iris", "wine"] and card["protocol"]["inner_steps"] == 77
+
+
 def test_show_says_and_draws_it(cli: Command, run: str) -> None:
     ended = cli("policy", "show", run, "--plots", "pictures")
     assert ended.code == 0
@@ -82,7 +96,23 @@ def test_export_writes_the_whole_card_and_nothing_over_another_policy(cli: Comma
     record = json.loads(cli("policy", "export", run, "out", "--json").out)
     assert policy_bytes(load_policy("out")) == policy_bytes(described(run))
     assert json.loads(Path("out", CARD).read_text())["sha256"] == record["sha256"]
-    assert "out: holds a policy already" in cli.refused("policy", "export", "default", "out")
+    for name in (CARD, TENSORS):
+        assert "out: holds a policy already" in cli.refused("policy", "export", "default", "out")
+        Path("out", name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (("export", "default", "file"), "file: cannot be written to"),
+        (("show", "default", "--plots", "file"), "file: cannot be written to"),
+        (("export", "default", "s3://bucket/policy"), "s3://bucket/policy: is a URI"),
+    ],
+)
+def test_a_folder_that_is_none_is_refused(command: tuple[str, ...], reason: str, cli: Command) -> None:
+    Path("file").write_text("in the way")
+    assert reason in cli.refused("policy", *command)
+    assert [path.name for path in Path().iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

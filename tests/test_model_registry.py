@@ -95,7 +95,7 @@ class TestOnAServer:
         assert np.array_equal(load_policy("models:/palf/1").phi, whole.phi)
         compared = json.loads(cli("policy", "compare", "models:/palf@champion", "models:/palf/1", "--json").out)
         assert "grid" in compared["states"] and compared["controls"]["e"]["largest_change"] > 0
-        assert "palf_dist" not in str(list(tmp_path.iterdir())) and not list(tmp_path.glob("mlruns"))
+        assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}, "what is downloaded does not stay here"
 
     def test_without_the_password(self, as_admin: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         register_policy(artefact(), "closed", "champion")
@@ -123,8 +123,12 @@ class TestOnAServer:
 
         for path, content in zip((tensors, card), policy_bytes(other(policy)), strict=True):
             path.write_bytes(content)
-        with pytest.raises(PolicyFileError, match="holds another policy than the one that was registered"):
+        with pytest.raises(PolicyFileError, match=r"another policy than .* registered; register it again"):
             load_policy("models:/changed/latest")
+        again, new = register_policy(policy, "changed", "champion")
+        assert new and again.version == "2", "its digest alone says that it is there"
+        assert policy_bytes(load_policy("models:/changed@champion")) == saved
+        assert register_policy(policy, "changed") == (again, False)
 
         newer = json.loads(saved[1]) | {"format_version": 99}
         card.write_text(json.dumps(newer | {"sha256": digest(saved[0], newer)}))
@@ -132,7 +136,7 @@ class TestOnAServer:
             load_policy("models:/changed/1")
 
         card.unlink()
-        with pytest.raises(RegistryError, match=f"{CARD} of models:/changed/1 cannot be had"):
+        with pytest.raises(RegistryError, match=f"models:/changed/1: {CARD} cannot be had"):
             load_policy("models:/changed/1")
 
     def test_what_is_not_there_is_named(self, as_admin: Server) -> None:
@@ -189,7 +193,36 @@ def test_credentials_do_not_belong_into_the_address(cli: Command) -> None:
     assert "MLFLOW_TRACKING_USERNAME" in complaint and "secret12" not in complaint
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "palf@champion", "c:"])
+@pytest.mark.parametrize("name", ["", "a/b", "palf@champion", "c:", "..", "it's"])
 def test_a_name_that_addresses_cannot_have(name: str) -> None:
-    with pytest.raises(RegistryError, match=r"--name .*: a name without / : @ is needed"):
+    with pytest.raises(RegistryError, match=r"--name .*: a name of letters, digits, _ - and \. is needed"):
         publish(name, {}, "", experiment="e", metrics={}, description="")
+
+
+@pytest.mark.parametrize("alias", ["", "latest", "V2", "a/b", "the best"])
+def test_an_alias_that_mlflow_refuses_registers_nothing(alias: str, cli: Command) -> None:
+    complaint = cli.refused("policy", "register", "default", "--name", "palf", "--alias", alias)
+    assert f"--alias {alias}: an alias of letters" in complaint and not cli.files()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_without_any_address_it_is_the_database_of_the_working_folder(
+    cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where MLflow would take the old file store that lies there, and not where runs are tracked; and the same
+    database from another folder."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old = Path("mlruns", "0", "meta.yaml")
+    old.parent.mkdir(parents=True)
+    old.write_text("experiment_id: '0'\nname: Default\n")
+    assert cli("policy", "register", "default", "--name", "palf", "--alias", "champion").code == 0
+    assert Path("mlflow.db").is_file()
+    assert load_policy("models:/palf@champion").card == load_policy("default").card
+    database = f"sqlite:///{Path('mlflow.db').absolute()}"
+    elsewhere = Path("elsewhere")
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert cli("policy", "export", "models:/palf/1", "out", "--tracking-uri", database).code == 0
+    assert policy_bytes(load_policy("out")) == policy_bytes(load_policy("default"))
+    assert [path.name for path in Path().iterdir()] == ["out"]

@@ -20,6 +20,7 @@ from palf_dist.evaluation.table import label_of, to_records
 from palf_dist.model_registry import Version, publish
 from palf_dist.policies.policy_file import (
     CARD,
+    DEFAULT,
     TENSORS,
     PolicyArtefact,
     card_digest,
@@ -27,7 +28,7 @@ from palf_dist.policies.policy_file import (
     policy_bytes,
     policy_folder,
 )
-from palf_dist.run_directory import BEST, CONFIG, RESULTS
+from palf_dist.run_directory import BEST, CONFIG, METRICS, RESULTS
 from palf_dist.storage import exists, is_uri, join, read_file, split
 
 NOT_JUDGED = "none: its run has no held-out comparison"
@@ -38,6 +39,8 @@ _FIGURES = ("method", "label", "accuracy", "diff_vs_ce", "se", "ci95")
 
 def policy_place(place: str) -> str:
     """The folder of a run's policy, where ``place`` is a run directory; else ``place``, which names a policy."""
+    if place == DEFAULT:
+        return place
     is_run = exists(join(place, CONFIG)) and not exists(join(place, CARD))
     return join(place, BEST) if is_run else place
 
@@ -52,20 +55,16 @@ def run_of(policy: str) -> str | None:
 
 def described(place: str, tracking_uri: str | None = None) -> PolicyArtefact:
     """The policy of a run directory, or the one at ``place`` as ``load_policy`` takes it. Where it lies in a run, its
-    card gets that run's configuration, protocol and figures; else it stays as it is. Raises as ``load_policy`` and
-    ``read_run`` do."""
+    card gets that run's configuration, protocol and figures, where that run only evaluated it the last two; else it
+    stays as it is. Raises as ``load_policy`` and ``read_run`` do."""
     place = policy_place(place)
     artefact, run = load_policy(place, tracking_uri=tracking_uri), run_of(place)
     if run is None:
         return artefact
-    config = load_config(join(run, CONFIG))
     digests = {TENSORS: hashlib.sha256(policy_bytes(artefact)[0]).hexdigest()}
-    added: dict[str, Any] = {
-        "command": COMMAND,
-        "config": _settings(config),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "digests": digests,
-    }
+    added: dict[str, Any] = {"versions": {"python": platform.python_version(), **_versions()}, "digests": digests}
+    if exists(join(run, METRICS)):  # it was trained there; what evaluate keeps has the configuration of the evaluation
+        added |= {"command": COMMAND, "config": _settings(load_config(join(run, CONFIG)))}
     if exists(join(run, RESULTS)):
         judged = read_run(run)
         digests[RESULTS] = hashlib.sha256(read_file(join(run, RESULTS))).hexdigest()

@@ -95,9 +95,9 @@ def card_digest(artefact: PolicyArtefact) -> str:
 def load_policy(path: str | Path, *, tracking_uri: str | None = None) -> PolicyArtefact:
     """Read a policy from its folder or from its policy.safetensors, beside which policy.json must stand; the path may
     be a URI (s3://, gs://, file://), the address of a registered one (models:/palf@champion), or "default": the one
-    that comes with palf_dist.
+    that comes with palf_dist (a folder of that name is "./default", or a ``Path``).
 
-    ``tracking_uri``: of the MLflow server whose registry it is; else MLFLOW_TRACKING_URI, as for MLflow itself.
+    ``tracking_uri``: of the MLflow server whose registry it is; else MLFLOW_TRACKING_URI, else mlflow.db here.
 
     Raises:
         PolicyFileError: a file is missing, not a policy, of a newer format, or not what was saved or registered.
@@ -158,7 +158,7 @@ def trained_on(card: Mapping[str, Any], name: str, origins: Collection[str]) -> 
 
 def policy_folder(path: str | Path) -> str | Path:
     """The folder of a policy: ``path``, a path or a URI, or where it is policy.safetensors what that lies in."""
-    if str(path) == DEFAULT:
+    if path == DEFAULT:  # Path("./default") is Path("default"), and a folder
         return PRETRAINED
     if is_uri(path):
         folder, name = split(path)

@@ -12,8 +12,11 @@ from sklearn.datasets import load_digits
 from palf_dist import AdaptiveLoss
 from palf_dist.cli_shared import load_run_config, overrides_of_suite
 from palf_dist.config import RunConfig
-from palf_dist.policies.policy_file import CARD, DEFAULT, PRETRAINED, TENSORS, load_policy
+from palf_dist.evaluation.policy_card import described
+from palf_dist.policies.policy_file import CARD, DEFAULT, PRETRAINED, TENSORS, load_policy, save_policy
 from palf_dist.tasks.suites import load_suite
+from tests.adaptive_cases import untrained
+from tests.evaluation.judged import judged_run, rows_of
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,9 +37,17 @@ def test_the_default_policy_is_that_of_the_published_design() -> None:
 
 
 def test_it_is_also_there_when_a_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / DEFAULT).mkdir()
+    """A folder with a policy, and a run; both can be named, too."""
     monkeypatch.chdir(tmp_path)
-    assert load_policy(DEFAULT).card["run"] == "palf12"
+    run = judged_run(tmp_path / DEFAULT, rows_of(("fashion_mnist", "iris")))
+    save_policy(run, untrained())
+    for place in (f"./{DEFAULT}", Path(DEFAULT)):
+        assert load_policy(place).card == {}
+    for name in (CARD, TENSORS, None):
+        assert load_policy(DEFAULT).card["run"] == described(DEFAULT).card["run"] == "palf12"
+        if name is not None:
+            Path(run, name).unlink()
+    assert described(f"./{DEFAULT}").card["outer_step"] == 80
 
 
 def test_it_trains_on_rows_that_it_never_saw_and_says_once_what_it_was_not_shown() -> None:
