@@ -265,7 +265,6 @@ class Nothing:
         (CurriculumPolicy(refresh=0), "policy CurriculumPolicy: refresh is 0; needs a positive number of steps"),
         ("online_learnloss", "validation: online LearnLoss learns from the validation error; pass validation="),
     ],
-    ids=str,
 )
 def test_what_is_no_policy_is_refused(given: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
