@@ -127,11 +127,12 @@ def test_uniform_is_the_mean_of_the_papers_losses() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:AdaptiveLoss. no index")
-def test_models_of_other_classes_can_share_a_loss() -> None:
+def test_models_of_other_classes_and_types_can_share_a_loss() -> None:
     policy = fixed_mixture({"robust_ce": 0.5, "label_smoothing": 0.5}, e=0.3)
     shared = AdaptiveLoss(policy, total_steps=10)
-    for classes in (4, 20, 4):
+    for classes, dtype in ((4, torch.float32), (20, torch.float32), (4, torch.float32), (4, torch.float64)):
         logits, y, _ = batch(0, classes=classes)
+        logits = logits.to(dtype)
         assert torch.equal(shared(logits, y), AdaptiveLoss(policy, total_steps=10)(logits, y))
 
 
