@@ -88,8 +88,8 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
     ) -> None:
         """
         Args:
-            policy: "cross_entropy", "uniform", "s5", "curriculum", "hedge" or "online_learnloss"; a policy file or the
-                folder that holds it; a loaded one; or an object with what ``palf_dist.policies.Policy`` says.
+            policy: "cross_entropy", "uniform", "s5", "curriculum", "hedge" or "online_learnloss"; what ``load`` reads;
+                a loaded one; or an object with what ``palf_dist.policies.Policy`` says.
             total_steps: optimiser steps of the whole training run.
             class_counts: [C] how many training labels each class has (counts, not frequencies). Needed for a
                 target_prior other than "train"; otherwise estimated from the labels that pass.
@@ -109,6 +109,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         Raises:
             ConfigError: an argument is out of range, or they do not fit together; or the policy needs a model.
             PolicyFileError: the policy's file is missing, too new, or was changed.
+            RegistryError: the registry does not give it.
         """
         super().__init__(weight, ignore_index, reduction, label_smoothing)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -265,9 +266,10 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _task(self, z: Tensor) -> LossContext:
-        """The constant facts of the losses, made once per type and place of the logits."""
+        """The constant facts of the losses, made once per type, place and classes of the logits."""
         context = self._context
-        if context is None or context.num_classes.dtype != z.dtype or context.num_classes.device != z.device:
+        if context is None or context.uniform.shape[2] != z.shape[1] or not _alike(context.uniform, z):
+            self._taken = None  # what was worked out of the controls and of the facts before
             mask = torch.ones(1, z.shape[1], dtype=torch.bool, device=z.device)
             ratio = torch.zeros(z.shape[1]) if self.log_prior_ratio is None else self.log_prior_ratio
             self._context = context = LossContext.create(mask, ratio.to(z)[None])
@@ -319,9 +321,9 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         return context, controls, softmax
 
     def _columns(self, z: Tensor) -> Columns:
-        """The columns of the controls in force, of the logits' type: taken once for each refresh."""
+        """The columns of the controls in force, of the logits' type: taken once for each refresh and ``_task``."""
         taken, now = self._taken, self.controls
-        if taken is None or taken[0] is not now or taken[1] != now._version or taken[2]["ce"].dtype != z.dtype:
+        if taken is None or taken[0] is not now or taken[1] != now._version:
             self._taken = taken = now, now._version, Columns.of(now[None].to(z.dtype), self._names)
         return taken[2]
 
@@ -347,7 +349,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             state = self.history.to(z)
         controls = self.policy.controls(self.phi.to(z), state)
         if not isinstance(self.policy, LearnedPolicy):  # a user's own may say anything
-            check_controls(self.policy, controls)
+            check_controls(self.policy, controls, tasks=1)
         self.controls = controls[0].to(self.controls)
         self._weight_decay_multiplier = float(self.controls[CONTROL_INDEX["wd"]])
         self._refreshed_at = self._step
@@ -392,3 +394,8 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         if message not in self._said:
             self._said.add(message)
             warnings.warn(f"AdaptiveLoss: {message}", stacklevel=2)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether they are of one type, and in one place."""
+    return a.dtype == b.dtype and a.device == b.device

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from palf_dist.errors import ConfigError
-from palf_dist.mixture_loss import check_labels, label_bounds
 
 PerClass = Sequence[float] | Tensor
 """One number for each class."""
@@ -76,7 +75,7 @@ class CrossEntropyArguments(nn.Module):
 
         Raises:
             ConfigError: the reduction is unknown, shapes do not fit, there is no row at all, or a label is out of range
-                (as ``check_labels``).
+                (not looked for on a GPU).
         """
         _check_reduction(self.reduction)
         shape = self._shape(logits, y, features, index)
@@ -88,7 +87,7 @@ class CrossEntropyArguments(nn.Module):
             smooth = self._smoothed(targets, weight)
             return LabelledRows(z, targets.argmax(1), smooth, None, None, features, index, None, shape)
         y, kept = y.flatten().to(torch.int64), None
-        bounds = label_bounds(y)
+        bounds = _label_bounds(y)
         if bounds is None or bounds[0] <= self.ignore_index <= bounds[1]:
             labelled = y != self.ignore_index
             if not labelled.all():  # a GPU is waited for here, if y is there: how many rows there are has to be known
@@ -97,8 +96,8 @@ class CrossEntropyArguments(nn.Module):
                 y, z = y[places], z[kept]
                 features = None if features is None else features[kept]
                 index = None if index is None else index[places.to(index.device)]
-                bounds = label_bounds(y)
-        check_labels(bounds, z.shape[1])
+                bounds = _label_bounds(y)
+        _check_labels(bounds, z.shape[1])
         y = y.to(z.device)
         scale = None if weight is None else weight[y]
         divisor = None if scale is None else scale.sum()
@@ -160,6 +159,24 @@ def full_precision(device_type: str) -> AbstractContextManager[object]:
 def _check_reduction(name: str) -> None:
     if name not in ("none", "mean", "sum"):
         raise ConfigError(f"reduction: {name!r} is unknown; give 'none', 'mean' or 'sum'")
+
+
+def _label_bounds(y: Tensor) -> tuple[int, int] | None:
+    """The least and the greatest of labels [n]; None of no label, and on a GPU: that would make every step wait for it,
+    and its kernels check the range."""
+    if not len(y) or y.device.type != "cpu":
+        return None
+    low, high = y.aminmax()
+    return int(low), int(high)
+
+
+def _check_labels(bounds: tuple[int, int] | None, classes: int) -> None:
+    """Refuse, with a ConfigError, labels within such ``_label_bounds`` that are out of 0 .. classes - 1."""
+    if bounds is not None and not 0 <= bounds[0] <= bounds[1] < classes:
+        raise ConfigError(
+            f"y: labels {bounds[0]} to {bounds[1]} given, but logits have {classes} classes; needs labels from 0 to "
+            "classes - 1"
+        )
 
 
 def _by_class(a: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from palf_dist.errors import ConfigError
 from palf_dist.loss_head import Evaluation, Softmax, Weights
 from palf_dist.losses import Controls, LossContext, column
 
@@ -125,32 +124,3 @@ def mixture_loss(
         evaluation = Evaluation(active, logits[None], labels[None], rows, controls, context, ByClass, plain)
         values = dict(evaluation.values())
     return MixtureLoss.apply(logits, h, evaluation, values, mean), values
-
-
-def check_batch(logits: Tensor, y: Tensor) -> None:
-    """Refuse, with a ConfigError, what is no batch of logits [n, C] and labels [n] in 0 .. C - 1."""
-    if logits.dim() != 2 or y.shape != logits.shape[:1] or y.is_floating_point():
-        raise ConfigError(
-            f"logits {list(logits.shape)} and y {list(y.shape)} {y.dtype}: needs logits [n, C] and whole labels [n]"
-        )
-    if not len(y):
-        raise ConfigError("y: the batch is empty; a mean loss needs at least one example")
-    check_labels(label_bounds(y), logits.shape[1])
-
-
-def label_bounds(y: Tensor) -> tuple[int, int] | None:
-    """The least and the greatest of labels [n]; None of no label, and on a GPU: that would make every step wait for it,
-    and its kernels check the range."""
-    if not len(y) or y.device.type != "cpu":
-        return None
-    low, high = y.aminmax()
-    return int(low), int(high)
-
-
-def check_labels(bounds: tuple[int, int] | None, classes: int) -> None:
-    """Refuse, with a ConfigError, labels within such ``label_bounds`` that are out of 0 .. classes - 1."""
-    if bounds is not None and not 0 <= bounds[0] <= bounds[1] < classes:
-        raise ConfigError(
-            f"y: labels {bounds[0]} to {bounds[1]} given, but logits have {classes} classes; needs labels from 0 to "
-            "classes - 1"
-        )

@@ -28,7 +28,8 @@ def basis_loss(function: Registered) -> Registered:
 
     The function maps logits [n, C] (float32 or float64) and labels [n] (int64) to the loss of each example [n], which
     autograd differentiates; each of them by its own row alone. n may be 0. ``palf_dist.testing.check_basis_loss``
-    checks that.
+    checks that. A function that is defined again at the same place takes the place of the one before, also in losses
+    that were made with it: so the functions of a factory need names of their own.
 
     Raises:
         ConfigError: it has no name of its own, or the name is that of another basis loss or a control.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from palf_dist import adaptive_loss
 from palf_dist.adaptive_loss import AdaptiveLoss
 from palf_dist.errors import ConfigError
 from tests.adaptive_cases import artefact, batch
@@ -136,9 +137,9 @@ def test_it_warns_once_without_index():
 
 
 def test_it_warns_once_where_the_weight_decay_goes_nowhere():
+    logits, y, index = batch(0)
     criterion = AdaptiveLoss(artefact(hyperparameters=("wd",)), total_steps=5)
-    logits, labels, index = batch(0)
-    criterion(logits, labels, index=index)
+    criterion(logits, y, index=index)
     assert criterion.weight_decay_multiplier != 1
     layer = nn.Linear(2, 2)
     with warnings.catch_warnings():
@@ -149,7 +150,9 @@ def test_it_warns_once_where_the_weight_decay_goes_nowhere():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         criterion.step(layer)
-        AdaptiveLoss(artefact(hyperparameters=("e",)), total_steps=5).step(layer)
+        without = AdaptiveLoss(artefact(hyperparameters=("e",)), total_steps=5)
+        without(logits, y, index=index)
+        without.step(layer)
 
 
 def test_it_needs_no_index_where_the_policy_remembers_nothing():
@@ -169,6 +172,7 @@ def test_it_follows_the_logits_to_another_device(monkeypatch):
     "lazy" stands for a GPU, since a build of torch without CUDA cannot index even fake CUDA tensors."""
     for name, value in (("__bool__", True), ("__int__", 0), ("__float__", 1.0)):
         monkeypatch.setattr(FakeTensor, name, lambda _, value=value: value)
+    monkeypatch.setattr(adaptive_loss, "check_controls", lambda _, controls, tasks: controls)  # of values
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows real devices only
     policy, other = artefact(hyperparameters=("e",)), artefact(hyperparameters=("e",), basis=("ce", "info_nce"))
     criteria = [

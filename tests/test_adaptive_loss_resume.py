@@ -62,6 +62,31 @@ def test_a_deep_copy_goes_on_by_itself():
     assert original.get_extra_state()["step"] == 5 and original.history.shape[1] == 2 < part.history.shape[1]
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loss_in_use_goes_back_to_a_state(assign):
+    """Nothing that it worked out of its controls outlives them."""
+
+    def losses(criterion):
+        found = []
+        for step in range(5, 9):
+            logits, y, index = batch(step)
+            found.append(criterion(logits, y, index=index).item())
+            criterion.step(nn.Identity())
+        return found
+
+    criterion = AdaptiveLoss(artefact(), total_steps=20)
+    losses(criterion)
+    saved = copy.deepcopy(criterion.state_dict())
+    after = losses(criterion)
+    for _ in range(2):
+        criterion.load_state_dict(copy.deepcopy(saved), assign=assign)
+        assert losses(criterion) == after
+    logits, y, _ = batch(0)
+    before = criterion(logits, y)
+    criterion.controls[CONTROL_INDEX["e"]] = 0.9  # in place, as a broadcast does it
+    assert criterion(logits, y) != before
+
+
 @pytest.mark.parametrize("stopped", [5, 6], ids=["between refreshes", "at one"])
 def test_a_policy_that_reads_the_model_continues_bit_for_bit(stopped):
     """Gradient norm and Hessian trace, also where the first thing after the restart is a refresh."""

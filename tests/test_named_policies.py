@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,16 @@ def test_uniform_is_the_mean_of_the_papers_losses() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(loss, (logits, h)) for loss in (ours, theirs)))
     with pytest.raises(ConfigError, match="features: the policy's mixture holds info_nce"):
         make("uniform")(logits, y)
+
+
+@pytest.mark.filterwarnings("ignore:AdaptiveLoss. no index")
+def test_models_of_other_classes_and_types_can_share_a_loss() -> None:
+    policy = fixed_mixture({"robust_ce": 0.5, "label_smoothing": 0.5}, e=0.3)
+    shared = AdaptiveLoss(policy, total_steps=10)
+    for classes, dtype in ((4, torch.float32), (20, torch.float32), (4, torch.float32), (4, torch.float64)):
+        logits, y, _ = batch(0, classes=classes)
+        logits = logits.to(dtype)
+        assert torch.equal(shared(logits, y), AdaptiveLoss(policy, total_steps=10)(logits, y))
 
 
 @pytest.mark.parametrize("total_steps", [150, 600, 20])
@@ -252,8 +263,9 @@ class Nothing:
     [
         (
             "unifrom",
-            "policy: 'unifrom' is no policy's name .*cross_entropy, uniform, s5, curriculum, hedge",
+            "policy: 'unifrom' is no policy's name .*cross_entropy, uniform, s5, curriculum, hedge.*, default.",
         ),
+        ("cross-entropy", "policy: 'cross-entropy' is no policy's name .*cross_entropy"),
         (3, "policy: 3 is no policy; give a name .*a policy file or its folder"),
         (None, "policy: None is no policy; give a name"),
         (CurriculumPolicy, "policy: CurriculumPolicy is a class; give an object of it"),
@@ -272,7 +284,7 @@ def test_what_is_no_policy_is_refused(given: object, message: str) -> None:
 
 
 def test_a_missing_file_is_named_as_one(tmp_path) -> None:
-    for given in (tmp_path / "none", str(tmp_path / "none")):
+    for given in (tmp_path / "none", str(tmp_path / "none"), Path("hedge")):
         with pytest.raises(PolicyFileError, match=r"there is no policy.safetensors"):
             AdaptiveLoss(given, total_steps=10)
 

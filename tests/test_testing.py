@@ -187,9 +187,9 @@ class Twice(Warmup):
         (AnotherLoss, "AnotherLoss: mae has a mixture weight; name it in active_basis"),
         (UnknownIsNan, "UnknownIsNan: controls are not finite; features that are not known are NaN"),
         (OutOfBounds, "OutOfBounds: hyper-parameter e is .0.99.*; needs numbers from 0 to 0.95"),
-        (AlphaAlone, "AlphaAlone: controls .4, 2. given; needs .G, 22., one row for each task"),
+        (AlphaAlone, "AlphaAlone: controls .4, 2. given; needs .4, 22., one row for each task"),
         (Float32, "Float32.controls: it gives torch.float32 for a state of torch.float64"),
-        (OneTask, "OneTask.controls: it gives 1 rows for 4 tasks"),
+        (OneTask, "OneTask: controls .1, 22. given; needs .4, 22., one row for each task"),
         (Together, "Together.controls: tasks are not apart"),
         (Drawing, "Drawing.controls: it (differs from call to call|draws from a global random state)"),
         (Seeding, "Seeding.controls: it draws from a global random state"),
@@ -212,6 +212,23 @@ def test_a_policy_that_goes_wrong_later_is_told_at_its_refresh() -> None:
     criterion = AdaptiveLoss(NotAMixture(), total_steps=20)
     logits, y, index = batch(0)
     with pytest.raises(ConfigError, match="NotAMixture: mixture weights"):
+        criterion(logits, y, index=index)
+
+
+class RowPerRefresh(Warmup):
+    reads_history = True
+
+    def controls(self, phi: Tensor, state: Tensor) -> Tensor:
+        return super().controls(phi, state.flatten(0, 1))
+
+
+def test_an_answer_for_each_refresh_is_refused_at_the_second() -> None:
+    criterion = AdaptiveLoss(RowPerRefresh(), total_steps=20)
+    logits, y, index = batch(0)
+    for _ in range(RowPerRefresh.refresh):
+        criterion(logits, y, index=index)
+        criterion.step(nn.Identity())
+    with pytest.raises(ConfigError, match=r"RowPerRefresh: controls \[2, 22\] given; needs \[1, 22\], one row"):
         criterion(logits, y, index=index)
 
 

@@ -59,18 +59,19 @@ class Policy(Protocol):
         ...
 
 
-def check_controls(policy: Policy, controls: Tensor) -> None:
-    """Look at controls [G, U] as a policy gave them.
+def check_controls(policy: Policy, controls: Tensor, tasks: int) -> None:
+    """Look at controls [G, U] as a policy gave them for so many tasks.
 
     Raises:
         ConfigError: they are no mixture of its basis losses, or a hyper-parameter is out of its bounds.
     """
     who, own = f"policy {type(policy).__name__}", own_names(policy.active_basis)
-    if controls.dim() != 2 or controls.shape[1] != len(CONTROLS) + len(own):
+    if controls.shape != (tasks, len(CONTROLS) + len(own)):
         raise ConfigError(
-            f"{who}: controls {list(controls.shape)} given; needs [G, {len(CONTROLS) + len(own)}], one row for each "
-            "task, as mixture_controls makes them"
+            f"{who}: controls {list(controls.shape)} given; needs [{tasks}, {len(CONTROLS) + len(own)}], one row for "
+            "each task, as mixture_controls makes them"
         )
+    controls = controls.detach().cpu()  # a GPU is waited for once
     if not controls.isfinite().all():
         raise ConfigError(f"{who}: controls are not finite; features that are not known are NaN, see torch.nan_to_num")
     alpha = torch.cat([controls[:, :NUM_BASIS], controls[:, len(CONTROLS) :]], 1)

@@ -17,7 +17,7 @@ from palf_dist.policies.base import Policy
 from palf_dist.policies.hedge import HedgePolicy
 from palf_dist.policies.meta_learned import LearnedPolicy, check_for_use
 from palf_dist.policies.online_learnloss import OnlineLearnLoss
-from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes
+from palf_dist.policies.policy_file import DEFAULT, PolicyArtefact, load_policy, policy_bytes
 from palf_dist.policies.schedule import CurriculumPolicy
 from palf_dist.policies.static import fixed_mixture
 from palf_dist.training_state import SNAPSHOTS, check_features
@@ -34,7 +34,7 @@ NAMED: dict[str, Callable[[], Policy]] = {
 """The policies that need no file: those of the held-out comparison."""
 
 AnyPolicy = str | Path | PolicyArtefact | Policy
-"""A name of ``NAMED``, a policy file or the folder that holds it, a loaded one, or any policy."""
+"""A name of ``NAMED``, what ``load_policy`` reads, a loaded one, or any policy."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def policy_in_use(given: AnyPolicy, total_steps: int) -> PolicyInUse:
     Raises:
         ConfigError: it is nothing of that, a policy object lacks something, or it needs the model's parameters.
         PolicyFileError: the file is missing, too new, or was changed.
+        RegistryError: the registry does not give it.
     """
     usual = InnerConfig()
     if isinstance(given, str) and given in NAMED:
@@ -111,9 +112,11 @@ def _loaded(path: str | Path) -> PolicyArtefact:
     try:
         return load_policy(path)
     except PolicyFileError as error:
-        if str(path).isidentifier() and not Path(path).exists():  # meant as a name, most likely
+        # a path says of itself that it is no name
+        if isinstance(path, str) and path.replace("-", "_").isidentifier() and not Path(path).exists():
             raise ConfigError(
-                f"policy: {str(path)!r} is no policy's name ({', '.join(NAMED)}), and there is no such file or folder"
+                f"policy: {path!r} is no policy's name ({', '.join((*NAMED, DEFAULT))}), and there is no such file or "
+                "folder"
             ) from error
         raise
 

@@ -77,5 +77,5 @@ def fixed_mixture(alpha: Mapping[str, float], **hyperparameters: float) -> Stati
         known = ", ".join(DEFAULT_HYPERPARAMETERS)
         raise ConfigError(f"{', '.join(unknown)}: no such hyper-parameter; there are {known}")
     policy = StaticPolicy(control_vector(alpha, hyperparameters), own=own_names([*alpha]))
-    check_controls(policy, policy.vector[None])
+    check_controls(policy, policy.vector[None], tasks=1)
     return policy
