@@ -342,8 +342,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
 
     def _refresh(self, z: Tensor, y: Tensor, index: Tensor | None) -> None:
         """Read the training state and ask the policy."""
-        state = self._state(z, y, index) if self.snapshots is None else self.snapshots.taken(z)
-        state = of_first_rank(state)
+        state = of_first_rank(self._state(z, y, index) if self.snapshots is None else self.snapshots.taken(z))
         if self._reads_history:
             self.history = torch.cat([self.history, state[:, None].to(self.history)], 1)
             state = self.history.to(z)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from palf_dist import adaptive_loss
 from palf_dist.adaptive_loss import AdaptiveLoss
 from palf_dist.errors import ConfigError
 from tests.adaptive_cases import artefact, batch
@@ -172,7 +171,6 @@ def test_it_follows_the_logits_to_another_device(monkeypatch):
     "lazy" stands for a GPU, since a build of torch without CUDA cannot index even fake CUDA tensors."""
     for name, value in (("__bool__", True), ("__int__", 0), ("__float__", 1.0)):
         monkeypatch.setattr(FakeTensor, name, lambda _, value=value: value)
-    monkeypatch.setattr(adaptive_loss, "check_controls", lambda _, controls, tasks: controls)  # of values
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows real devices only
     policy, other = artefact(hyperparameters=("e",)), artefact(hyperparameters=("e",), basis=("ce", "info_nce"))
     criteria = [
