@@ -69,7 +69,7 @@ def test_the_slope_is_autograds(name: str, optimiser: str) -> None:
     assert state.controls is not None
     inputs, labels = loop.minibatch(4)
     outputs = group.model.forward(state.theta, inputs)
-    context = loop.context(*loop._remember(state, outputs[0], labels))
+    context = loop.context(*loop._recall(state, labels))
     at, rate = (state.theta, state.slots), loop.rate(4)
     got = look_ahead_slope(group, loop.head, loop.optimiser, at, outputs, labels, state.controls, context, rate, 4)
 
@@ -92,7 +92,7 @@ def test_a_large_model_reads_the_validation_rows_piece_by_piece(monkeypatch: pyt
     loop = InnerLoop(group, policy, InnerConfig())
     state = after(loop, phi, 1)
     assert state.controls is not None
-    controls, context = state.controls, loop.context(*loop._remember(state, *forward_of(loop, state)))
+    controls, context = state.controls, loop.context(*loop._recall(state, loop.minibatch(1)[1]))
     whole = _validation_gradient(group, state.theta, controls, context)
     sizes: list[int] = []
     forward = group.model.forward
@@ -106,12 +106,6 @@ def test_a_large_model_reads_the_validation_rows_piece_by_piece(monkeypatch: pyt
     parts = _validation_gradient(group, state.theta, controls, context)
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-13)
     assert len(sizes) > 1 and max(sizes) == 2 and sum(sizes) == group.validation.labels.shape[1]
-
-
-def forward_of(loop: InnerLoop, state: InnerState) -> tuple[Tensor, Tensor]:
-    """Logits and labels of the next minibatch."""
-    inputs, labels = loop.minibatch(state.step)
-    return loop.group.model.forward(state.theta, inputs)[0], labels
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
