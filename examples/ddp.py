@@ -34,4 +34,6 @@ with torch.no_grad():
     accuracy = (model(x[1200:]).argmax(1) == y[1200:]).float().mean()
 controls = {name: round(value, 4) for name, value in zip(CONTROLS, criterion.controls.tolist(), strict=True) if value}
 print(f"rank {distributed.get_rank()}: test accuracy {accuracy:.3f}, {controls}", flush=True)
+distributed.barrier()
+del model, criterion, optimizer  # what still holds on to the process group
 distributed.destroy_process_group()
