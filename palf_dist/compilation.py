@@ -56,6 +56,8 @@ class HotPath:
 
         tensors: list[Any] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         graph = make_fx(of_tensors)(*tensors)
+        if any(node.op == "get_attr" for node in graph.graph.nodes):  # of this group alone, as a module's buffers
+            return torch._inductor.compile(graph, tensors)
         key = graph.code, *map(_form, tensors)
         if key not in _COMPILED:
             _COMPILED[key] = torch._inductor.compile(graph, tensors)  # traced already: torch.compile would guard it

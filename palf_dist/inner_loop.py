@@ -97,8 +97,8 @@ class StepResult:
     seen: Tensor  # [G, B]
     averaged: Tensor | None  # [G, B, C] averaged predictions before this step, where a basis loss reads them
     refreshed: bool
-    head: HeadTape | None  # closed-form step only
-    loss: Tensor | None  # [G] adaptive loss with its graph, differentiable step only
+    head: HeadTape | None  # closed-form step that is not compiled only
+    loss: Tensor | None  # [G] adaptive loss: with its graph in a differentiable step, without in a compiled one
 
     def adaptive_loss(self) -> Tensor:
         """l_t [G]; with its graph in a differentiable step."""

@@ -175,7 +175,8 @@ def _rehearse(
     with Meter() as meter:
         group = _widest_group(config, used, work)
         data = meter.live
-        loop = InnerLoop(group, policy, config.inner)
+        # what is compiled keeps no more than what is not, and what it makes is not seen
+        loop = InnerLoop(group, policy, config.inner.model_copy(update={"compile": False}))
         phi = torch.from_numpy(policy.initial()).to(group.theta0.device)
         more = body(loop, phi)
     return Need(data / TASKS, (meter.peak - data + more) / TASKS)

@@ -224,7 +224,7 @@ class UnitRunner(Protocol):
     """Runs units; the same object in process and inside a Ray worker."""
 
     def check(self) -> None:
-        """Raises ConfigError where this place has less memory than units take, as far as only it can tell."""
+        """Raises ConfigError where this place lacks what units need (memory, a compiler), as only it can tell."""
         ...
 
     def run(

@@ -104,7 +104,7 @@ By how much others need more, compared within each round.
 
 *Error*: of the gradient in float32, relative to that of `unroll` in float64; then of the same contender in float64.
 Where Adam divides by roots of small second moments, rounding of the inner run alone moves the gradient: compare with
-autograd's own error in the row of `unroll`. TorchOpt keeps learning rates in float32 whatever the parameters are.
+autograd's own error in the row of `unroll`. Why TorchOpt is less exact in float64 than the others was not looked into.
 *Memory*: peak resident size during a gradient less that before it, in a fresh process; of the most tasks only.
 *Of peak*: floating-point operations of the matrix products in the median CPU time, as a share of the
 {found.matmul_gigaflops:,.0f} gigaflops a second that a large product reaches here. They are counted in palf_dist by

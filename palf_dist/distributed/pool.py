@@ -86,9 +86,10 @@ class InProcessPool:
     reissued = 0
 
     def __init__(self, config: RunConfig, datasets: Mapping[str, EncodedDataset], make_runner: RunnerFactory) -> None:
+        self._runner = make_runner(config, datasets)
+        self._runner.check()
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(config.distributed.threads)
-        self._runner = make_runner(config, datasets)
         self._queue: deque[tuple[Unit, Broadcast, dict[str, np.ndarray] | None]] = deque()
 
     @property

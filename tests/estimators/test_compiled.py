@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from palf_dist import compilation
-from palf_dist.compilation import check_compiler
 from palf_dist.config import InnerConfig, OuterLossConfig
+from palf_dist.config_loading import load_config
+from palf_dist.distributed.pool import InProcessPool
 from palf_dist.errors import ConfigError
 from palf_dist.inner_loop import InnerLoop
+from palf_dist.tasks.datasets import load_all
+from palf_dist.units import Runner
 from tests.estimators.test_exact import estimate, relative
 from tests.groups import make_group
 from tests.test_inner_loop import full_policy
 
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
 
 
@@ -52,5 +58,6 @@ def test_groups_of_one_form_share_what_was_compiled() -> None:
 
 def test_no_compiler_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    config = load_config(SMOKE, ["inner.compile=true"])
     with pytest.raises(ConfigError, match=r"inner\.compile: .*no-such-compiler"):
-        check_compiler()
+        InProcessPool(config, load_all(config.data), Runner)
