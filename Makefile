@@ -79,7 +79,7 @@ test: lint
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
 bench: $(STAMP) bench-meta-gradient
-	for name in hedge_regret import_time learnloss_lp learnloss_certificates classifier online_learnloss overhead scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
+	for name in hedge_regret import_time learnloss_lp learnloss_certificates classifier online_learnloss overhead rounds estimators scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
 
 bench-meta-gradient: $(BENCH_STAMP)
 	$(BENCH_BIN)/python -m benchmarks.meta_gradient $(ARGS)
