@@ -256,8 +256,8 @@ def page(found: Rounds) -> str:
     milliseconds = found.milliseconds
     return f"""# What an outer step takes besides its work, as measured
 
-Written by `python -m benchmarks.rounds --write-docs` on {platform.machine()}. configs/quick.yaml, with one Ray worker so that
-work and waiting do not overlap, and {found.groups} groups of tasks in an outer step; MLflow delivers to SQLite.
+Written by `python -m benchmarks.rounds --write-docs` on {platform.machine()}. configs/quick.yaml, with one Ray worker
+so that work and waiting do not overlap, and {found.groups} groups of tasks in an outer step; MLflow delivers to SQLite.
 {len(found.blocks)} blocks of {found.steps} outer steps each, which end with a checkpoint; an outer step takes
 {median(milliseconds):.0f} ms ({min(milliseconds):.0f} to {max(milliseconds):.0f}). Medians over the blocks.
 

@@ -20,8 +20,7 @@ from palf_dist.atomic import write_atomic
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import config_differences
 from palf_dist.errors import RunDirectoryError
-from palf_dist.evaluation.claims import FEWEST_CLUSTERS
-from palf_dist.evaluation.designs import ABLATIONS, look, published_designs, with_look
+from palf_dist.evaluation.designs import ABLATIONS, design_of, look, published_designs, with_look
 from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.methods import REFERENCE
 from palf_dist.evaluation.plots import BLACK, FIGURE_STYLE, POLICY_COLOUR, to_png
@@ -37,6 +36,8 @@ from palf_dist.evaluation.table import (
     signed,
     to_pair_records,
 )
+from palf_dist.evaluation.verdicts import FEWEST_CLUSTERS
+from palf_dist.policies import policy_spec
 from palf_dist.units import groups_seen
 
 COLUMNS = (*TASK_KEYS, "origin", "accuracy")
@@ -94,7 +95,7 @@ def make_ablations_report(
         difference = number(against[design.name].overall.difference.mean)
         seen = with_look(seen, look(design.config, datasets, difference))
     record = {
-        "base": _about(finished[0], against),
+        "base": _about(finished[0], against) | _design(finished[0].config),
         "groups": {
             group: [
                 _about(design, against) | {"against_base": _without_names(item)}
@@ -235,9 +236,16 @@ def _about(design: Design, against: Mapping[str, Comparison]) -> dict[str, Any]:
     }
 
 
+def _design(config: RunConfig) -> dict[str, Any]:
+    """What tells whether the base is the design of other results."""
+    spec = policy_spec(config.policy)
+    return {"digest": design_of(config), "policy": spec.kind, "basis": spec.basis}
+
+
 def _without_names(item: Comparison) -> dict[str, Any]:
     (record,) = to_pair_records([item])
-    return {name: value for name, value in record.items() if name not in ("method", "against")}
+    named = {name: value for name, value in record.items() if name not in ("method", "against")}
+    return named | {"clusters": item.overall.difference.clusters}
 
 
 def _of_point(point: Point, curve: Sequence[Point]) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """What the PALF paper claims, and what was measured of it. Its own figures were simulated: claims to test.
 
-A verdict follows from a mean with its 95 % interval (Student's t, clustered by dataset) by one rule: "reproduced" where
-the interval lies above zero and the mean reaches what is claimed, "opposite" where the interval lies below zero, "not
-reproduced" otherwise, and "not measured" where there is no such figure or too little to judge it by. The claims about
-every single dataset, about distinct phases and about features have rules of their own, by intervals as well, and that
-about time goes by a benchmark.
+Verdicts follow the one rule of ``verdicts.judge``. The claims about every single dataset, about distinct phases, about
+features and about the frequency of updates have rules of their own, by intervals as well, and that about time goes by a
+benchmark.
 """
 
 from __future__ import annotations
@@ -12,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from palf_dist.config import RunConfig
+from palf_dist.evaluation.ablation_figures import AblationRecord, losses_left_out, update_frequency
 from palf_dist.evaluation.change_points import PAPER_PHASES, Phases
 from palf_dist.evaluation.conditions import imbalanced
 from palf_dist.evaluation.derived import BEST_STATIC
@@ -30,14 +29,8 @@ from palf_dist.evaluation.measures import MEASURES
 from palf_dist.evaluation.methods import LEARNED, PAPER_BASIS, POLICY, REFERENCE, is_baseline
 from palf_dist.evaluation.statistics import Comparison, compare_each
 from palf_dist.evaluation.table import interval, label_of, signed
+from palf_dist.evaluation.verdicts import FEWEST_CLUSTERS, Finding, Verdict, all_of, judge, judged, scaled, too_little
 from palf_dist.policies import policy_spec
-
-Verdict = Literal["reproduced", "not reproduced", "opposite", "not measured"]
-
-FEWEST_CLUSTERS = 5
-"""Independent datasets that a verdict takes: with fewer the t interval rests on hardly any estimate of its error."""
-
-NO_ERROR = 1e-9  # standard errors up to this are those of rounding
 
 PAPER_BASELINES = (
     *(name for name in PAPER_BASIS if name != "info_nce"),
@@ -67,37 +60,13 @@ class Evidence:
     pairs: Sequence[Comparison]
     trajectories: pa.Table | None  # of the last outer steps of meta-training
     interpretation: Interpretation | None = None  # of these
-
-
-@dataclass(frozen=True)
-class Finding:
-    measured: str
-    verdict: Verdict
+    ablations: Sequence[AblationRecord] = ()
 
 
 @dataclass(frozen=True)
 class Claim:
     text: str  # as the paper has it, with its section
     find: Callable[[Evidence], Finding]
-
-
-def judge(estimate: Estimate, claimed: float = 0.0) -> Verdict:
-    """The verdict on a claim of a gain of at least ``claimed``, in the unit of the estimate."""
-    if _too_little(estimate):
-        return "not measured"
-    if estimate.high < 0:
-        return "opposite"
-    return "reproduced" if estimate.low > 0 and estimate.mean >= claimed else "not reproduced"
-
-
-def _too_little(estimate: Estimate) -> str:
-    """Why there is no verdict on an estimate; empty where there is one."""
-    if math.isnan(estimate.mean):
-        return "there is no value"
-    if estimate.clusters < FEWEST_CLUSTERS:
-        return f"{estimate.clusters} independent datasets, and a verdict takes {FEWEST_CLUSTERS}"
-    # Differences that are all equal have no error but that of rounding.
-    return "" if estimate.se > NO_ERROR else "all datasets have the same difference, which gives no error to judge by"
 
 
 def findings(evidence: Evidence) -> list[dict[str, str]]:
@@ -116,23 +85,10 @@ def _gain(figure: Figure, claimed: float = 0.0, needed: Sequence[str] | None = N
     lacking = [name for name in figure.missing if needed is None or name in needed]
     others = [label_of(name) for name in figure.missing if name not in lacking]
     missing = f" (missing: {', '.join(others)})" if others else ""
-    finding = _judged(figure.estimate, f"points against {label_of(figure.of or REFERENCE)}{missing}", claimed)
+    finding = judged(figure.estimate, f"points against {label_of(figure.of or REFERENCE)}{missing}", claimed)
     if lacking:
         return Finding(f"{finding.measured}; a verdict takes {', '.join(map(label_of, lacking))}", "not measured")
     return finding
-
-
-def _judged(estimate: Estimate, unit: str, claimed: float = 0.0) -> Finding:
-    words = f"{signed(estimate)} {unit}"
-    if reason := _too_little(estimate):
-        return Finding(f"{words}; {reason}", "not measured")
-    return Finding(f"{words}, 95 % interval {interval(estimate)}", judge(estimate, claimed))
-
-
-def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    """The same in another unit."""
-    low, high = sorted((estimate.low * factor, estimate.high * factor))
-    return replace(estimate, mean=estimate.mean * factor, se=estimate.se * abs(factor), low=low, high=high)
 
 
 def _headline(name: str, claimed: float = 0.0, needed: Sequence[str] | None = None) -> Callable[[Evidence], Finding]:
@@ -150,7 +106,7 @@ def _errors_avoided(evidence: Evidence) -> Finding:
     errors = 100 - (policy.value - estimate.mean)  # on the tasks where both have a result
     if not errors > 1e-9:
         return Finding(f"nothing: {label_of(REFERENCE)} makes no errors to avoid", "not measured")
-    return _judged(_scaled(estimate, 100 / errors), f"% of the errors of {label_of(REFERENCE)} avoided", 15.0)
+    return judged(scaled(estimate, 100 / errors), f"% of the errors of {label_of(REFERENCE)} avoided", 15.0)
 
 
 def _every_dataset(evidence: Evidence) -> Finding:
@@ -186,7 +142,7 @@ def _fewer_steps(evidence: Evidence) -> Finding:
         return Finding("nothing: the rows of these runs have no learning curves", "not measured")
     reference = steps.overall.value - steps.overall.difference.mean
     unit = f"% fewer steps to 95 % of the best accuracy of {label_of(REFERENCE)}"
-    finding = _judged(_scaled(steps.overall.difference, -100 / reference), unit, 40.0)
+    finding = judged(scaled(steps.overall.difference, -100 / reference), unit, 40.0)
     return replace(finding, measured=f"{finding.measured}; {reached_words(policy, 'reached_95')}")
 
 
@@ -218,17 +174,10 @@ def _imbalance(evidence: Evidence) -> Finding:
             continue
         estimate = compare_each(rows, POLICY, MEASURES["balanced_accuracy"])[0].overall.difference
         unit = f"points of balanced accuracy against {label_of(REFERENCE)}"
-        finding = _judged(estimate, unit)
+        finding = judged(estimate, unit)
         found.append(replace(finding, measured=f"test rows {words}: {finding.measured}"))
     measured = "imbalanced training rows; " + "; ".join(finding.measured for finding in found)
-    return Finding(measured, _all_of([finding.verdict for finding in found]))
-
-
-def _all_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """On a claim that consists of several."""
-    if len(set(verdicts)) == 1:
-        return verdicts[0]
-    return "not measured" if "not measured" in verdicts else "not reproduced"
+    return Finding(measured, all_of([finding.verdict for finding in found]))
 
 
 def _other_families(evidence: Evidence) -> Finding:
@@ -275,7 +224,7 @@ def _phases(evidence: Evidence) -> Finding:
         f"{' + '.join(label_of(name) for name in names)} {signed(gain)} in {start:.0%} to {stop:.0%}"
         for (start, stop), names, gain in zip(PAPER_PHASES, PHASE_WEIGHTS, gains, strict=True)
     )
-    return Finding(f"percent of weight gained: {words}", _all_of([judge(gain) for gain in gains]))
+    return Finding(f"percent of weight gained: {words}", all_of([judge(gain) for gain in gains]))
 
 
 def _three_phases(evidence: Evidence) -> Finding:
@@ -325,7 +274,7 @@ def _informative(evidence: Evidence) -> Finding:
         clustered_mean(importance.by_run[:, own] - others[:, rival], item.runs.clusters.tolist())
         for own, rival in ((weaker, rivals.argmax()), (stronger, rivals.argmin()))
     )
-    if reason := _too_little(ahead):
+    if reason := too_little(ahead):
         return Finding(f"{words}; {reason}", "not measured")
     verdict: Verdict = "reproduced" if ahead.low > 0 else "opposite" if behind.high < 0 else "not reproduced"
     name = importance.features[weaker].replace("_", " ")
@@ -385,7 +334,7 @@ CLAIMS = (
     ),
     Claim(
         "without InfoNCE 1.3 points are lost, without focal 1.1 (5.3)",
-        _nothing("palf-dist ablate leaves each loss out: in ablations.md, not joined here"),
+        lambda evidence: losses_left_out(evidence.ablations),
     ),
     Claim(
         "gradient norm and prediction entropy are the most informative features (5.3, from runs without each; here: "
@@ -394,7 +343,7 @@ CLAIMS = (
     ),
     Claim(
         "updating the policy every 100 iterations is best (5.3)",
-        _nothing("palf-dist ablate has other frequencies of the update: in ablations.md, not joined here"),
+        lambda evidence: update_frequency(evidence.ablations),
     ),
 )
 """The claims of the paper that could be wrong, in the order of its sections."""

@@ -16,10 +16,11 @@ from palf_dist.atomic import write_atomic
 from palf_dist.config import RunConfig
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation import plots
+from palf_dist.evaluation.ablation_figures import AblationRecord, more_tasks_figures, read_ablations
 from palf_dist.evaluation.as_is import CAVEAT, AsIs, compare_as_is
-from palf_dist.evaluation.claims import FEWEST_CLUSTERS, Evidence, findings
+from palf_dist.evaluation.claims import Evidence, findings
 from palf_dist.evaluation.derived import held_out
-from palf_dist.evaluation.designs import RESULTS_JSON, Look, look, published_designs, with_look
+from palf_dist.evaluation.designs import RESULTS_JSON, Look, design_of, look, published_designs, with_look
 from palf_dist.evaluation.headline import Figure, headline
 from palf_dist.evaluation.inner_runs import dataset_facts
 from palf_dist.evaluation.interpretation import Interpretation, interpret
@@ -46,6 +47,7 @@ from palf_dist.evaluation.table import (
 )
 from palf_dist.evaluation.targets import judge_targets, target_cells
 from palf_dist.evaluation.transfer import Transfer, compare_transfer, transfer_figures, transfer_page
+from palf_dist.evaluation.verdicts import FEWEST_CLUSTERS
 from palf_dist.policies.policy_file import load_policy
 from palf_dist.redaction import redact
 from palf_dist.run_directory import BEST
@@ -91,17 +93,17 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     """Join the runs at ``places``, paths or URIs, into results.md, results.json and the folder of pictures ``results``
     in the folder ``output``. Equal runs give equal bytes, whatever their order.
 
-    Designs that an earlier results.json or ablations.json there lists stay in the list, and the overhead is that of the
-    file that its benchmark wrote there. Raises RunDirectoryError as ``read_runs``, for an output folder that cannot be
-    written, and for one of these files that is none.
+    Designs that an earlier results.json or ablations.json there lists stay in the list. What ablations say of claims
+    and targets is read there as well, and the overhead from the file that its benchmark wrote. Raises RunDirectoryError
+    as ``read_runs``, for an output folder that cannot be written, and for one of these files that is none.
     """
     if is_remote(output):
         raise RunDirectoryError(f"--output {redact(str(output))}: is no local folder; name one")
     folder = local_path(output)
     published = published_designs(folder)
-    overhead = overhead_figure(read_overheads(folder))
+    overhead, ablations = overhead_figure(read_overheads(folder)), read_ablations(folder)
     runs = read_runs(places)
-    joined = _joined(runs, overhead)
+    joined = _joined(runs, overhead, ablations)
     designs = _with_designs(published, runs, joined.figures)
     record = _record(joined, designs)
     pictures = comparison_pictures(joined.compared)
@@ -134,7 +136,7 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     )
 
 
-def _joined(runs: JoinedRuns, overhead: Figure) -> Joined:
+def _joined(runs: JoinedRuns, overhead: Figure, ablations: Sequence[AblationRecord]) -> Joined:
     rows, family_rows = runs.rows, runs.family_rows
     compared, pairs = held_out(rows)
     as_is = compare_as_is(rows, runs.config.evaluation)
@@ -143,12 +145,14 @@ def _joined(runs: JoinedRuns, overhead: Figure) -> Joined:
         for kind, judged in runs.transfers.items()
     }
     figures = headline(rows, compared, pairs, runs.config) | transfer_figures(transfers)
-    figures |= as_is.figures() | {overhead.name: overhead}
+    figures |= as_is.figures() | {overhead.name: overhead} | more_tasks_figures(ablations, design_of(runs.config))
     family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
     family_figures = headline(family_rows, family_compared, family_pairs, runs.config) if family_rows else {}
     trajectories = _trajectories(runs.folds)
     interpretation = None if trajectories is None else _interpretation(runs, trajectories)
-    evidence = Evidence(runs.config, figures, family_figures, rows, compared, pairs, trajectories, interpretation)
+    evidence = Evidence(
+        runs.config, figures, family_figures, rows, compared, pairs, trajectories, interpretation, ablations
+    )
     return Joined(
         runs=runs,
         compared=compared,
@@ -302,8 +306,8 @@ def _page(joined: Joined, designs: int, compared: Sequence[str], explained: Sequ
         "## The claims of the paper\n",
         "*reproduced* where the 95 % interval lies above zero and the mean reaches what is claimed; *opposite* where "
         "the interval lies below zero; else *not reproduced*. *not measured* where there is no such figure, or fewer "
-        f"than {FEWEST_CLUSTERS} independent datasets. The claims about every dataset, distinct phases and features "
-        "have rules of their own, and that about time goes by the benchmark of overhead alone.\n",
+        f"than {FEWEST_CLUSTERS} independent datasets. The claims about every dataset, distinct phases, features "
+        "and updates have rules of their own, and that about time goes by the benchmark of overhead alone.\n",
         markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in joined.claims]), texts=3),
         "## Runs\n",
         markdown_table(_run_cells(runs.all), texts=3),

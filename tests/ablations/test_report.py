@@ -16,6 +16,7 @@ from palf_dist.ablations.config import Ablations, Design, designs_of
 from palf_dist.ablations.report import _monotone, make_ablations_report, report_name
 from palf_dist.config_loading import parse_config
 from palf_dist.errors import RunDirectoryError
+from palf_dist.evaluation.ablation_figures import more_tasks_figures, read_ablations
 from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.results import make_results
 from tests.evaluation.judged import judged_run, rows_of
@@ -120,6 +121,16 @@ def test_the_curve_goes_by_the_number_of_tasks_up_to_the_base(made):
         f"| base | 4,800 | {curve[-1]['diff_vs_tuned_ce']['difference']:+.2f} (" in page and f"| {last:+.2f} (" in page
     )
     assert "fresh tasks of the training datasets, which no pool holds: 48 to pick its best policy" in page
+
+
+def test_the_results_read_what_was_written(made):
+    (found,) = read_ablations(made.files[0].parent)
+    assert found.base.digest == made.record["designs"][0]["digest"]
+    assert {variant.name for variant in found.variants} == {"better", "worse", "luck", "groups-4", "groups-1"}
+    gain = more_tasks_figures([found], found.base.digest)["diff_more_tasks"]
+    written = made.record["curve"][-1]["gains"]["groups-4"]
+    assert gain.meaning == "4,800 meta-training tasks against 96" and gain.value == written["difference"]
+    assert gain.estimate is not None and gain.estimate.clusters == len(DATASETS)
 
 
 def test_fewer_tasks_that_do_better_are_told(tmp_path, monkeypatch):

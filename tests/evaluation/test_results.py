@@ -150,6 +150,8 @@ def test_the_headline_is_what_numpy_finds(made):
         "datasets_below_ce_as_is": None,
         "diff_as_is": None,
         "overhead_percent": None,
+        "diff_more_tasks": None,
+        "falls_with_more_tasks": None,
         "held_out_designs": 1,
     }
     assert made.record["headline"] == {
