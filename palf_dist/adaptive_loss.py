@@ -27,8 +27,7 @@ from palf_dist.mixture_loss import ByClass
 from palf_dist.own_losses import own_names
 from palf_dist.policies.base import check_controls
 from palf_dist.policies.meta_learned import LearnedPolicy
-from palf_dist.policies.named import AnyPolicy, policy_in_use
-from palf_dist.policies.policy_file import load_policy
+from palf_dist.policies.named import AnyPolicy, loaded, policy_in_use
 from palf_dist.policies.static import restored_controls
 from palf_dist.prediction_averages import LateBuffers, PredictionAverages
 from palf_dist.row_mixture import row_mixture
@@ -163,7 +162,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             RegistryError: the registry does not give it.
             ConfigError: as the constructor.
         """
-        return cls(load_policy(path), total_steps=total_steps, **settings)
+        return cls(loaded(path), total_steps=total_steps, **settings)
 
     def explain(self) -> Explanation:
         """What a learned policy does in which state: its controls along each feature. ConfigError for others."""

@@ -198,9 +198,9 @@ def evaluate(
 
         overrides = [*overrides_of_suite(suite, fold), *(overrides or ())]
         refuse_quick_results(quick, run_dir)
-        load_policy(policy)  # a damaged file is the first thing to say
+        artefact = load_policy(policy)  # a damaged file is the first thing to say
         settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
-        comparisons, _ = held_out(evaluate_policy(cut(settings) if quick else settings, policy, run_dir=run_dir))
+        comparisons, _ = held_out(evaluate_policy(cut(settings) if quick else settings, artefact, run_dir=run_dir))
         record = {"policy": str(policy), "quick": quick, "held_out": to_records(comparisons)}
         emit(record, to_rich(comparisons), *([NO_RESULTS] if quick else []))
 

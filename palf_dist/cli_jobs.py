@@ -173,9 +173,9 @@ def _shipment(context: typer.Context, command: list[str], folder: Path) -> Shipm
 
         policy, run_dir, quick = options["policy"], options["run_dir"], options["quick"]
         refuse_quick_results(quick, run_dir)
-        load_policy(policy)
+        artefact = load_policy(policy)
         settings = load_run_config(config or config_of_policy(policy), overrides, options["workers"], None)
-        return packer.evaluate(settings, policy, run_dir, as_json, quick=quick)
+        return packer.evaluate(settings, artefact, run_dir, as_json, quick=quick)
     given = config is not None or options["resume"] is None
     if name == "meta-train":
         run = load_run_config(config, overrides, options["workers"], None) if given else None

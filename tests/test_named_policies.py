@@ -283,6 +283,13 @@ def test_what_is_no_policy_is_refused(given: object, message: str) -> None:
         AdaptiveLoss(given, total_steps=10)
 
 
+def test_a_name_is_not_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"'s5' is read from no file; write AdaptiveLoss\('s5', ...\)"):
+        AdaptiveLoss.load("s5", total_steps=10)
+    with pytest.raises(ConfigError, match="'unifrom' is no policy's name"):
+        AdaptiveLoss.load("unifrom", total_steps=10)
+
+
 def test_a_missing_file_is_named_as_one(tmp_path) -> None:
     for given in (tmp_path / "none", str(tmp_path / "none"), Path("hedge")):
         with pytest.raises(PolicyFileError, match=r"there is no policy.safetensors"):

@@ -25,7 +25,7 @@ from palf_dist.distributed.session import Session, Stopped, open_session
 from palf_dist.errors import DataError, PolicyFileError, RunDirectoryError
 from palf_dist.evaluation.methods import check_methods
 from palf_dist.policies import policy_spec
-from palf_dist.policies.policy_file import load_policy, save_policy, trained_on
+from palf_dist.policies.policy_file import PolicyArtefact, load_policy, save_policy, trained_on
 from palf_dist.progress import Progress
 from palf_dist.run_directory import BEST, CONFIG, REPORT, RESULTS
 from palf_dist.tasks.cache import cache_folder
@@ -152,23 +152,24 @@ def _open(
 
 def evaluate_policy(
     config: RunConfig,
-    policy: str | Path,
+    policy: str | Path | PolicyArtefact,
     *,
     run_dir: str | Path | None = None,
     progress: Progress | None = None,
     make_runner: RunnerFactory = units.Runner,
 ) -> list[dict[str, Any]]:
-    """Rows of the held-out comparison of ``config`` for a policy file. Raises PolicyFileError where the two do not fit,
-    DataError where the policy was trained on rows of a held-out dataset.
+    """Rows of the held-out comparison of ``config`` for a policy, a file or a loaded one. Raises PolicyFileError where
+    the two do not fit, DataError where the policy was trained on rows of a held-out dataset.
 
     Tasks may be of other architectures or horizons than those of the meta-training. However long a run, the policy is
     asked as often as it was there, as ``AdaptiveLoss`` does. ``run_dir``: a new or empty folder or URI that keeps the
     rows with configuration and policy, as the directory of a run. A Ctrl-C raises KeyboardInterrupt.
     """
-    artefact = load_policy(policy)
+    artefact = policy if isinstance(policy, PolicyArtefact) else load_policy(policy)
     if artefact.spec != policy_spec(config.policy):
+        named = "policy" if policy is artefact else policy
         raise PolicyFileError(
-            f"{policy}: not a policy of this configuration's policy section; name the run's own config"
+            f"{named}: not a policy of this configuration's policy section; name the run's own config"
         )
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress or Progress())

@@ -20,7 +20,7 @@ from palf_dist.architecture_config import ModuleConfig
 from palf_dist.config import DatasetSource, RunConfig
 from palf_dist.config_loading import dump_config
 from palf_dist.errors import ConfigError, DataError
-from palf_dist.policies.policy_file import load_policy, save_policy
+from palf_dist.policies.policy_file import PolicyArtefact, save_policy
 from palf_dist.redaction import has_credentials
 from palf_dist.run_directory import CONFIG
 from palf_dist.search.config import SearchConfig
@@ -88,10 +88,10 @@ class Packer:
         return self._shipment("tune", [*arguments, *_json(as_json)], config.name if config else "resume", where)
 
     def evaluate(
-        self, config: RunConfig, policy: str, run_dir: str | None, as_json: bool, *, quick: bool = False
+        self, config: RunConfig, policy: PolicyArtefact, run_dir: str | None, as_json: bool, *, quick: bool = False
     ) -> Shipment:
-        """``policy``, as ``load_policy`` takes it, goes along. ``run_dir``: None where nothing is kept."""
-        save_policy(self.folder / POLICY, load_policy(policy))
+        """``policy`` goes along. ``run_dir``: None where nothing is kept."""
+        save_policy(self.folder / POLICY, policy)
         kept, where = ([], None) if run_dir is None else self._run(run_dir, None)
         options = [*kept, *(["--quick"] if quick else []), *_json(as_json)]
         arguments = [POLICY, *self._write(self._run_config(config)), *options]

@@ -65,7 +65,7 @@ def policy_in_use(given: AnyPolicy, total_steps: int) -> PolicyInUse:
         every = max(1, round(policy.refresh * total_steps / usual.steps))
         return PolicyInUse(policy, policy.initial(), every, _digest(policy), usual.ema)
     if isinstance(given, str | Path):
-        given = _loaded(given)
+        given = loaded(given)
     if isinstance(given, LearnedPolicy):
         given = PolicyArtefact(given.spec, given.initial(), given.mean.numpy(), given.std.numpy())
     if isinstance(given, PolicyArtefact):
@@ -108,12 +108,17 @@ def check_policy_object(policy: Policy) -> None:
         check_features(policy.features)
 
 
-def _loaded(path: str | Path) -> PolicyArtefact:
+def loaded(path: str | Path) -> PolicyArtefact:
+    """``load_policy`` for a loss: a ConfigError for what is no file but looks like a policy's name, or is one."""
     try:
         return load_policy(path)
     except PolicyFileError as error:
         # a path says of itself that it is no name
         if isinstance(path, str) and path.replace("-", "_").isidentifier() and not Path(path).exists():
+            if path in NAMED:
+                raise ConfigError(
+                    f"policy: {path!r} is read from no file; write AdaptiveLoss({path!r}, ...)"
+                ) from error
             raise ConfigError(
                 f"policy: {path!r} is no policy's name ({', '.join((*NAMED, DEFAULT))}), and there is no such file or "
                 "folder"

@@ -141,16 +141,18 @@ def test_a_policy_goes_along(packer: Packer, tmp_path: Path) -> None:
     best = tmp_path / "best"
     save_policy(best, untrained())
     (best / "notes.txt").write_text("no part of it")
-    made = packer.evaluate(load_config(SMOKE), str(best), None, as_json=False)
+    made = packer.evaluate(load_config(SMOKE), load_policy(best), None, as_json=False)
     assert made.arguments == ("policy", "--config", "config.yaml") and made.run_dir is None
     assert shipped(packer) == ["config.yaml", "policy/policy.json", "policy/policy.safetensors"]
     shutil.rmtree(packer.folder)
     packer.folder.mkdir()
-    kept = packer.evaluate(load_config(SMOKE), str(best / "policy.safetensors"), "s3://bucket/kept", as_json=False)
+    kept = packer.evaluate(
+        load_config(SMOKE), load_policy(best / "policy.safetensors"), "s3://bucket/kept", as_json=False
+    )
     assert kept.arguments[-2:] == ("--run-dir", "s3://bucket/kept") and kept.run_dir == "s3://bucket/kept"
     for name in ("policy.safetensors", "policy.json"):
         assert (packer.folder / "policy" / name).read_bytes() == (best / name).read_bytes()
-    packer.evaluate(load_config(SMOKE), "default", None, as_json=False)
+    packer.evaluate(load_config(SMOKE), load_policy("default"), None, as_json=False)
     assert load_policy(packer.folder / "policy").card["run"] == "palf12", "no name of something that stays here"
 
 
