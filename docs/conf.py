@@ -4,7 +4,8 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # fields.py
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # fields.py, and the package of this very checkout
 
 project = "palf_dist"
 author = "the authors of palf_dist"

@@ -31,6 +31,9 @@ TYPED: dict[str, tuple[str, ...]] = {
 }
 """Pages that are typed from the first block to the last, and which of their blocks are not."""
 
+DIRECTIVES = ("{toctree}", "{eval-rst}", "{config-fields}", "{commands}")
+"""Of Sphinx, fenced like code."""
+
 _FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# ([\w.]+\.(?:py|yaml))\n")
 
@@ -53,20 +56,20 @@ class Block:
         return named.group(1) if named else None
 
     def commands(self) -> Iterator[list[str]]:
-        """The words of each line, without prompts of an environment that is not activated."""
+        """The words of each line, the program without the folder of its environment."""
         for line in self.text.replace("\\\n", "").splitlines():
             if words := shlex.split(line, comments=True):
                 yield [words[0].removeprefix(".venv/bin/"), *words[1:]]
 
 
 def blocks(pages: Sequence[Path] = PAGES) -> list[Block]:
-    """Those of Sphinx, whose language is a directive in braces, are none."""
+    """In order; what Sphinx is told is none."""
     return [
         Block(str(page.relative_to(ROOT)), text.count("\n", 0, found.start()) + 1, found[2].strip(), found[3])
         for page in pages
         for text in [page.read_text()]
         for found in _FENCE.finditer(text)
-        if not found[2].startswith("{")
+        if not found[2].startswith(DIRECTIVES)
     ]
 
 
