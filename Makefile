@@ -7,11 +7,12 @@ BENCH_STAMP := .venv-bench/.installed
 BENCH_BIN := .venv-bench/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
 BENCH_INSTALL := $(BENCH_BIN)/python -m pip install -qq --constraint constraints.txt
+SITE := build/site
 OFFLINE ?=
 MARKS := $(if $(OFFLINE),and not network)
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train suite results results-all test bench bench-meta-gradient bench-tuneloss soak lint format clean
+.PHONY: help meta-train suite results results-all test bench bench-meta-gradient bench-tuneloss soak docs lint format clean
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
@@ -22,6 +23,7 @@ help:
 	@echo "make bench-meta-gradient   meta-gradients against other libraries, which go into .venv-bench (ARGS='--rounds 2 --workloads A' makes it shorter)"
 	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
 	@echo "make soak         meta-training for 15 minutes while workers, nodes, drivers, disk and MLflow fail (ARGS='--minutes 60 --seed 7')"
+	@echo "make docs         the documentation as a site, in build/site; needs no network"
 	@echo "make lint         ruff and mypy only"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make clean        remove .venv and everything that tools left"
@@ -90,6 +92,9 @@ bench-tuneloss: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs $(SITE)
+
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -113,7 +118,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@
 	$(PIP_INSTALL) pip setuptools
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --no-build-isolation --editable '.[bench,test]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[bench,docs,test]'
 	@touch $@
 
 # As .venv, with the libraries that meta-gradients are compared with, at the versions that were measured. One that cannot

@@ -34,12 +34,12 @@ RANGES |= {"log_classes": (math.log(2), math.inf)}
 class Explanation:
     """For S features and C controls, P values of each feature."""
 
-    features: tuple[str, ...]
-    controls: tuple[str, ...]  # those that the policy sets, of types.CONTROLS: mixture weights, then hyper-parameters
-    usual_state: np.ndarray  # [S] raw
-    usual: np.ndarray  # [C] the controls there
-    values: np.ndarray  # [S, P] raw values of each feature
-    curves: np.ndarray  # [S, P, C] the controls when that feature has that value and the others are as usual
+    features: tuple[str, ...]  #: their names
+    controls: tuple[str, ...]  #: that the policy sets, of types.CONTROLS; mixture weights, then hyper-parameters
+    usual_state: np.ndarray  #: [S] raw
+    usual: np.ndarray  #: [C] the controls there
+    values: np.ndarray  #: [S, P] raw values of each feature
+    curves: np.ndarray  #: [S, P, C] the controls when that feature has that value and the others are as usual
 
     @property
     def reach(self) -> np.ndarray:

@@ -121,7 +121,7 @@ class TuneLoss:
 
     @property
     def best_snapshot(self) -> BestSnapshot | None:
-        """The best model seen at any moment: it may beat every final where early stopping helps."""
+        """The best model seen at any moment; it may beat every final where early stopping helps."""
         errors = self.observations.errors
         if not len(errors):
             return None

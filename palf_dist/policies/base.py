@@ -27,7 +27,7 @@ class WithoutParameters:
     num_parameters = 0
     reads_history = False
     shield: float | None = None
-    settings: Mapping[str, Any] = {}  # what tells policies of one class apart, as plain data
+    settings: Mapping[str, Any] = {}  #: what tells policies of one class apart, as plain data
 
     def initial(self) -> np.ndarray:
         return np.zeros(0, np.float32)
@@ -37,12 +37,12 @@ class Policy(Protocol):
     """Maps the training state to controls. Stateless: everything it learned is in phi, and one that remembers is given
     all that it has seen in the run."""
 
-    features: tuple[str, ...]  # names it reads, see training_state.FEATURES; or training_state.SNAPSHOTS alone
-    refresh: int  # inner steps between two evaluations
-    active_basis: tuple[str, ...]  # basis losses whose mixture weight may be non-zero
-    num_parameters: int
-    shield: float | None  # kappa of the Lyapunov shield, see palf_dist.shield; active_basis then holds ce. None: off
-    reads_history: bool  # reads the states of all refreshes of the run so far, not of the present one alone
+    features: tuple[str, ...]  #: names it reads, see training_state.FEATURES; or training_state.SNAPSHOTS alone
+    refresh: int  #: inner steps between two evaluations
+    active_basis: tuple[str, ...]  #: basis losses whose mixture weight may be non-zero
+    num_parameters: int  #: of phi
+    shield: float | None  #: kappa of the Lyapunov shield (palf_dist.shield), or None; active_basis then holds ce
+    reads_history: bool  #: reads the states of all refreshes of the run so far, not of the present one alone
 
     def initial(self) -> np.ndarray:
         """phi before meta-training, float32 [num_parameters]."""

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 from ray.job_submission import JobSubmissionClient
 from ray.scripts.scripts import cli as ray_cli
@@ -22,6 +21,7 @@ from palf_dist.cli import app
 from palf_dist.jobs.client import authorisation
 from tests.command import SMOKE, Command
 from tests.jobs.head import started
+from tests.pages import parse
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "operations.md"
@@ -37,15 +37,6 @@ def blocks() -> list[tuple[str, str]]:
 
 def commands(language: str) -> list[list[str]]:
     return [shlex.split(line) for found, text in blocks() if found == language for line in text.splitlines()]
-
-
-def parse(command: click.Command, words: list[str]) -> None:
-    """Have click refuse what ``command`` does not take; nothing is run."""
-    name, *arguments = words
-    context = command.make_context(name, arguments)
-    if isinstance(command, click.Group):
-        rest = [*context._protected_args, *context.args]
-        parse(command.commands[rest[0]], rest)
 
 
 def test_every_block_says_whether_a_test_runs_it() -> None:
