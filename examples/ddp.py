@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import torch.distributed.nn  # before there is a group, or the functions in it hold on to that group (their default)
 from sklearn.datasets import load_digits
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +35,5 @@ with torch.no_grad():
     accuracy = (model(x[1200:]).argmax(1) == y[1200:]).float().mean()
 controls = {name: round(value, 4) for name, value in zip(CONTROLS, criterion.controls.tolist(), strict=True) if value}
 print(f"rank {distributed.get_rank()}: test accuracy {accuracy:.3f}, {controls}", flush=True)
-distributed.barrier()
-del model, criterion, optimizer  # what still holds on to the process group
+del model  # it holds on to the group, too; with the last of those the threads of the group end
 distributed.destroy_process_group()

@@ -11,6 +11,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from palf_dist.training_state import SNAPSHOTS
 TASKS, REFRESHES, ROWS, CLASSES, INPUTS = 4, 3, 8, 4, 3
 STEP = 1e-6  # of finite differences in float64
 MOST_STEPS = 25  # of the run in AdaptiveLoss
+
+States = list[dict[str, Any]]
 
 
 def check_policy(policy: Policy) -> None:
@@ -159,7 +162,7 @@ def _check_run(policy: Policy) -> None:
     )
 
 
-def _trained(policy: Policy, steps: range, saved: list[dict[str, object]] | None = None) -> tuple[list[float], list]:
+def _trained(policy: Policy, steps: range, saved: States | None = None) -> tuple[list[float], States]:
     draw = random_generator("check policy, run")
     x = torch.from_numpy(draw.normal(size=(5 * ROWS, INPUTS))).float()
     y = torch.from_numpy(draw.integers(0, CLASSES, len(x)))

@@ -75,16 +75,22 @@ def test_the_wheel_holds_the_whole_package(wheel: Path) -> None:
     }
 
 
-@pytest.mark.slow
-def test_an_example_runs_with_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
-    """In a bare environment, which borrows torch and the other libraries from that of the tests."""
-    bare = tmp_path / "bare"
-    run(sys.executable, "-m", "venv", "--without-pip", bare, cwd=tmp_path)
-    python = bare / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    (site,) = bare.glob("lib/python*/site-packages")
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel alone, which borrows torch and the other libraries from that of the tests."""
+    folder = tmp_path_factory.mktemp("bare")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    (site,) = folder.glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
 
+
+@pytest.mark.slow
+def test_an_example_runs_with_the_installed_wheel(bare: Path, tmp_path: Path) -> None:
+    python = bare / "bin" / "python"
+    (site,) = bare.glob("lib/python*/site-packages")
     place, _, feature = run(python, "-c", INSTALLED, cwd=tmp_path).split()
     assert Path(place).parent.parent == site and feature == "time"
     shutil.copy(ROOT / "examples" / "noisy_digits.py", tmp_path)
@@ -96,3 +102,25 @@ def test_an_example_runs_with_the_installed_wheel(wheel: Path, tmp_path: Path) -
     assert run(command, "--version", cwd=tmp_path).startswith("palf-dist ")
     assert "fashion-mnist" in run(command, "datasets", "list", "--suite", "palf12", cwd=tmp_path)
     assert "robust_ce" in run(command, "policy", "show", "default", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_users_code_is_checked_strictly_against_the_installed_wheel(bare: Path, tmp_path: Path) -> None:
+    """And what is wrong in it is found: so the types come from the wheel, and are not all Any."""
+    code = (ROOT / "tests" / "users_code.py").read_text()
+    assert mypy_says(bare, tmp_path, code) == []
+    wrong = code.replace("total_steps=1000", 'total_steps="1000"').replace('active_basis = ("ce", "mae")', "")
+    found = mypy_says(bare, tmp_path, wrong)
+    assert len(found) == 3 and "total_steps" in found[-1], found
+
+
+def mypy_says(bare: Path, folder: Path, code: str) -> list[str]:
+    """The errors that ``mypy --strict`` finds, without this project's configuration. It would read the insides of ray
+    and mlflow for minutes: they are left out."""
+    (folder / "users_code.py").write_text(code)
+    (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n[mypy-ray.*,mlflow.*]\nfollow_imports = skip\n")
+    options = ["--cache-dir", str(bare / "mypy"), "--python-executable", str(bare / "bin" / "python")]
+    command = [sys.executable, "-m", "mypy", *options, "users_code.py"]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
+    assert not ended.stderr, ended.stderr
+    return [line for line in ended.stdout.splitlines() if ": error:" in line]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palf_dist.architecture_config import ConvConfig, MLPConfig, TransformerConfig
-from palf_dist.config import Architecture, InnerConfig, OuterLossConfig, PolicyConfig
+from palf_dist.architecture_config import Architecture, ConvConfig, MLPConfig, TransformerConfig
+from palf_dist.config import InnerConfig, OuterLossConfig, PolicyConfig
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult, move_group
 from palf_dist.inner_models import InputShape, build_model
 from palf_dist.policies import LearnedPolicy, policy_spec

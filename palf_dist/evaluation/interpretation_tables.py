@@ -12,6 +12,7 @@ from palf_dist.evaluation.change_points import PAPER_PHASES, RESAMPLES, Interval
 from palf_dist.evaluation.importance import SEEDS, Importance
 from palf_dist.evaluation.inner_runs import WEIGHT
 from palf_dist.evaluation.interpretation import ALL, Curve, Interpretation
+from palf_dist.evaluation.plots import HYPERPARAMETER_LABELS
 from palf_dist.evaluation.table import NOTHING, Cells, markdown_notes, markdown_table, number
 
 PHASE_NAMES = tuple(f"{100 * start:.0f}-{100 * stop:.0f} %" for start, stop in PAPER_PHASES)
@@ -119,6 +120,8 @@ def _curve_notes(item: Interpretation) -> list[str]:
         "loss. What the policy leaves where it is has no column. Groups differ in more than in what they are named "
         "for: what an architecture reads is of one family, say.",
     ]
+    if named := [label for name, label in HYPERPARAMETER_LABELS.items() if name in item.runs.names]:
+        notes.append(f"{'; '.join(named)}.")
     notes += [f"Not measured: {what} ({reason})." for what, reason in item.not_measured.items()]
     if item.runs.left_out:
         notes.append(f"{item.runs.left_out} inner runs are left out, as they are not whole or not finite.")

@@ -221,7 +221,7 @@ def _page(
             _table(f"The {label_of(pairs[0].method)} against each", to_pair_cells(pairs), [""] * len(pairs), [])
         )
     for item in interpretation_tables(interpretation) if interpretation else ():
-        tables.append(_table(item.title, item.cells, [""] * len(item.cells[1]), item.notes))
+        tables.append(_table(item.title, item.cells, [""] * len(item.cells[1]), item.notes, item.texts))
     facts = _facts(config, metrics, card)
     if interpretation is not None and not interpretation.curves:
         facts["what the policy does"] = f"not measured: {interpretation.not_measured['curves']}"
@@ -239,10 +239,17 @@ def _page(
     )
 
 
-def _table(title: str, cells: Cells, looks: Sequence[str], notes: Sequence[str]) -> dict[str, Any]:
-    """A table as the page's template asks for it; ``looks`` are the classes of its rows."""
+def _table(title: str, cells: Cells, looks: Sequence[str], notes: Sequence[str], texts: int = 1) -> dict[str, Any]:
+    """A table as the page's template asks for it; ``looks`` are the classes of its rows, ``texts`` how many of its
+    first columns are words."""
     header, rows = cells
-    return {"title": title, "header": header, "rows": list(zip(looks, rows, strict=True)), "notes": notes}
+    return {
+        "title": title,
+        "header": header,
+        "rows": list(zip(looks, rows, strict=True)),
+        "notes": notes,
+        "texts": texts,
+    }
 
 
 def headline_sentence(comparisons: Sequence[Comparison]) -> str:

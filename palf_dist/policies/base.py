@@ -37,12 +37,25 @@ class Policy(Protocol):
     """Maps the training state to controls. Stateless: everything it learned is in phi, and one that remembers is given
     all that it has seen in the run."""
 
-    features: tuple[str, ...]  #: names it reads, see training_state.FEATURES; or training_state.SNAPSHOTS alone
     refresh: int  #: inner steps between two evaluations
-    active_basis: tuple[str, ...]  #: basis losses whose mixture weight may be non-zero
     num_parameters: int  #: of phi
-    shield: float | None  #: kappa of the Lyapunov shield (palf_dist.shield), or None; active_basis then holds ce
     reads_history: bool  #: reads the states of all refreshes of the run so far, not of the present one alone
+
+    # Read-only, so that an attribute of a narrower type is one, as ("loss",) of type tuple[str].
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names it reads, see training_state.FEATURES; or training_state.SNAPSHOTS alone."""
+        ...
+
+    @property
+    def active_basis(self) -> tuple[str, ...]:
+        """Basis losses whose mixture weight may be non-zero."""
+        ...
+
+    @property
+    def shield(self) -> float | None:
+        """kappa of the Lyapunov shield, see palf_dist.shield; active_basis then holds ce. None: off."""
+        ...
 
     def initial(self) -> np.ndarray:
         """phi before meta-training, float32 [num_parameters]."""

@@ -65,5 +65,6 @@ class OnlineLearnLoss(WithoutParameters):
             from palf_dist.learnloss.on_the_fly import learn_weights  # scipy takes a second to load
 
             weights = learn_weights(self.space, known[:, 1:], known[:, 0])
-        alpha = np.concatenate([[1.0], weights])
-        return alpha / alpha.sum()
+        alpha: np.ndarray = np.concatenate([[1.0], weights])
+        alpha /= alpha.sum()
+        return alpha

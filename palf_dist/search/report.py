@@ -121,7 +121,7 @@ def _page(
         name=config.name,
         headline=_headline(best),
         facts=_facts(config, trials),
-        header=["trial", "lowest error", "", *names],
+        header=["trial", "lowest error", "outcome", *names],
         rows=[
             (
                 "policy" if best is not None and record.number == best.trial else "",
