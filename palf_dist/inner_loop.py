@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from palf_dist.adaptation import look_ahead_slope, pieces
-from palf_dist.compilation import HotPath
+from palf_dist.compilation import HotPath, counted
 from palf_dist.config import InnerConfig
 from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
-from palf_dist.loss_head import Evaluation, HeadTape, LossHead
-from palf_dist.losses import LossContext, reference_mixture
+from palf_dist.inner_steps import Outputs, Passed, Recalled, StepParts, TracedStep, forward_step, traced_step
+from palf_dist.loss_head import Evaluation, LossHead, both_softmaxes
+from palf_dist.losses import MASKED_LOGIT, Columns, Controls, LossContext, reference_mixture
 from palf_dist.policies import AdaptingPolicy
 from palf_dist.policies.base import Policy
 from palf_dist.policies.static import control_vector
@@ -38,7 +39,7 @@ from palf_dist.training_state import (
     hutchinson_probes,
     neighbour_agreement,
 )
-from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, WD, InnerModel, Inputs, Rows, TaskGroup
+from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, Inputs, Rows, TaskGroup
 
 
 @dataclass
@@ -93,19 +94,10 @@ class StepResult:
 
     logits: Tensor  # [G, B, C]
     labels: Tensor  # [G, B]
-    own_probability: Tensor  # [G, B] averaged, before this step
-    seen: Tensor  # [G, B]
-    averaged: Tensor | None  # [G, B, C] averaged predictions before this step, where a basis loss reads them
+    recalled: Recalled
     refreshed: bool
-    head: HeadTape | None  # closed-form step that is not compiled only
-    loss: Tensor | None  # [G] adaptive loss: with its graph in a differentiable step, without in a compiled one
-
-    def adaptive_loss(self) -> Tensor:
-        """l_t [G]; with its graph in a differentiable step."""
-        if self.loss is not None:
-            return self.loss
-        assert self.head is not None
-        return self.head.mixture
+    adaptive_loss: Callable[[], Tensor]  # l_t [G]; with its graph in a differentiable step
+    passed: Passed | None = None  # in a closed-form step that is not compiled
 
 
 class InnerLoop:
@@ -116,14 +108,23 @@ class InnerLoop:
         self.steps = group.batches.shape[0]
         self.optimiser = inner_optimiser(group.specs[0].optimiser)
         self.head = LossHead(policy.active_basis)
-        self.hot = HotPath(group.model, self.head, compiled=inner.compile)
         rows = group.train.labels.shape[1]
         first_rows = rows * torch.arange(group.size, device=group.batches.device)
         self._rows = group.batches + first_rows[:, None]  # among the rows of all tasks joined, [T, G, B]
-        self._context = LossContext.create(group.class_mask, group.log_prior_ratio)
-        self._padding = ~group.class_mask[:, None, :]
+        self.parts = StepParts(
+            group.model,
+            self.head,
+            self.optimiser,
+            group.train.inputs,
+            group.train.labels,
+            group.weight_decay,
+            LossContext.create(group.class_mask, group.log_prior_ratio),
+            reads_averages=bool({*AVERAGED_BASIS} & {*policy.active_basis}),
+            ema=inner.ema,
+        )
+        self.hot = HotPath(self.parts) if inner.compile else None
+        self._columns: tuple[Tensor, Columns] | None = None  # of the controls asked for last
         self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
-        self._reads_averages = bool({*AVERAGED_BASIS} & {*policy.active_basis})
         self._keeps_snapshots = SNAPSHOTS in policy.features
         self._needs_validation = bool(set(VALIDATION_FEATURES) & set(policy.features))
         self._probes = None
@@ -143,63 +144,95 @@ class InnerLoop:
             seen=torch.zeros_like(group.train.labels, dtype=torch.bool),
         )
 
-    def context(self, own_probability: Tensor, seen: Tensor, averaged: Tensor | None = None) -> LossContext:
-        return self._context.with_averages(own_probability, seen, averaged)
+    def rows(self, step: int) -> Tensor:
+        """Rows [G, B] of the minibatch at ``step`` among the training rows of all tasks joined."""
+        return self._rows[step]
 
     def minibatch(self, step: int) -> tuple[Inputs, Tensor]:
-        return self.group.train.batch(self.group.batches[step])
+        return self.parts.minibatch(self.rows(step))
 
     def rate(self, step: int) -> Tensor:
         return self.group.learning_rate * cosine_rate(step, self.steps)
 
-    def decay(self, controls: Tensor) -> Tensor:
-        """Decoupled weight decay [G, 1]: the task's own times the policy's multiplier. Not through the gradient: Adam
-        would divide it by its root, which makes the meta-gradient explode at units that are off."""
-        return self.group.weight_decay * controls[:, WD : WD + 1]
+    def columns(self, controls: Tensor) -> Controls:
+        """Controls [G, U] as hot functions take them: taken apart once for all steps that share them."""
+        if self.hot is not None:
+            return controls
+        if self._columns is None or self._columns[0] is not controls:
+            self._columns = controls, Columns.of(controls)
+        return self._columns[1]
 
     def step(self, state: InnerState, phi: Tensor, *, differentiable: bool = False) -> StepResult:
         """Advance ``state`` by one step in place. With ``differentiable`` the new theta and slots carry a graph back to
         the old ones and to phi."""
-        t = state.step
-        inputs, labels = self.minibatch(t)
+        t, model = state.step, self.group.model
         refreshed = t % self.policy.refresh == 0 or state.features is None
-        compiled = self.hot.compiled and not differentiable
-        head, loss, tape = None, None, None
+        outputs: Outputs | None = None
+        if differentiable or refreshed:
+            inputs, labels = self.minibatch(t)
         if differentiable:
-            logits, features = self.group.model.apply(state.theta, inputs)
-        elif refreshed or not compiled:
-            logits, features, tape = self.group.model.forward(state.theta, inputs)
+            logits, features = model.apply(state.theta, inputs)
+        elif refreshed:
+            outputs = Outputs(*model.forward(state.theta, inputs))
+            logits = outputs.logits
         if refreshed:
             state.features = self._read(state, logits, labels)
             state.mixing = None
         if refreshed or state.controls is None:
             self.resume(state, phi)
-        own, seen, before = self._recall(state, labels)
-        averaged = before if self._reads_averages else None
-        context = self.context(own, seen, averaged)
         if refreshed and (isinstance(self.policy, AdaptingPolicy) or self.policy.shield is not None):
             with torch.no_grad():
-                outputs = self.group.model.forward(state.theta, inputs) if tape is None else (logits, features, tape)
-            self._adapt(state, phi, labels, context, outputs)
-            self._shield(state, labels, context, outputs)
-        controls = state.controls
-        assert controls is not None
+                there = Outputs(*model.forward(state.theta, inputs)) if outputs is None else outputs
+                recalled, _ = self._recall(state, labels)
+            self._adapt(state, phi, labels, recalled, there)
+            self._shield(state, labels, recalled, there)
         if differentiable:
-            loss = reference_mixture(logits, labels, features, controls, context, self.policy.active_basis)
-            (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
-        elif compiled:
-            logits, loss, gradient = self.hot(loss_gradient, state.theta, inputs, labels, controls, context)
+            result = self._by_autograd(state, logits, features, labels, refreshed)
         else:
-            head = self.head.forward(logits, labels, features, controls, context)
-            gradient = self.group.model.backward(state.theta, tape, head.dlogits, head.dfeatures)
-        self._remember(state, logits.detach(), before)
+            result = self._in_closed_form(state, outputs, refreshed)
+        state.step = t + 1
+        return result
+
+    def _by_autograd(
+        self, state: InnerState, logits: Tensor, features: Tensor, labels: Tensor, refreshed: bool
+    ) -> StepResult:
+        """The update with a graph, from the plain formulas of the losses."""
+        t, controls, rate = state.step, state.controls, self.rate(state.step)
+        assert controls is not None
+        recalled, before = self._recall(state, labels)
+        context = self.parts.context_of(recalled)
+        loss = reference_mixture(logits, labels, features, controls, context, self.policy.active_basis)
+        (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
+        _, p = both_softmaxes(logits.detach().masked_fill(~self.group.class_mask[:, None, :], MASKED_LOGIT))
+        moved, slots = self.optimiser.update(state.theta, state.slots, gradient, rate, t)
+        moved = torch.addcmul(moved, state.theta, -rate * self.parts.decay(controls))
+        self._move(state, torch.lerp(p, before, self.parts.ema), gradient, moved, slots)
+        return StepResult(logits, labels, recalled, refreshed, lambda: loss)
+
+    def _in_closed_form(self, state: InnerState, outputs: Outputs | None, refreshed: bool) -> StepResult:
+        """The update without one. ``outputs``: of the model, where it was asked already."""
+        controls, t = state.controls, state.step
+        assert controls is not None
+        at = state.theta, state.slots, state.averaged, state.seen, self.rows(t), self.columns(controls), self.rate(t)
+        if self.hot is not None:
+            traced: TracedStep = self.hot(traced_step, *at, counted(t))
+            self._move(state, *traced[4:])
+            return StepResult(*traced[:3], refreshed, lambda: traced.loss)
+        step = forward_step(self.parts, *at, t, outputs)
+        self._move(state, *step[3:])
+        head = step.passed.head
+        return StepResult(head.evaluation.z, *step[1:3], refreshed, lambda: head.mixture, step.passed)
+
+    def _move(self, state: InnerState, remembered: Tensor, gradient: Tensor, theta: Tensor, slots: Slots) -> None:
+        """Take what a step made into ``state``, the predictions of its minibatch into the averages of its rows."""
+        with torch.no_grad():
+            rows = self.rows(state.step).flatten()
+            averaged, flags = state.averaged.flatten(0, 1), state.seen.flatten()  # views: written in place
+            averaged.index_copy_(0, rows, remembered.flatten(0, 1))
+            flags.index_fill_(0, rows, True)
         if "gradient_norm" in self.policy.features:
             state.gradient_norm2 = gradient.detach().square().sum(1)
-        rate = self.rate(t)
-        moved, state.slots = self.optimiser.update(state.theta, state.slots, gradient, rate, t)
-        state.theta = torch.addcmul(moved, state.theta, -rate * self.decay(controls))
-        state.step = t + 1
-        return StepResult(logits, labels, own, seen, averaged, refreshed, head, loss)
+        state.theta, state.slots = theta, slots
 
     def resume(self, state: InnerState, phi: Tensor) -> None:
         """Set the controls in force, [G, U]: what the policy says of the last refresh, if there was one, under ``phi``
@@ -213,9 +246,7 @@ class InnerLoop:
         """Share [G] of the run's refreshes so far at which the shield acted; None where it was never asked."""
         return None if state.shielded is None else state.shielded / -(-state.step // self.policy.refresh)
 
-    def _adapt(
-        self, state: InnerState, phi: Tensor, labels: Tensor, context: LossContext, outputs: tuple[Tensor, Tensor, Any]
-    ) -> None:
+    def _adapt(self, state: InnerState, phi: Tensor, labels: Tensor, recalled: Recalled, outputs: Outputs) -> None:
         """Where the policy adapts: tell it how the validation loss answers to the controls in force on this minibatch,
         and ask it anew. ``outputs``: of the model there, with their tape."""
         if not isinstance(self.policy, AdaptingPolicy):
@@ -224,44 +255,38 @@ class InnerLoop:
         at = state.theta.detach(), tuple(slot.detach() for slot in state.slots)
         rate, controls = self.rate(state.step), state.controls.detach()
         slope = look_ahead_slope(
-            self.group, self.head, self.optimiser, at, outputs, labels, controls, context, rate, state.step
+            self.group,
+            self.head,
+            self.optimiser,
+            at,
+            outputs,
+            labels,
+            controls,
+            self.parts.context_of(recalled),
+            rate,
+            state.step,
         )
         # per unit of the peak learning rate: tasks of any rate then have sums of one size
         state.features = state.features + self.policy.descent(phi, state.features, slope) / self.group.learning_rate
         self.resume(state, phi)
 
-    def _shield(
-        self, state: InnerState, labels: Tensor, context: LossContext, outputs: tuple[Tensor, Tensor, Any]
-    ) -> None:
+    def _shield(self, state: InnerState, labels: Tensor, recalled: Recalled, outputs: Outputs) -> None:
         """Mix the controls as far as the descent condition of the shield asks for, where there is one."""
         if self.policy.shield is None:
             return
         assert state.controls is not None
         theta, controls = state.theta.detach(), state.controls.detach()
+        context = self.parts.context_of(recalled)
         products = reference_products(self.group.model, self.head, theta, outputs, labels, controls, context)
         state.mixing = least_mixing(controls[:, :NUM_BASIS], products, self.policy.shield)
         acted = (state.mixing > 0).to(state.mixing.dtype)
         state.shielded = acted if state.shielded is None else state.shielded + acted
         state.controls = mix(state.controls, state.mixing)
 
-    def _recall(self, state: InnerState, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Own-label averaged probabilities and seen flags [G, B] of this minibatch's rows, and their whole averages
-        [G, B, C]."""
+    def _recall(self, state: InnerState, labels: Tensor) -> tuple[Recalled, Tensor]:
+        """What is remembered of this minibatch's rows, and their whole averages [G, B, C]."""
         with torch.no_grad():
-            rows = self._rows[state.step].flatten()
-            before = state.averaged.flatten(0, 1).index_select(0, rows).view(*labels.shape, -1)
-            own = before.gather(2, labels[:, :, None])[:, :, 0]
-            seen = state.seen.flatten().index_select(0, rows).view_as(labels)
-        return own, seen, before
-
-    def _remember(self, state: InnerState, logits: Tensor, before: Tensor) -> None:
-        """Take the predictions of this minibatch into the averages of its rows, which were ``before``."""
-        with torch.no_grad():
-            rows = self._rows[state.step].flatten()
-            averaged, flags = state.averaged.flatten(0, 1), state.seen.flatten()  # views: written in place
-            p = torch.softmax(logits.masked_fill(self._padding, -1e9), -1)
-            averaged.index_copy_(0, rows, torch.lerp(p, before, self.inner.ema).flatten(0, 1))
-            flags.index_fill_(0, rows, True)
+            return self.parts.recall(state.averaged, state.seen, self.rows(state.step), labels)
 
     def _read(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
         """What the policy reads at the current step; one that adapts, what it read before, to which ``_adapt`` adds."""
@@ -308,7 +333,7 @@ class InnerLoop:
         defaults = control_vector({}).to(theta).expand(group.size, -1)
         means = []
         for rows, active in ((group.validation, ("ce",)), (group.train, self.policy.active_basis)):
-            at = Evaluation(active, self.evaluate(theta, rows), rows.labels, None, defaults, self._context)
+            at = Evaluation(active, self.evaluate(theta, rows), rows.labels, None, defaults, self.parts.context)
             values = dict(at.values())
             # 0 / 0, unknown, where there are no validation rows
             means += [(values[name] * rows.mask).sum(1) / rows.mask.sum(1) for name in active]
@@ -333,21 +358,6 @@ class InnerLoop:
         """Logits [G, N, C] on a split, of a large model piece by piece."""
         with torch.no_grad():
             return torch.cat([self.group.model.forward(theta, some.inputs)[0] for some in pieces(self.group, rows)], 1)
-
-
-def loss_gradient(
-    model: InnerModel,
-    head: LossHead,
-    theta: Tensor,
-    inputs: Inputs,
-    labels: Tensor,
-    controls: Tensor,
-    context: LossContext,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [G, B, C], the adaptive loss [G] and its gradient [G, P], in closed form."""
-    logits, features, tape = model.forward(theta, inputs)
-    at = head.forward(logits, labels, features, controls, context)
-    return logits, at.mixture, model.backward(theta, tape, at.dlogits, at.dfeatures)
 
 
 def _appended(past: Tensor | None, now: Tensor) -> Tensor:
