@@ -20,8 +20,8 @@ from palf_dist.adaptation import look_ahead_slope, pieces
 from palf_dist.compilation import HotPath, counted
 from palf_dist.config import InnerConfig
 from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
-from palf_dist.inner_steps import Outputs, Passed, Recalled, StepParts, TracedStep, forward_step, traced_step
-from palf_dist.loss_head import Evaluation, LossHead, both_softmaxes
+from palf_dist.inner_steps import Minibatch, Moved, Outputs, Passed, Recalled, StepParts, forward_step, traced_step
+from palf_dist.loss_head import Evaluation, HeadTape, LossHead, both_softmaxes
 from palf_dist.losses import MASKED_LOGIT, Columns, Controls, LossContext, reference_mixture
 from palf_dist.policies import AdaptingPolicy
 from palf_dist.policies.base import Policy
@@ -54,7 +54,7 @@ class InnerState:
     statistics: Tensor | None = None  # [G, 4] of the StateReader
     features: Tensor | None = None  # what the policy read last: raw features [G, S]; all so far, [G, n, S]; snapshots
     controls: Tensor | None = None  # [G, U] in force
-    gradient_norm2: Tensor | None = None  # [G] of the last step
+    gradient_norm2: Tensor | None = None  # [G] of the last step before a refresh
     mixing: Tensor | None = None  # [G] how far the shield mixed alpha towards the reference at the last refresh
     shielded: Tensor | None = None  # [G] refreshes so far at which it acted
 
@@ -93,11 +93,14 @@ class StepResult:
     """What was seen during one step, before the update."""
 
     logits: Tensor  # [G, B, C]
-    labels: Tensor  # [G, B]
-    recalled: Recalled
+    batch: Minibatch
     refreshed: bool
-    adaptive_loss: Callable[[], Tensor]  # l_t [G]; with its graph in a differentiable step
-    passed: Passed | None = None  # in a closed-form step that is not compiled
+    loss: Tensor | HeadTape  # the adaptive loss [G], or what it is made from
+    passed: Passed | None  # in a closed-form step that is not compiled
+
+    def adaptive_loss(self) -> Tensor:
+        """l_t [G]; with its graph in a differentiable step."""
+        return self.loss.mixture if isinstance(self.loss, HeadTape) else self.loss
 
 
 class InnerLoop:
@@ -115,13 +118,11 @@ class InnerLoop:
             group.model,
             self.head,
             self.optimiser,
-            group.train.inputs,
-            group.train.labels,
             group.weight_decay,
             LossContext.create(group.class_mask, group.log_prior_ratio),
-            reads_averages=bool({*AVERAGED_BASIS} & {*policy.active_basis}),
-            ema=inner.ema,
+            inner.ema,
         )
+        self._reads_averages = bool({*AVERAGED_BASIS} & {*policy.active_basis})
         self.hot = HotPath(self.parts) if inner.compile else None
         self._columns: tuple[Tensor, Columns] | None = None  # of the controls asked for last
         self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
@@ -144,12 +145,10 @@ class InnerLoop:
             seen=torch.zeros_like(group.train.labels, dtype=torch.bool),
         )
 
-    def rows(self, step: int) -> Tensor:
-        """Rows [G, B] of the minibatch at ``step`` among the training rows of all tasks joined."""
-        return self._rows[step]
-
     def minibatch(self, step: int) -> tuple[Inputs, Tensor]:
-        return self.parts.minibatch(self.rows(step))
+        """Inputs [G, B, ...] and labels [G, B] at ``step``."""
+        train, rows = self.group.train, self._rows[step]
+        return tuple(_joined(column, rows) for column in train.inputs), _joined(train.labels, rows)
 
     def rate(self, step: int) -> Tensor:
         return self.group.learning_rate * cosine_rate(step, self.steps)
@@ -166,10 +165,9 @@ class InnerLoop:
         """Advance ``state`` by one step in place. With ``differentiable`` the new theta and slots carry a graph back to
         the old ones and to phi."""
         t, model = state.step, self.group.model
+        inputs, labels = self.minibatch(t)
         refreshed = t % self.policy.refresh == 0 or state.features is None
         outputs: Outputs | None = None
-        if differentiable or refreshed:
-            inputs, labels = self.minibatch(t)
         if differentiable:
             logits, features = model.apply(state.theta, inputs)
         elif refreshed:
@@ -180,59 +178,44 @@ class InnerLoop:
             state.mixing = None
         if refreshed or state.controls is None:
             self.resume(state, phi)
+        recalled, before = self._recall(state, labels)
+        batch = Minibatch(inputs, labels, recalled)
         if refreshed and (isinstance(self.policy, AdaptingPolicy) or self.policy.shield is not None):
             with torch.no_grad():
                 there = Outputs(*model.forward(state.theta, inputs)) if outputs is None else outputs
-                recalled, _ = self._recall(state, labels)
-            self._adapt(state, phi, labels, recalled, there)
-            self._shield(state, labels, recalled, there)
+            self._adapt(state, phi, batch, there)
+            self._shield(state, batch, there)
+        controls, passed = state.controls, None
+        assert controls is not None
+        loss: Tensor | HeadTape
         if differentiable:
-            result = self._by_autograd(state, logits, features, labels, refreshed)
+            moved, loss = self._by_autograd(state, batch, before, logits, features)
+        elif self.hot is not None:
+            at = state.theta, state.slots, batch, before, controls
+            moved, logits, loss = self.hot(traced_step, *at, self.rate(t), counted(t))
         else:
-            result = self._in_closed_form(state, outputs, refreshed)
+            taken = state.theta, state.slots, batch, before, self.columns(controls)
+            moved, passed = forward_step(self.parts, *taken, self.rate(t), t, outputs)
+            logits, loss = passed.outputs.logits, passed.head
+        self._remember(state, moved.remembered)
+        if "gradient_norm" in self.policy.features and (t + 1) % self.policy.refresh == 0:  # it is read next
+            state.gradient_norm2 = moved.gradient.detach().square().sum(1)
+        state.theta, state.slots = moved.theta, moved.slots
         state.step = t + 1
-        return result
+        return StepResult(logits, batch, refreshed, loss, passed)
 
     def _by_autograd(
-        self, state: InnerState, logits: Tensor, features: Tensor, labels: Tensor, refreshed: bool
-    ) -> StepResult:
-        """The update with a graph, from the plain formulas of the losses."""
-        t, controls, rate = state.step, state.controls, self.rate(state.step)
+        self, state: InnerState, batch: Minibatch, averaged: Tensor, logits: Tensor, features: Tensor
+    ) -> tuple[Moved, Tensor]:
+        """The step with a graph, from the plain formulas of the losses; and the adaptive loss [G]."""
+        controls, rate, context = state.controls, self.rate(state.step), self.parts.context_of(batch.recalled)
         assert controls is not None
-        recalled, before = self._recall(state, labels)
-        context = self.parts.context_of(recalled)
-        loss = reference_mixture(logits, labels, features, controls, context, self.policy.active_basis)
+        loss = reference_mixture(logits, batch.labels, features, controls, context, self.policy.active_basis)
         (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
         _, p = both_softmaxes(logits.detach().masked_fill(~self.group.class_mask[:, None, :], MASKED_LOGIT))
-        moved, slots = self.optimiser.update(state.theta, state.slots, gradient, rate, t)
+        moved, slots = self.optimiser.update(state.theta, state.slots, gradient, rate, state.step)
         moved = torch.addcmul(moved, state.theta, -rate * self.parts.decay(controls))
-        self._move(state, torch.lerp(p, before, self.parts.ema), gradient, moved, slots)
-        return StepResult(logits, labels, recalled, refreshed, lambda: loss)
-
-    def _in_closed_form(self, state: InnerState, outputs: Outputs | None, refreshed: bool) -> StepResult:
-        """The update without one. ``outputs``: of the model, where it was asked already."""
-        controls, t = state.controls, state.step
-        assert controls is not None
-        at = state.theta, state.slots, state.averaged, state.seen, self.rows(t), self.columns(controls), self.rate(t)
-        if self.hot is not None:
-            traced: TracedStep = self.hot(traced_step, *at, counted(t))
-            self._move(state, *traced[4:])
-            return StepResult(*traced[:3], refreshed, lambda: traced.loss)
-        step = forward_step(self.parts, *at, t, outputs)
-        self._move(state, *step[3:])
-        head = step.passed.head
-        return StepResult(head.evaluation.z, *step[1:3], refreshed, lambda: head.mixture, step.passed)
-
-    def _move(self, state: InnerState, remembered: Tensor, gradient: Tensor, theta: Tensor, slots: Slots) -> None:
-        """Take what a step made into ``state``, the predictions of its minibatch into the averages of its rows."""
-        with torch.no_grad():
-            rows = self.rows(state.step).flatten()
-            averaged, flags = state.averaged.flatten(0, 1), state.seen.flatten()  # views: written in place
-            averaged.index_copy_(0, rows, remembered.flatten(0, 1))
-            flags.index_fill_(0, rows, True)
-        if "gradient_norm" in self.policy.features:
-            state.gradient_norm2 = gradient.detach().square().sum(1)
-        state.theta, state.slots = theta, slots
+        return Moved(torch.lerp(p, averaged, self.parts.ema), gradient, moved, slots), loss
 
     def resume(self, state: InnerState, phi: Tensor) -> None:
         """Set the controls in force, [G, U]: what the policy says of the last refresh, if there was one, under ``phi``
@@ -246,7 +229,7 @@ class InnerLoop:
         """Share [G] of the run's refreshes so far at which the shield acted; None where it was never asked."""
         return None if state.shielded is None else state.shielded / -(-state.step // self.policy.refresh)
 
-    def _adapt(self, state: InnerState, phi: Tensor, labels: Tensor, recalled: Recalled, outputs: Outputs) -> None:
+    def _adapt(self, state: InnerState, phi: Tensor, batch: Minibatch, outputs: Outputs) -> None:
         """Where the policy adapts: tell it how the validation loss answers to the controls in force on this minibatch,
         and ask it anew. ``outputs``: of the model there, with their tape."""
         if not isinstance(self.policy, AdaptingPolicy):
@@ -254,30 +237,22 @@ class InnerLoop:
         assert state.controls is not None and state.features is not None
         at = state.theta.detach(), tuple(slot.detach() for slot in state.slots)
         rate, controls = self.rate(state.step), state.controls.detach()
+        context = self.parts.context_of(batch.recalled)
         slope = look_ahead_slope(
-            self.group,
-            self.head,
-            self.optimiser,
-            at,
-            outputs,
-            labels,
-            controls,
-            self.parts.context_of(recalled),
-            rate,
-            state.step,
+            self.group, self.head, self.optimiser, at, outputs, batch.labels, controls, context, rate, state.step
         )
         # per unit of the peak learning rate: tasks of any rate then have sums of one size
         state.features = state.features + self.policy.descent(phi, state.features, slope) / self.group.learning_rate
         self.resume(state, phi)
 
-    def _shield(self, state: InnerState, labels: Tensor, recalled: Recalled, outputs: Outputs) -> None:
+    def _shield(self, state: InnerState, batch: Minibatch, outputs: Outputs) -> None:
         """Mix the controls as far as the descent condition of the shield asks for, where there is one."""
         if self.policy.shield is None:
             return
         assert state.controls is not None
         theta, controls = state.theta.detach(), state.controls.detach()
-        context = self.parts.context_of(recalled)
-        products = reference_products(self.group.model, self.head, theta, outputs, labels, controls, context)
+        context = self.parts.context_of(batch.recalled)
+        products = reference_products(self.group.model, self.head, theta, outputs, batch.labels, controls, context)
         state.mixing = least_mixing(controls[:, :NUM_BASIS], products, self.policy.shield)
         acted = (state.mixing > 0).to(state.mixing.dtype)
         state.shielded = acted if state.shielded is None else state.shielded + acted
@@ -286,7 +261,15 @@ class InnerLoop:
     def _recall(self, state: InnerState, labels: Tensor) -> tuple[Recalled, Tensor]:
         """What is remembered of this minibatch's rows, and their whole averages [G, B, C]."""
         with torch.no_grad():
-            return self.parts.recall(state.averaged, state.seen, self.rows(state.step), labels)
+            before, seen = (_joined(each, self._rows[state.step]) for each in (state.averaged, state.seen))
+            own = before.gather(2, labels[:, :, None])[:, :, 0]
+        return Recalled(own, seen, before if self._reads_averages else None), before
+
+    def _remember(self, state: InnerState, averaged: Tensor) -> None:
+        """Take averages [G, B, C] of this minibatch's rows into those of all rows."""
+        rows = self._rows[state.step].flatten()
+        state.averaged.flatten(0, 1).index_copy_(0, rows, averaged.flatten(0, 1))  # of a view: written in place
+        state.seen.flatten().index_fill_(0, rows, True)
 
     def _read(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
         """What the policy reads at the current step; one that adapts, what it read before, to which ``_adapt`` adds."""
@@ -358,6 +341,11 @@ class InnerLoop:
         """Logits [G, N, C] on a split, of a large model piece by piece."""
         with torch.no_grad():
             return torch.cat([self.group.model.forward(theta, some.inputs)[0] for some in pieces(self.group, rows)], 1)
+
+
+def _joined(columns: Tensor, rows: Tensor) -> Tensor:
+    """Entries [G, B, ...] of columns [G, N, ...] at ``rows`` [G, B] among those of all tasks joined."""
+    return columns.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def _appended(past: Tensor | None, now: Tensor) -> Tensor:

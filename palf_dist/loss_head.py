@@ -72,9 +72,9 @@ class Target(NamedTuple):
     t: Tensor  # [G, 1 or n, C], 0 on padded classes
     mass: Tensor | float  # sum of t over the classes: [G, n], or 1
 
-    def above(self, softmax: Softmax, a: Tensor) -> Tensor:
-        """sum_c t_c (a_y - a_c) [G, n] of a [G, n, C]."""
-        return self.mass * softmax.own_entry(a) - (a * self.t).sum(-1)
+    def above(self, own: Tensor, a: Tensor) -> Tensor:
+        """sum_c t_c (a_y - a_c) [G, n] of a [G, n, C], whose entries at the labels are ``own``."""
+        return self.mass * own - (a * self.t).sum(-1)
 
 
 class Directional(NamedTuple):
@@ -108,7 +108,8 @@ class Evaluation:
         self.contrast: Contrast | None = None
         if "info_nce" in active:
             assert h is not None, "info_nce reads features"
-            self.contrast = Contrast.at(h, y, column(controls, "tau"))
+            self.contrast = Contrast(h, y, column(controls, "tau"))
+        self._last: tuple[Weights, list[Tensor]] | None = None
         # basis losses by the softmax they read
         self.groups: list[tuple[Softmax, dict[str, LogitLoss]]] = []
         logit_losses = [name for name in active if name in LOGIT_LOSSES]
@@ -154,19 +155,24 @@ class Evaluation:
             for name, loss in losses.items():
                 value = loss.value
                 if (target := self.targets.get(name)) is not None:
-                    value = value + target.strength * target.above(softmax, softmax.log_p)
+                    value = value + target.strength * target.above(softmax.own.log_p, softmax.log_p)
                 if name == "elr" and self.early is not None:
                     value = value + column(self.controls, "lam") * self.early.value
                 yield name, value
         if self.contrast is not None:
             yield "info_nce", self.contrast.value
 
+    def _slopes(self, weights: Weights) -> list[Tensor]:
+        """sum_k weight_k F_k' [G, n] over the losses of each group; made once for the weights asked for last."""
+        if self._last is None or self._last[0] is not weights:
+            totals = [_total((weights[name], loss.slope) for name, loss in losses.items()) for _, losses in self.groups]
+            self._last = weights, [total.expand_as(self.y) for total in totals]
+        return self._last[1]
+
     def gradient(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         """Gradient of sum_i sum_k weight_ki l_ki in logits [G, n, C] and features [G, n, D]."""
         dlogits = None
-        for softmax, losses in self.groups:
-            slope = _total((weights[name], loss.slope) for name, loss in losses.items())
-            slope = slope.expand_as(self.y)
+        for (softmax, losses), slope in zip(self.groups, self._slopes(weights), strict=True):
             given = {name: target for name, target in self.targets.items() if name in losses}
             moved = [(weights[name] * target.strength, target) for name, target in given.items()]
             at_label = sum((share * target.mass for share, target in moved), start=slope)
@@ -188,7 +194,8 @@ class Evaluation:
                 for control, value in loss.value_controls().items():
                     result[control] = weights[name] * value
                 if (target := self.targets.get(name)) is not None:
-                    result[target.control] = weights[name] * target.rate * target.above(softmax, softmax.log_p)
+                    margin = target.above(softmax.own.log_p, softmax.log_p)
+                    result[target.control] = weights[name] * target.rate * margin
                 if name == "robust_ce" and self.adjusted:
                     shift = softmax.centre(self.context.log_prior_ratio[:, None, :])
                     result["la"] = weights[name] * loss.slope * softmax.own_entry(shift)
@@ -203,7 +210,7 @@ class Evaluation:
         dlogits, dfeatures = None, None
         along: dict[str, Tensor] = {}
         controls: dict[str, Tensor] = {}
-        for softmax, losses in self.groups:
+        for (softmax, losses), slope in zip(self.groups, self._slopes(weights), strict=True):
             centred = softmax.centre(z_dot)
             own_dot = softmax.own_entry(centred)
             for name, loss in losses.items():
@@ -211,10 +218,9 @@ class Evaluation:
                 for control, value in loss.slope_controls().items():
                     controls[control] = weights[name] * value * own_dot
                 if (target := self.targets.get(name)) is not None:
-                    margin_dot = target.above(softmax, centred)
+                    margin_dot = target.above(own_dot, centred)
                     along[name] = along[name] + target.strength * margin_dot
                     controls[target.control] = weights[name] * target.rate * margin_dot
-            slope = _total((weights[name], loss.slope) for name, loss in losses.items())
             slope_dot = _total((weights[name], loss.curvature) for name, loss in losses.items()) * own_dot
             part = softmax.pull(slope_dot, torch.addcmul(slope_dot[..., None], slope[..., None], centred))
             if self.adjusted and "robust_ce" in losses:

@@ -227,7 +227,7 @@ def test_it_acts_at_refreshes_by_the_minibatch_of_the_refresh_and_is_counted() -
         inputs, labels = loop.minibatch(step)
         leaf = theta.clone().requires_grad_(True)
         z, h = loop.group.model.apply(leaf, inputs)
-        context = loop.parts.context_of(result.recalled)
+        context = loop.parts.context_of(result.batch.recalled)
         losses = reference_losses(z, labels, h, asked, context, policy.active_basis).mean(2)
         each = torch.stack([torch.autograd.grad(loss.sum(), leaf, retain_graph=True)[0] for loss in losses], 1)
         reference = each[:, REFERENCE]

@@ -1,8 +1,9 @@
 """The adjoint method: exact meta-gradients without an autograd graph.
 
-Forward, keep theta_t and the optimiser's slots. Backward, carry the cotangents of theta and the slots; at each step the
-optimiser's adjoint gives the cotangent lambda of the gradient g_t, and one forward-over-reverse pass along lambda gives
-both H lambda (for the cotangent of theta) and d<g_t, lambda>/d(controls). The policy is chained once, at the end.
+Forward, keep theta_t and the optimiser's slots; of short runs the forward passes, too. Backward, carry the cotangents
+of theta and the slots; at each step the optimiser's adjoint gives the cotangent lambda of the gradient g_t, and one
+forward-over-reverse pass along lambda gives both H lambda (for the cotangent of theta) and d<g_t, lambda>/d(controls).
+The policy is chained once, at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.inner_optimisers import Slots
-from palf_dist.inner_steps import Cotangents, Passed, Recalled, backward_step
+from palf_dist.inner_steps import Cotangents, Minibatch, Passed, Recalled, backward_step
 from palf_dist.policies import LearnedPolicy, Policy
 from palf_dist.types import CONTROL_INDEX
 
@@ -111,7 +112,7 @@ class Adjoint:
             if kept is None:
                 kept = result.passed is not None and loop.steps * held(result.passed) <= KEPT * loop.group.size
             passed = result.passed if kept else None
-            trace.steps.append(StepTrace(*before, result.recalled, segment, passed))
+            trace.steps.append(StepTrace(*before, result.batch.recalled, segment, passed))
             before = (now.theta, now.slots)
             recorder.step(now, result)
             if now.step in recorder.checkpoints:
@@ -144,13 +145,13 @@ class Adjoint:
                 at = Cotangents(nothing, none_of_slots)
             if t + 1 in trace.outer_gradients:
                 at = at._replace(theta=at.theta + trace.outer_gradients[t + 1])
-            place = step.theta, step.slots, new_slots, loop.rows(t), step.recalled
             controls = loop.columns(trace.controls[step.segment])
-            rate = loop.rate(t)
+            passed = step.passed or Minibatch(*loop.minibatch(t), step.recalled)
+            place = at, step.theta, step.slots, new_slots, passed, controls, loop.rate(t)
             if loop.hot is None:
-                at, of_controls = backward_step(loop.parts, at, *place, controls, rate, t, running, step.passed)
+                at, of_controls = backward_step(loop.parts, *place, t, running)
             else:
-                at, of_controls = loop.hot(backward_step, at, *place, controls, rate, counted(t), running)
+                at, of_controls = loop.hot(backward_step, *place, counted(t), running)
             new_slots = step.slots
             cotangents[step.segment] += of_controls
         return cotangents
