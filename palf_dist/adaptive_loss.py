@@ -22,8 +22,8 @@ from palf_dist.data_parallel import joined, last_of_each, of_first_rank, ranks, 
 from palf_dist.errors import ConfigError
 from palf_dist.explanation import Explanation, explain
 from palf_dist.graph_curvature import graph_hessian_trace
+from palf_dist.loss_head import Softmax
 from palf_dist.losses import Columns, LossContext
-from palf_dist.mixture_loss import ByClass
 from palf_dist.own_losses import own_names
 from palf_dist.policies.base import check_controls
 from palf_dist.policies.meta_learned import LearnedPolicy
@@ -275,7 +275,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         return context
 
     @torch.no_grad()
-    def _observe(self, rows: LabelledRows) -> tuple[LossContext, Columns, ByClass | None]:
+    def _observe(self, rows: LabelledRows) -> tuple[LossContext, Columns, Softmax | None]:
         """Take in the rows of all ranks, and refresh the controls where due. The context of the losses, with averages
         as they were before this batch; the columns of the controls of this batch; the softmax, where it was made."""
         z, y, context, softmax, joint_index = rows.z, rows.labels, self._task(rows.z), None, None
@@ -294,7 +294,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
                 return context, self._columns(z), None
             (joint_labels,) = joined(y)
         else:
-            own_index, softmax = index.to(z.device, torch.int64), ByClass(z[None], y[None])
+            own_index, softmax = index.to(z.device, torch.int64), Softmax(z[None], y[None])
             joint_labels, joint_index, p = joined(y, own_index, softmax.p[0])
             # of one rank, from where the caller has it: reading a GPU's values would wait for it
             self.averages.reserve(joint_index if ranks() > 1 else index, z.shape[1])

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from palf_dist.adaptation import look_ahead_slope, pieces
-from palf_dist.compilation import HotPath
+from palf_dist.compilation import HotPath, counted
 from palf_dist.config import InnerConfig
 from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
-from palf_dist.loss_head import Evaluation, HeadTape, LossHead
-from palf_dist.losses import LossContext, reference_mixture
+from palf_dist.inner_steps import Minibatch, Moved, Outputs, Passed, Recalled, StepParts, forward_step, traced_step
+from palf_dist.loss_head import Evaluation, HeadTape, LossHead, both_softmaxes
+from palf_dist.losses import MASKED_LOGIT, Columns, Controls, LossContext, reference_mixture
 from palf_dist.policies import AdaptingPolicy
 from palf_dist.policies.base import Policy
 from palf_dist.policies.static import control_vector
@@ -38,7 +39,7 @@ from palf_dist.training_state import (
     hutchinson_probes,
     neighbour_agreement,
 )
-from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, WD, InnerModel, Inputs, Rows, TaskGroup
+from palf_dist.types import AVERAGED_BASIS, NUM_BASIS, Inputs, Rows, TaskGroup
 
 
 @dataclass
@@ -53,7 +54,7 @@ class InnerState:
     statistics: Tensor | None = None  # [G, 4] of the StateReader
     features: Tensor | None = None  # what the policy read last: raw features [G, S]; all so far, [G, n, S]; snapshots
     controls: Tensor | None = None  # [G, U] in force
-    gradient_norm2: Tensor | None = None  # [G] of the last step
+    gradient_norm2: Tensor | None = None  # [G] of the last step before a refresh
     mixing: Tensor | None = None  # [G] how far the shield mixed alpha towards the reference at the last refresh
     shielded: Tensor | None = None  # [G] refreshes so far at which it acted
 
@@ -92,20 +93,14 @@ class StepResult:
     """What was seen during one step, before the update."""
 
     logits: Tensor  # [G, B, C]
-    labels: Tensor  # [G, B]
-    own_probability: Tensor  # [G, B] averaged, before this step
-    seen: Tensor  # [G, B]
-    averaged: Tensor | None  # [G, B, C] averaged predictions before this step, where a basis loss reads them
+    batch: Minibatch
     refreshed: bool
-    head: HeadTape | None  # closed-form step that is not compiled only
-    loss: Tensor | None  # [G] adaptive loss: with its graph in a differentiable step, without in a compiled one
+    loss: Tensor | HeadTape  # the adaptive loss [G], or what it is made from
+    passed: Passed | None  # in a closed-form step that is not compiled
 
     def adaptive_loss(self) -> Tensor:
         """l_t [G]; with its graph in a differentiable step."""
-        if self.loss is not None:
-            return self.loss
-        assert self.head is not None
-        return self.head.mixture
+        return self.loss.mixture if isinstance(self.loss, HeadTape) else self.loss
 
 
 class InnerLoop:
@@ -116,14 +111,21 @@ class InnerLoop:
         self.steps = group.batches.shape[0]
         self.optimiser = inner_optimiser(group.specs[0].optimiser)
         self.head = LossHead(policy.active_basis)
-        self.hot = HotPath(group.model, self.head, compiled=inner.compile)
         rows = group.train.labels.shape[1]
         first_rows = rows * torch.arange(group.size, device=group.batches.device)
         self._rows = group.batches + first_rows[:, None]  # among the rows of all tasks joined, [T, G, B]
-        self._context = LossContext.create(group.class_mask, group.log_prior_ratio)
-        self._padding = ~group.class_mask[:, None, :]
-        self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
+        self.parts = StepParts(
+            group.model,
+            self.head,
+            self.optimiser,
+            group.weight_decay,
+            LossContext.create(group.class_mask, group.log_prior_ratio),
+            inner.ema,
+        )
         self._reads_averages = bool({*AVERAGED_BASIS} & {*policy.active_basis})
+        self.hot = HotPath(self.parts) if inner.compile else None
+        self._columns: tuple[Tensor, Columns] | None = None  # of the controls asked for last
+        self._facts = task_facts(group, needs_neighbours="neighbour_agreement" in policy.features)
         self._keeps_snapshots = SNAPSHOTS in policy.features
         self._needs_validation = bool(set(VALIDATION_FEATURES) & set(policy.features))
         self._probes = None
@@ -143,63 +145,77 @@ class InnerLoop:
             seen=torch.zeros_like(group.train.labels, dtype=torch.bool),
         )
 
-    def context(self, own_probability: Tensor, seen: Tensor, averaged: Tensor | None = None) -> LossContext:
-        return self._context.with_averages(own_probability, seen, averaged)
-
     def minibatch(self, step: int) -> tuple[Inputs, Tensor]:
-        return self.group.train.batch(self.group.batches[step])
+        """Inputs [G, B, ...] and labels [G, B] at ``step``."""
+        train, rows = self.group.train, self._rows[step]
+        return tuple(_joined(column, rows) for column in train.inputs), _joined(train.labels, rows)
 
     def rate(self, step: int) -> Tensor:
         return self.group.learning_rate * cosine_rate(step, self.steps)
 
-    def decay(self, controls: Tensor) -> Tensor:
-        """Decoupled weight decay [G, 1]: the task's own times the policy's multiplier. Not through the gradient: Adam
-        would divide it by its root, which makes the meta-gradient explode at units that are off."""
-        return self.group.weight_decay * controls[:, WD : WD + 1]
+    def columns(self, controls: Tensor) -> Controls:
+        """Controls [G, U] as hot functions take them: taken apart once for all steps that share them."""
+        if self.hot is not None:
+            return controls
+        if self._columns is None or self._columns[0] is not controls:
+            self._columns = controls, Columns.of(controls)
+        return self._columns[1]
 
     def step(self, state: InnerState, phi: Tensor, *, differentiable: bool = False) -> StepResult:
         """Advance ``state`` by one step in place. With ``differentiable`` the new theta and slots carry a graph back to
         the old ones and to phi."""
-        t = state.step
+        t, model = state.step, self.group.model
         inputs, labels = self.minibatch(t)
         refreshed = t % self.policy.refresh == 0 or state.features is None
-        compiled = self.hot.compiled and not differentiable
-        head, loss, tape = None, None, None
+        outputs: Outputs | None = None
         if differentiable:
-            logits, features = self.group.model.apply(state.theta, inputs)
-        elif refreshed or not compiled:
-            logits, features, tape = self.group.model.forward(state.theta, inputs)
+            logits, features = model.apply(state.theta, inputs)
+        elif refreshed:
+            outputs = Outputs(*model.forward(state.theta, inputs))
+            logits = outputs.logits
         if refreshed:
             state.features = self._read(state, logits, labels)
             state.mixing = None
         if refreshed or state.controls is None:
             self.resume(state, phi)
-        own, seen, before = self._recall(state, labels)
-        averaged = before if self._reads_averages else None
-        context = self.context(own, seen, averaged)
+        recalled, before = self._recall(state, labels)
+        batch = Minibatch(inputs, labels, recalled)
         if refreshed and (isinstance(self.policy, AdaptingPolicy) or self.policy.shield is not None):
             with torch.no_grad():
-                outputs = self.group.model.forward(state.theta, inputs) if tape is None else (logits, features, tape)
-            self._adapt(state, phi, labels, context, outputs)
-            self._shield(state, labels, context, outputs)
-        controls = state.controls
+                there = Outputs(*model.forward(state.theta, inputs)) if outputs is None else outputs
+            self._adapt(state, phi, batch, there)
+            self._shield(state, batch, there)
+        controls, passed = state.controls, None
         assert controls is not None
+        loss: Tensor | HeadTape
         if differentiable:
-            loss = reference_mixture(logits, labels, features, controls, context, self.policy.active_basis)
-            (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
-        elif compiled:
-            logits, loss, gradient = self.hot(loss_gradient, state.theta, inputs, labels, controls, context)
+            moved, loss = self._by_autograd(state, batch, before, logits, features)
+        elif self.hot is not None:
+            at = state.theta, state.slots, batch, before, controls
+            moved, logits, loss = self.hot(traced_step, *at, self.rate(t), counted(t))
         else:
-            head = self.head.forward(logits, labels, features, controls, context)
-            gradient = self.group.model.backward(state.theta, tape, head.dlogits, head.dfeatures)
-        self._remember(state, logits.detach(), before)
-        if "gradient_norm" in self.policy.features:
-            state.gradient_norm2 = gradient.detach().square().sum(1)
-        rate = self.rate(t)
-        moved, state.slots = self.optimiser.update(state.theta, state.slots, gradient, rate, t)
-        state.theta = torch.addcmul(moved, state.theta, -rate * self.decay(controls))
+            taken = state.theta, state.slots, batch, before, self.columns(controls)
+            moved, passed = forward_step(self.parts, *taken, self.rate(t), t, outputs)
+            logits, loss = passed.outputs.logits, passed.head
+        self._remember(state, moved.remembered)
+        if "gradient_norm" in self.policy.features and (t + 1) % self.policy.refresh == 0:  # it is read next
+            state.gradient_norm2 = moved.gradient.detach().square().sum(1)
+        state.theta, state.slots = moved.theta, moved.slots
         state.step = t + 1
-        return StepResult(logits, labels, own, seen, averaged, refreshed, head, loss)
+        return StepResult(logits, batch, refreshed, loss, passed)
+
+    def _by_autograd(
+        self, state: InnerState, batch: Minibatch, averaged: Tensor, logits: Tensor, features: Tensor
+    ) -> tuple[Moved, Tensor]:
+        """The step with a graph, from the plain formulas of the losses; and the adaptive loss [G]."""
+        controls, rate, context = state.controls, self.rate(state.step), self.parts.context_of(batch.recalled)
+        assert controls is not None
+        loss = reference_mixture(logits, batch.labels, features, controls, context, self.policy.active_basis)
+        (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
+        _, p = both_softmaxes(logits.detach().masked_fill(~self.group.class_mask[:, None, :], MASKED_LOGIT))
+        moved, slots = self.optimiser.update(state.theta, state.slots, gradient, rate, state.step)
+        moved = torch.addcmul(moved, state.theta, -rate * self.parts.decay(controls))
+        return Moved(torch.lerp(p, averaged, self.parts.ema), gradient, moved, slots), loss
 
     def resume(self, state: InnerState, phi: Tensor) -> None:
         """Set the controls in force, [G, U]: what the policy says of the last refresh, if there was one, under ``phi``
@@ -213,9 +229,7 @@ class InnerLoop:
         """Share [G] of the run's refreshes so far at which the shield acted; None where it was never asked."""
         return None if state.shielded is None else state.shielded / -(-state.step // self.policy.refresh)
 
-    def _adapt(
-        self, state: InnerState, phi: Tensor, labels: Tensor, context: LossContext, outputs: tuple[Tensor, Tensor, Any]
-    ) -> None:
+    def _adapt(self, state: InnerState, phi: Tensor, batch: Minibatch, outputs: Outputs) -> None:
         """Where the policy adapts: tell it how the validation loss answers to the controls in force on this minibatch,
         and ask it anew. ``outputs``: of the model there, with their tape."""
         if not isinstance(self.policy, AdaptingPolicy):
@@ -223,45 +237,39 @@ class InnerLoop:
         assert state.controls is not None and state.features is not None
         at = state.theta.detach(), tuple(slot.detach() for slot in state.slots)
         rate, controls = self.rate(state.step), state.controls.detach()
+        context = self.parts.context_of(batch.recalled)
         slope = look_ahead_slope(
-            self.group, self.head, self.optimiser, at, outputs, labels, controls, context, rate, state.step
+            self.group, self.head, self.optimiser, at, outputs, batch.labels, controls, context, rate, state.step
         )
         # per unit of the peak learning rate: tasks of any rate then have sums of one size
         state.features = state.features + self.policy.descent(phi, state.features, slope) / self.group.learning_rate
         self.resume(state, phi)
 
-    def _shield(
-        self, state: InnerState, labels: Tensor, context: LossContext, outputs: tuple[Tensor, Tensor, Any]
-    ) -> None:
+    def _shield(self, state: InnerState, batch: Minibatch, outputs: Outputs) -> None:
         """Mix the controls as far as the descent condition of the shield asks for, where there is one."""
         if self.policy.shield is None:
             return
         assert state.controls is not None
         theta, controls = state.theta.detach(), state.controls.detach()
-        products = reference_products(self.group.model, self.head, theta, outputs, labels, controls, context)
+        context = self.parts.context_of(batch.recalled)
+        products = reference_products(self.group.model, self.head, theta, outputs, batch.labels, controls, context)
         state.mixing = least_mixing(controls[:, :NUM_BASIS], products, self.policy.shield)
         acted = (state.mixing > 0).to(state.mixing.dtype)
         state.shielded = acted if state.shielded is None else state.shielded + acted
         state.controls = mix(state.controls, state.mixing)
 
-    def _recall(self, state: InnerState, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Own-label averaged probabilities and seen flags [G, B] of this minibatch's rows, and their whole averages
-        [G, B, C]."""
+    def _recall(self, state: InnerState, labels: Tensor) -> tuple[Recalled, Tensor]:
+        """What is remembered of this minibatch's rows, and their whole averages [G, B, C]."""
         with torch.no_grad():
-            rows = self._rows[state.step].flatten()
-            before = state.averaged.flatten(0, 1).index_select(0, rows).view(*labels.shape, -1)
+            before, seen = (_joined(each, self._rows[state.step]) for each in (state.averaged, state.seen))
             own = before.gather(2, labels[:, :, None])[:, :, 0]
-            seen = state.seen.flatten().index_select(0, rows).view_as(labels)
-        return own, seen, before
+        return Recalled(own, seen, before if self._reads_averages else None), before
 
-    def _remember(self, state: InnerState, logits: Tensor, before: Tensor) -> None:
-        """Take the predictions of this minibatch into the averages of its rows, which were ``before``."""
-        with torch.no_grad():
-            rows = self._rows[state.step].flatten()
-            averaged, flags = state.averaged.flatten(0, 1), state.seen.flatten()  # views: written in place
-            p = torch.softmax(logits.masked_fill(self._padding, -1e9), -1)
-            averaged.index_copy_(0, rows, torch.lerp(p, before, self.inner.ema).flatten(0, 1))
-            flags.index_fill_(0, rows, True)
+    def _remember(self, state: InnerState, averaged: Tensor) -> None:
+        """Take averages [G, B, C] of this minibatch's rows into those of all rows."""
+        rows = self._rows[state.step].flatten()
+        state.averaged.flatten(0, 1).index_copy_(0, rows, averaged.flatten(0, 1))  # of a view: written in place
+        state.seen.flatten().index_fill_(0, rows, True)
 
     def _read(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
         """What the policy reads at the current step; one that adapts, what it read before, to which ``_adapt`` adds."""
@@ -308,7 +316,7 @@ class InnerLoop:
         defaults = control_vector({}).to(theta).expand(group.size, -1)
         means = []
         for rows, active in ((group.validation, ("ce",)), (group.train, self.policy.active_basis)):
-            at = Evaluation(active, self.evaluate(theta, rows), rows.labels, None, defaults, self._context)
+            at = Evaluation(active, self.evaluate(theta, rows), rows.labels, None, defaults, self.parts.context)
             values = dict(at.values())
             # 0 / 0, unknown, where there are no validation rows
             means += [(values[name] * rows.mask).sum(1) / rows.mask.sum(1) for name in active]
@@ -335,19 +343,9 @@ class InnerLoop:
             return torch.cat([self.group.model.forward(theta, some.inputs)[0] for some in pieces(self.group, rows)], 1)
 
 
-def loss_gradient(
-    model: InnerModel,
-    head: LossHead,
-    theta: Tensor,
-    inputs: Inputs,
-    labels: Tensor,
-    controls: Tensor,
-    context: LossContext,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [G, B, C], the adaptive loss [G] and its gradient [G, P], in closed form."""
-    logits, features, tape = model.forward(theta, inputs)
-    at = head.forward(logits, labels, features, controls, context)
-    return logits, at.mixture, model.backward(theta, tape, at.dlogits, at.dfeatures)
+def _joined(columns: Tensor, rows: Tensor) -> Tensor:
+    """Entries [G, B, ...] of columns [G, N, ...] at ``rows`` [G, B] among those of all tasks joined."""
+    return columns.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def _appended(past: Tensor | None, now: Tensor) -> Tensor:

@@ -15,21 +15,23 @@ from torch import Tensor
 from palf_dist.errors import ConfigError
 
 Slots = tuple[Tensor, ...]
+Count = float | Tensor
 
 ADAM_EPSILON = 1e-6  # added in squares under the root: sqrt(v) + eps has no derivative at zero gradients
 
 
 class InnerOptimiser(Protocol):
-    """One update rule. ``step`` counts from 0."""
+    """One update rule. ``step`` counts from 0; a number, or a tensor [] for functions that a compiler takes once for
+    all steps."""
 
     num_slots: int
 
-    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: Count) -> tuple[Tensor, Slots]:
         """New parameters and slots; differentiable by autograd."""
         ...
 
     def adjoint(
-        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: int
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: Count
     ) -> tuple[Tensor, Slots]:
         """Cotangents of the gradient and of the old slots, from those of the new parameters and slots.
 
@@ -43,11 +45,11 @@ class SGD:
 
     num_slots = 0
 
-    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: Count) -> tuple[Tensor, Slots]:
         return theta - rate * gradient, ()
 
     def adjoint(
-        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: int
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: Count
     ) -> tuple[Tensor, Slots]:
         return -rate * cotangent, ()
 
@@ -58,12 +60,12 @@ class Momentum:
     num_slots = 1
     mu = 0.9
 
-    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: Count) -> tuple[Tensor, Slots]:
         m = torch.add(gradient, slots[0], alpha=self.mu)
         return theta - rate * m, (m,)
 
     def adjoint(
-        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: int
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: Count
     ) -> tuple[Tensor, Slots]:
         of_m = slot_cotangents[0] - rate * cotangent
         return of_m, (self.mu * of_m,)
@@ -76,27 +78,27 @@ class Adam:
     num_slots = 2
     beta1, beta2 = 0.9, 0.99
 
-    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: int) -> tuple[Tensor, Slots]:
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: Count) -> tuple[Tensor, Slots]:
         m = torch.lerp(gradient, slots[0], self.beta1)
         v = torch.addcmul(slots[1] * self.beta2, gradient, gradient, value=1 - self.beta2)
         c1, c2 = self._corrections(step)
-        root = torch.sqrt(v * (1 / c2) + ADAM_EPSILON**2)
-        return torch.addcmul(theta, m / root, -rate / c1), (m, v)
+        inverse = torch.rsqrt(v * (1 / c2) + ADAM_EPSILON**2)
+        return torch.addcmul(theta, m * inverse, -rate / c1), (m, v)
 
     def adjoint(
-        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: int
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: Count
     ) -> tuple[Tensor, Slots]:
         (m, _), (new_m, new_v) = slots, new_slots
         c1, c2 = self._corrections(step)
         inverse = new_v.mul(1 / c2).add_(ADAM_EPSILON**2).rsqrt_()
-        scaled = (-rate / c1) * cotangent * inverse  # d theta' / d m'
-        of_m = slot_cotangents[0] + scaled
-        of_v = torch.addcmul(slot_cotangents[1], scaled * new_m, inverse.square_(), value=-0.5 / c2)
+        scaled, gain = cotangent * inverse, -rate / c1  # their product is d theta' / d m'
+        of_m = torch.addcmul(slot_cotangents[0], scaled, gain)
+        of_v = torch.addcmul(slot_cotangents[1], scaled.mul_(new_m).mul_(inverse.square_()), gain * (-0.5 / c2))
         gradient = torch.lerp(new_m, m, -self.beta1 / (1 - self.beta1))  # g = (m' - b1 m) / (1 - b1)
         of_gradient = torch.addcmul(of_m * (1 - self.beta1), gradient, of_v, value=2 * (1 - self.beta2))
         return of_gradient, (of_m.mul_(self.beta1), of_v.mul_(self.beta2))
 
-    def _corrections(self, step: int) -> tuple[float, float]:
+    def _corrections(self, step: Count) -> tuple[Count, Count]:
         return 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
 
 

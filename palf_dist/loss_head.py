@@ -26,18 +26,28 @@ Weights = Mapping[str, Tensor]
 """Weight of each active basis loss in the sum over examples: [G, n], or [G, 1] where all examples share it."""
 
 
+_FEW_CLASSES = 16  # of float32 fill a vector register of a CPU
+
+
+def both_softmaxes(z: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and p of logits [G, n, C]; exp(log p) would be ten times slower where p underflows, as on padded classes.
+
+    Of few classes with all values of one class side by side in memory: torch's kernel for the last dimension takes
+    fewer classes than fill a register one by one, which is up to fifteen times as slow.
+    """
+    if z.shape[-1] >= _FEW_CLASSES:
+        return torch.log_softmax(z, -1), torch.softmax(z, -1)
+    by_class = z.mT.contiguous()
+    return torch.log_softmax(by_class, -2).mT, torch.softmax(by_class, -2).mT
+
+
 class Softmax:
     """A softmax [G, n, C] and the own-label entries of it."""
 
     def __init__(self, z: Tensor, y: Tensor) -> None:
         self.y = y[..., None]
-        self.log_p, self.p = self._both(z)
+        self.log_p, self.p = both_softmaxes(z)
         self.own = Own(self.own_entry(self.log_p))
-
-    @staticmethod
-    def _both(z: Tensor) -> tuple[Tensor, Tensor]:
-        """log p and p; exp(log p) would be ten times slower where p underflows, as on padded classes."""
-        return torch.log_softmax(z, -1), torch.softmax(z, -1)
 
     def own_entry(self, a: Tensor) -> Tensor:
         """Entries of a [G, n, C] at the labels, [G, n]."""
@@ -62,9 +72,9 @@ class Target(NamedTuple):
     t: Tensor  # [G, 1 or n, C], 0 on padded classes
     mass: Tensor | float  # sum of t over the classes: [G, n], or 1
 
-    def above(self, softmax: Softmax, a: Tensor) -> Tensor:
-        """sum_c t_c (a_y - a_c) [G, n] of a [G, n, C]."""
-        return self.mass * softmax.own_entry(a) - (a * self.t).sum(-1)
+    def above(self, own: Tensor, a: Tensor) -> Tensor:
+        """sum_c t_c (a_y - a_c) [G, n] of a [G, n, C], whose entries at the labels are ``own``."""
+        return self.mass * own - (a * self.t).sum(-1)
 
 
 class Directional(NamedTuple):
@@ -87,11 +97,9 @@ class Evaluation:
         h: Tensor | None,
         controls: Controls,
         context: LossContext,
-        softmax: type[Softmax] = Softmax,
         plain: Softmax | None = None,
     ) -> None:
         """``plain``: the softmax of the logits themselves, where the caller has it."""
-        self._of = softmax
         if plain is not None:
             self.plain = plain
         self.active, self.controls, self.context, self.y = active, controls, context, y
@@ -100,7 +108,8 @@ class Evaluation:
         self.contrast: Contrast | None = None
         if "info_nce" in active:
             assert h is not None, "info_nce reads features"
-            self.contrast = Contrast.at(h, y, column(controls, "tau"))
+            self.contrast = Contrast(h, y, column(controls, "tau"))
+        self._last: tuple[Weights, list[Tensor]] | None = None
         # basis losses by the softmax they read
         self.groups: list[tuple[Softmax, dict[str, LogitLoss]]] = []
         logit_losses = [name for name in active if name in LOGIT_LOSSES]
@@ -123,7 +132,7 @@ class Evaluation:
         padding = self.context.padding
         if padding is not None:
             offset = padding if offset is None else offset + padding
-        return self._of(self.z if offset is None else self.z + offset[:, None, :], self.y)
+        return Softmax(self.z if offset is None else self.z + offset[:, None, :], self.y)
 
     @cached_property
     def plain(self) -> Softmax:
@@ -146,19 +155,24 @@ class Evaluation:
             for name, loss in losses.items():
                 value = loss.value
                 if (target := self.targets.get(name)) is not None:
-                    value = value + target.strength * target.above(softmax, softmax.log_p)
+                    value = value + target.strength * target.above(softmax.own.log_p, softmax.log_p)
                 if name == "elr" and self.early is not None:
                     value = value + column(self.controls, "lam") * self.early.value
                 yield name, value
         if self.contrast is not None:
             yield "info_nce", self.contrast.value
 
+    def _slopes(self, weights: Weights) -> list[Tensor]:
+        """sum_k weight_k F_k' [G, n] over the losses of each group; made once for the weights asked for last."""
+        if self._last is None or self._last[0] is not weights:
+            totals = [_total((weights[name], loss.slope) for name, loss in losses.items()) for _, losses in self.groups]
+            self._last = weights, [total.expand_as(self.y) for total in totals]
+        return self._last[1]
+
     def gradient(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         """Gradient of sum_i sum_k weight_ki l_ki in logits [G, n, C] and features [G, n, D]."""
         dlogits = None
-        for softmax, losses in self.groups:
-            slope = _total((weights[name], loss.slope) for name, loss in losses.items())
-            slope = slope.expand_as(self.y)
+        for (softmax, losses), slope in zip(self.groups, self._slopes(weights), strict=True):
             given = {name: target for name, target in self.targets.items() if name in losses}
             moved = [(weights[name] * target.strength, target) for name, target in given.items()]
             at_label = sum((share * target.mass for share, target in moved), start=slope)
@@ -180,7 +194,8 @@ class Evaluation:
                 for control, value in loss.value_controls().items():
                     result[control] = weights[name] * value
                 if (target := self.targets.get(name)) is not None:
-                    result[target.control] = weights[name] * target.rate * target.above(softmax, softmax.log_p)
+                    margin = target.above(softmax.own.log_p, softmax.log_p)
+                    result[target.control] = weights[name] * target.rate * margin
                 if name == "robust_ce" and self.adjusted:
                     shift = softmax.centre(self.context.log_prior_ratio[:, None, :])
                     result["la"] = weights[name] * loss.slope * softmax.own_entry(shift)
@@ -195,7 +210,7 @@ class Evaluation:
         dlogits, dfeatures = None, None
         along: dict[str, Tensor] = {}
         controls: dict[str, Tensor] = {}
-        for softmax, losses in self.groups:
+        for (softmax, losses), slope in zip(self.groups, self._slopes(weights), strict=True):
             centred = softmax.centre(z_dot)
             own_dot = softmax.own_entry(centred)
             for name, loss in losses.items():
@@ -203,10 +218,9 @@ class Evaluation:
                 for control, value in loss.slope_controls().items():
                     controls[control] = weights[name] * value * own_dot
                 if (target := self.targets.get(name)) is not None:
-                    margin_dot = target.above(softmax, centred)
+                    margin_dot = target.above(own_dot, centred)
                     along[name] = along[name] + target.strength * margin_dot
                     controls[target.control] = weights[name] * target.rate * margin_dot
-            slope = _total((weights[name], loss.slope) for name, loss in losses.items())
             slope_dot = _total((weights[name], loss.curvature) for name, loss in losses.items()) * own_dot
             part = softmax.pull(slope_dot, torch.addcmul(slope_dot[..., None], slope[..., None], centred))
             if self.adjusted and "robust_ce" in losses:
@@ -255,8 +269,10 @@ class HeadTape:
 
     def _controls(self, per_example: dict[str, Tensor]) -> Tensor:
         """Sums over the examples as [G, U], zero where nothing is named."""
-        zero = torch.zeros_like(self.dlogits[..., 0])
-        return torch.stack([per_example.get(name, zero) for name in CONTROLS], 1).sum(-1)
+        sums = torch.stack([*per_example.values()], 1).sum(-1)
+        given = dict(zip(per_example, sums.unbind(1), strict=True))
+        zero = sums.new_zeros(len(sums))
+        return torch.stack([given.get(name, zero) for name in CONTROLS], 1)
 
 
 class LossHead:
@@ -268,7 +284,7 @@ class LossHead:
         self.active = active
 
     @torch.no_grad()
-    def forward(self, z: Tensor, y: Tensor, h: Tensor | None, controls: Tensor, context: LossContext) -> HeadTape:
+    def forward(self, z: Tensor, y: Tensor, h: Tensor | None, controls: Controls, context: LossContext) -> HeadTape:
         """Evaluate at logits z [G, n, C], labels y [G, n], features h [G, n, D], controls [G, U]."""
         evaluation = Evaluation(self.active, z, y, h, controls, context)
         weights = {name: column(controls, name) / y.shape[1] for name in self.active}

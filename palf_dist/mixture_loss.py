@@ -16,19 +16,6 @@ from torch.autograd.function import once_differentiable
 from palf_dist.loss_head import Evaluation, Softmax, Weights
 from palf_dist.losses import Controls, LossContext, column
 
-_FEW_CLASSES = 16  # of float32 fill a vector register of a CPU
-
-
-class ByClass(Softmax):
-    """The same, of few classes with all values of one class side by side in memory: torch's kernel for the last
-    dimension takes fewer classes than fill a register one by one, which is up to eight times as slow."""
-
-    @staticmethod
-    def _both(z: Tensor) -> tuple[Tensor, Tensor]:
-        if z.shape[-1] >= _FEW_CLASSES:
-            return Softmax._both(z)
-        return torch.log_softmax(z.mT, -2).mT, torch.softmax(z.mT, -2).mT
-
 
 class MixtureLoss(Function):
     """(logits [n, C], features [n, D] or None, Evaluation at them, its values, whether the mean is wanted) -> sum_k
@@ -121,6 +108,6 @@ def mixture_loss(
     h = features if "info_nce" in active else None
     with torch.no_grad():
         rows = None if h is None else h[None]
-        evaluation = Evaluation(active, logits[None], labels[None], rows, controls, context, ByClass, plain)
+        evaluation = Evaluation(active, logits[None], labels[None], rows, controls, context, plain)
         values = dict(evaluation.values())
     return MixtureLoss.apply(logits, h, evaluation, values, mean), values

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from palf_dist.errors import ConfigError
+from palf_dist.loss_head import both_softmaxes
 from palf_dist.randomness import random_generator
 from palf_dist.types import InnerModel, Rows
 
@@ -77,7 +78,7 @@ class RowStatistics(NamedTuple):
     def of(cls, logits: Tensor, labels: Tensor, class_mask: Tensor) -> RowStatistics:
         """Of logits [G, B, C] and labels [G, B]."""
         masked = logits.masked_fill(~class_mask[:, None, :], -1e9)
-        log_p, p = torch.log_softmax(masked, -1), torch.softmax(masked, -1)  # as in loss_head.Softmax
+        log_p, p = both_softmaxes(masked)
         loss = -log_p.gather(2, labels[:, :, None])[:, :, 0]
         # clamped, since 0 times -inf, the logit of a class that somebody rules out, would be NaN
         entropy = -(p * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)

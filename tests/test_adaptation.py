@@ -69,7 +69,7 @@ def test_the_slope_is_autograds(name: str, optimiser: str) -> None:
     assert state.controls is not None
     inputs, labels = loop.minibatch(4)
     outputs = group.model.forward(state.theta, inputs)
-    context = loop.context(*loop._recall(state, labels))
+    context = loop.parts.context_of(loop._recall(state, labels)[0])
     at, rate = (state.theta, state.slots), loop.rate(4)
     got = look_ahead_slope(group, loop.head, loop.optimiser, at, outputs, labels, state.controls, context, rate, 4)
 
@@ -92,7 +92,7 @@ def test_a_large_model_reads_the_validation_rows_piece_by_piece(monkeypatch: pyt
     loop = InnerLoop(group, policy, InnerConfig())
     state = after(loop, phi, 1)
     assert state.controls is not None
-    controls, context = state.controls, loop.context(*loop._recall(state, loop.minibatch(1)[1]))
+    controls, context = state.controls, loop.parts.context_of(loop._recall(state, loop.minibatch(1)[1])[0])
     whole = _validation_gradient(group, state.theta, controls, context)
     sizes: list[int] = []
     forward = group.model.forward

@@ -61,7 +61,7 @@ def test_it_sees_what_the_policy_saw_in_meta_training(settings):
     for step in range(11):
         theta = state.theta.clone()  # before the step, when the state is read
         seen = loop.step(state, phi)
-        ours = criterion(seen.logits[task], seen.labels[task], index=group.batches[step, task])
+        ours = criterion(seen.logits[task], seen.batch.labels[task], index=group.batches[step, task])
         assert state.controls is not None
         torch.testing.assert_close(criterion.controls.double(), state.controls[task], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours, seen.adaptive_loss()[task], rtol=1e-5, atol=1e-6)

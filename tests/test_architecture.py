@@ -62,6 +62,7 @@ ORDER = (
     "outer_loss",
     "shield",
     "adaptation",
+    "inner_steps",
     "compilation",
     "inner_loop",
     "trajectory",

@@ -87,7 +87,8 @@ def test_averaged_predictions_follow_their_definition() -> None:
         for place, row in enumerate(index[task].tolist()):
             want = 0.7 * before[task, row, :k] + 0.3 * p[place]
             torch.testing.assert_close(state.averaged[task, row, :k], want)
-            assert result.own_probability[task, place] == pytest.approx(1 / k) and not result.seen[task, place]
+            recalled = result.batch.recalled
+            assert recalled.own_probability[task, place] == pytest.approx(1 / k) and not recalled.seen[task, place]
         untouched = sorted(set(range(14)) - set(index[task].tolist()))
         assert torch.equal(state.averaged[task, untouched], before[task, untouched])
         assert state.seen[task].nonzero()[:, 0].tolist() == sorted(set(index[task].tolist()))

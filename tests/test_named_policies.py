@@ -92,7 +92,7 @@ def test_a_name_is_the_policy_of_the_comparison(name: str) -> None:
         assert state.controls is not None
         inputs, _ = loop.minibatch(step)
         h = group.model.apply(theta, inputs)[1][task] if name == "uniform" else None
-        ours = criterion(seen.logits[task], seen.labels[task], h, index=group.batches[step, task])
+        ours = criterion(seen.logits[task], seen.batch.labels[task], h, index=group.batches[step, task])
         torch.testing.assert_close(criterion.controls.double(), state.controls[task], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(ours, seen.adaptive_loss()[task], rtol=1e-4, atol=1e-6)
         criterion.step(nn.Identity())

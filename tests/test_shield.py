@@ -12,6 +12,7 @@ from torch import Tensor
 from palf_dist.config import InnerConfig, PolicyConfig
 from palf_dist.evaluation.methods import METHODS, baseline_policy
 from palf_dist.inner_loop import InnerLoop, InnerState
+from palf_dist.inner_steps import Recalled
 from palf_dist.losses import reference_losses
 from palf_dist.policies import LearnedPolicy, policy_spec
 from palf_dist.shield import REFERENCE, least_mixing, mix, reference_products
@@ -101,7 +102,7 @@ def test_products_are_those_of_autograds_gradients(name: str) -> None:
     inputs, labels = loop.minibatch(4)
     own = torch.rand(labels.shape, dtype=torch.float64)
     averaged = torch.rand(*labels.shape, 4, dtype=torch.float64) / 4 * loop.group.class_mask[:, None]
-    context = loop.context(own, own > 0.3, averaged)
+    context = loop.parts.context_of(Recalled(own, own > 0.3, averaged))
     with torch.no_grad():
         outputs = loop.group.model.forward(state.theta, inputs)
     got = reference_products(loop.group.model, loop.head, state.theta, outputs, labels, state.controls, context)
@@ -226,7 +227,7 @@ def test_it_acts_at_refreshes_by_the_minibatch_of_the_refresh_and_is_counted() -
         inputs, labels = loop.minibatch(step)
         leaf = theta.clone().requires_grad_(True)
         z, h = loop.group.model.apply(leaf, inputs)
-        context = loop.context(result.own_probability, result.seen, result.averaged)
+        context = loop.parts.context_of(result.batch.recalled)
         losses = reference_losses(z, labels, h, asked, context, policy.active_basis).mean(2)
         each = torch.stack([torch.autograd.grad(loss.sum(), leaf, retain_graph=True)[0] for loss in losses], 1)
         reference = each[:, REFERENCE]

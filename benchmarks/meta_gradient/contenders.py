@@ -50,7 +50,7 @@ def _compiled() -> Callable[[Problem], Run]:
 
     def prepare(problem: Problem) -> Run:
         estimator, loop = make_estimator(EstimatorConfig(), problem.outer), copy(problem.loop)
-        loop.hot = HotPath(loop.group.model, loop.head, compiled=True)
+        loop.hot = HotPath(loop.parts)
         return lambda: estimator.estimate(loop, problem.phi, loop.start(), loop.steps, (0,)).gradient
 
     return prepare

@@ -1,26 +1,33 @@
 """The adjoint method: exact meta-gradients without an autograd graph.
 
-Forward, keep theta_t and the optimiser's slots. Backward, carry the cotangents of theta and the slots; at each step the
-optimiser's adjoint gives the cotangent lambda of the gradient g_t, and one forward-over-reverse pass along lambda gives
-both H lambda (for the cotangent of theta) and d<g_t, lambda>/d(controls). The policy is chained once, at the end.
+Forward, keep theta_t and the optimiser's slots; of short runs the forward passes, too. Backward, carry the cotangents
+of theta and the slots; at each step the optimiser's adjoint gives the cotangent lambda of the gradient g_t, and one
+forward-over-reverse pass along lambda gives both H lambda (for the cotangent of theta) and d<g_t, lambda>/d(controls).
+The policy is chained once, at the end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from palf_dist.compilation import counted
 from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.inner_optimisers import Slots
-from palf_dist.loss_head import LossHead
-from palf_dist.losses import LossContext
+from palf_dist.inner_steps import Cotangents, Minibatch, Passed, Recalled, backward_step
 from palf_dist.policies import LearnedPolicy, Policy
-from palf_dist.types import CONTROL_INDEX, WD, InnerModel, Inputs
+from palf_dist.types import CONTROL_INDEX
+
+KEPT = 2e6
+"""Bytes for each task that the forward passes of a whole inner run may take beside theta_t, to be kept for the walk
+back; longer runs and deeper models make each of them again."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,9 @@ class StepTrace:
 
     theta: Tensor  # [G, P] before the step
     slots: Slots
-    own_probability: Tensor  # [G, B]
-    seen: Tensor  # [G, B]
-    averaged: Tensor | None  # [G, B, C], where a basis loss reads them
+    recalled: Recalled
     segment: int  # index of the refresh that set the controls
+    passed: Passed | None  # the step's forward pass, where it is kept
 
 
 @dataclass
@@ -95,14 +101,18 @@ class Adjoint:
         if state.features is not None:  # a window that goes on from a refresh before it
             trace.open_segment(state)
         before = (state.theta, state.slots)
+        kept: bool | None = None  # whether the steps' forward passes are; they are all of one size
         last_reference: tuple[int, Tensor] | None = None  # step and gradient of V at the checkpoint before
 
         def after_step(now: InnerState, result: StepResult) -> None:
-            nonlocal before, last_reference
+            nonlocal before, kept, last_reference
             if result.refreshed:
                 trace.open_segment(now)
             segment = len(trace.controls) - 1
-            trace.steps.append(StepTrace(*before, result.own_probability, result.seen, result.averaged, segment))
+            if kept is None:
+                kept = result.passed is not None and loop.steps * held(result.passed) <= KEPT * loop.group.size
+            passed = result.passed if kept else None
+            trace.steps.append(StepTrace(*before, result.batch.recalled, segment, passed))
             before = (now.theta, now.slots)
             recorder.step(now, result)
             if now.step in recorder.checkpoints:
@@ -123,56 +133,48 @@ class Adjoint:
         self, loop: InnerLoop, start: int, last_slots: Slots, trace: ForwardTrace, cotangents: list[Tensor]
     ) -> list[Tensor]:
         """Cotangents [G, U] of the controls of each segment: ``cotangents``, which come from no step, and the rest."""
-        of_theta = torch.zeros_like(trace.steps[-1].theta)
-        of_slots: Slots = tuple(torch.zeros_like(slot) for slot in last_slots)
+        nothing = torch.zeros_like(trace.steps[-1].theta)
+        none_of_slots: Slots = tuple(torch.zeros_like(slot) for slot in last_slots)
+        at = Cotangents(nothing, none_of_slots)
         new_slots = last_slots
         running = self.outer.running_sum / len(trace.steps)
         while trace.steps:
             step = trace.steps.pop()  # frees its memory as the walk goes on
             t = start + len(trace.steps)
             if self.truncated:
-                of_theta = torch.zeros_like(of_theta)
-                of_slots = tuple(torch.zeros_like(slot) for slot in of_slots)
+                at = Cotangents(nothing, none_of_slots)
             if t + 1 in trace.outer_gradients:
-                of_theta = of_theta + trace.outer_gradients[t + 1]
-            controls, rate = trace.controls[step.segment], loop.rate(t)
-            along, of_slots = loop.optimiser.adjoint(of_theta, of_slots, step.slots, new_slots, rate, t)
+                at = at._replace(theta=at.theta + trace.outer_gradients[t + 1])
+            controls = loop.columns(trace.controls[step.segment])
+            passed = step.passed or Minibatch(*loop.minibatch(t), step.recalled)
+            place = at, step.theta, step.slots, new_slots, passed, controls, loop.rate(t)
+            if loop.hot is None:
+                at, of_controls = backward_step(loop.parts, *place, t, running)
+            else:
+                at, of_controls = loop.hot(backward_step, *place, counted(t), running)
             new_slots = step.slots
-            context = loop.context(step.own_probability, step.seen, step.averaged)
-            curvature, of_controls = loop.hot(
-                along_gradient, step.theta, *loop.minibatch(t), controls, context, along, running
-            )
-            # weight decay: theta' has the further term -rate * decay * theta
-            shrunk = rate * (of_theta * step.theta).sum(1, keepdim=True)
-            of_controls[:, WD] -= (loop.group.weight_decay * shrunk)[:, 0]
-            of_theta = torch.addcmul(curvature, 1 - rate * loop.decay(controls), of_theta)
             cotangents[step.segment] += of_controls
         return cotangents
 
 
-def along_gradient(
-    model: InnerModel,
-    loss_head: LossHead,
-    theta: Tensor,
-    inputs: Inputs,
-    labels: Tensor,
-    controls: Tensor,
-    context: LossContext,
-    along: Tensor,
-    running: float,
-) -> tuple[Tensor, Tensor]:
-    """Derivatives of <grad l_t, along> + running * l_t with respect to theta_t [G, P] and the controls [G, U]."""
-    logits, features, tape = model.forward(theta, inputs)
-    head = loss_head.forward(logits, labels, features, controls, context)
-    logits_dot, features_dot, tangent_tape = model.tangent(theta, tape, along)
-    dlogits_dot, dfeatures_dot, of_controls = loss_head.tangent(head, logits_dot, features_dot)
-    of_theta = model.backward_tangent(
-        theta, tape, tangent_tape, along, head.dlogits, head.dfeatures, dlogits_dot, dfeatures_dot
-    )
-    if running:
-        of_theta = of_theta.add(model.backward(theta, tape, head.dlogits, head.dfeatures), alpha=running)
-        of_controls = of_controls.add(loss_head.control_gradient(head), alpha=running)
-    return of_theta, of_controls
+def held(*values: Any) -> float:
+    """Bytes of all tensors in there; unknown, and so without limit, where autograd holds more for them."""
+    sizes: dict[int, float] = {}
+
+    def find(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            sizes[storage._cdata] = inf if value.requires_grad else storage.nbytes()
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                find(each)
+        elif isinstance(value, dict):
+            find([*value.values()])
+        elif hasattr(value, "__dict__"):
+            find(vars(value))
+
+    find(values)
+    return sum(sizes.values())
 
 
 def _clipped(cotangents: list[Tensor], policy: Policy, most: float) -> tuple[list[Tensor], float]:

@@ -111,14 +111,14 @@ class Recorder:
         with torch.no_grad():
             masked = result.logits.masked_fill(~self.loop.group.class_mask[:, None, :], -1e9)
             log_p = torch.log_softmax(masked, -1)
-            own = log_p.gather(2, result.labels[:, :, None])[:, :, 0]
+            own = log_p.gather(2, result.batch.labels[:, :, None])[:, :, 0]
             row: dict[str, Tensor | float] = {
                 "inner_step": float(state.step - 1),
                 "state": state.last_features,
                 "controls": state.controls,
                 "adaptive_loss": loss,
                 "cross_entropy": -own.mean(1),
-                "train_accuracy": (masked.argmax(-1) == result.labels).to(own.dtype).mean(1),
+                "train_accuracy": (masked.argmax(-1) == result.batch.labels).to(own.dtype).mean(1),
             }
         self._last = {name: value.detach().clone() if torch.is_tensor(value) else value for name, value in row.items()}
         self._rows.append(self._last)

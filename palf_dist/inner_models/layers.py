@@ -246,17 +246,18 @@ def as_rows(x: Tensor) -> Tensor:
 
 def as_shape(shape: torch.Size, rows: Tensor) -> Tensor:
     """[G, n, width] as [*shape[:-1], width]."""
-    return rows if len(shape) == 3 else rows.view(*shape[:-1], rows.shape[-1])
+    return rows if len(shape) == 3 else rows.contiguous().view(*shape[:-1], rows.shape[-1])
 
 
 def _plus_product(base: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    """base + x weight', contiguous; base [G, 1 or n, outputs], x [G, n, inputs], weight [G, outputs, inputs]."""
+    """base + x weight'; base [G, 1 or n, outputs], x [G, n, inputs], weight [G, outputs, inputs]. A narrow result has
+    all values of one output side by side in memory, as the loss head's softmax wants those of few classes."""
     narrow = weight.shape[1] < NARROW
     left, right = (weight, x.transpose(1, 2)) if narrow else (x, weight.transpose(1, 2))
     if narrow and base is not None:
         base = base.transpose(1, 2)
     y = torch.bmm(left, right) if base is None else torch.baddbmm(base, left, right)
-    return y.transpose(1, 2).contiguous() if narrow else y
+    return y.transpose(1, 2) if narrow else y
 
 
 class LinearMap(Layer, Protocol):

@@ -34,7 +34,7 @@ def test_no_tensor_of_the_hot_path_stays_on_the_cpu(name: str) -> None:
     policy.shield = 0.5
     loop = InnerLoop(make_group(name, steps=4, dtype=torch.float32), policy, InnerConfig())
     loop.group = elsewhere(loop.group)
-    for part in ("_rows", "_padding", "_context", "_facts", "_probes"):
+    for part in ("_rows", "parts", "_facts", "_probes"):
         setattr(loop, part, elsewhere(getattr(loop, part)))
     state = loop.start()
     phi = elsewhere(phi.float())
