@@ -186,7 +186,8 @@ def _clipped(cotangents: list[Tensor], policy: Policy, most: float) -> tuple[lis
     columns = [CONTROL_INDEX[name] for name in (*policy.spec.basis, *policy.spec.hyperparameters)]
     norms = torch.stack(cotangents, 2)[:, columns].double().flatten(1).norm(dim=1)
     finite = norms.isfinite()
-    scale = torch.where(finite, most / norms.clamp(min=most), 0.0).to(cotangents[0])[:, None]
+    # exactly 1 below the limit, as most / norms.clamp(min=most) is not: torch multiplies by a reciprocal
+    scale = torch.where(finite, (norms / most).clamp(min=1).reciprocal(), 0.0).to(cotangents[0])[:, None]
     kept = [torch.where(finite[:, None], cotangent, 0.0) * scale for cotangent in cotangents]
     return kept, float((~(norms <= most)).double().mean())
 
