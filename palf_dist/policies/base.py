@@ -54,7 +54,7 @@ class Policy(Protocol):
 
     @property
     def shield(self) -> float | None:
-        """kappa of the Lyapunov shield, see palf_dist.shield; active_basis then holds ce. None: off."""
+        """kappa of the Lyapunov shield (palf_dist.shield), or None; active_basis then holds ce."""
         ...
 
     def initial(self) -> np.ndarray:
