@@ -119,7 +119,7 @@ def type_page(page: str, folder: Path, replaced: Mapping[str, str] | None = None
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,  # two minutes where nothing else runs
     )
 
 

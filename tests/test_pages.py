@@ -133,6 +133,7 @@ def test_the_classifier_of_the_learnloss_page_fits(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1100)
 def test_the_tutorial(tmp_path: Path) -> None:
     ended = type_page("docs/tutorial.md", tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
