@@ -239,7 +239,7 @@ def _about(design: Design, against: Mapping[str, Comparison]) -> dict[str, Any]:
 def _design(config: RunConfig) -> dict[str, Any]:
     """What tells whether the base is the design of other results."""
     spec = policy_spec(config.policy)
-    return {"digest": design_of(config), "policy": spec.kind, "basis": spec.basis}
+    return {"digest": design_of(config), "policy": spec.kind, "basis": list(spec.basis)}
 
 
 def _without_names(item: Comparison) -> dict[str, Any]:
