@@ -98,7 +98,7 @@ def make_ablations_report(
         "base": _about(finished[0], against) | _design(finished[0].config),
         "groups": {
             group: [
-                _about(design, against) | {"against_base": _without_names(item)}
+                _about(design, against) | {"against_base": _against_base(item)}
                 for design, item in zip(own, compared[group], strict=True)
             ]
             for group, own in groups.items()
@@ -239,10 +239,16 @@ def _about(design: Design, against: Mapping[str, Comparison]) -> dict[str, Any]:
 def _design(config: RunConfig) -> dict[str, Any]:
     """What tells whether the base is the design of other results."""
     spec = policy_spec(config.policy)
-    return {"digest": design_of(config), "policy": spec.kind, "basis": list(spec.basis)}
+    return {
+        "digest": design_of(config),
+        "policy": spec.kind,
+        "basis": list(spec.basis),
+        "window": config.estimator.window,
+    }
 
 
-def _without_names(item: Comparison) -> dict[str, Any]:
+def _against_base(item: Comparison) -> dict[str, Any]:
+    """A variant's policy against the base's; their names stand elsewhere."""
     (record,) = to_pair_records([item])
     named = {name: value for name, value in record.items() if name not in ("method", "against")}
     return named | {"clusters": item.overall.difference.clusters}

@@ -60,6 +60,7 @@ class Base(BaseModel):
     digest: str  # of its design
     policy: str  # its kind
     basis: tuple[str, ...]
+    window: int | None  # inner steps between two updates of the policy; None: the whole run
 
 
 class Point(BaseModel):
@@ -142,7 +143,7 @@ def update_frequency(records: Sequence[AblationRecord]) -> Finding:
     every other frequency; opposite: significantly behind the end of the run. The paper's own policy comes first."""
     for record in sorted(records, key=lambda record: record.base.policy != "palf"):
         found = {each.update_every: each.against_base.estimate for each in record.variants if each.update_every}
-        if K_META in found and len(found) > 1:
+        if record.base.window is None and K_META in found and len(found) > 1:
             best = found.pop(K_META)
             others = ", ".join(f"every {steps} {signed(each)}" for steps, each in sorted(found.items()))
             words = (

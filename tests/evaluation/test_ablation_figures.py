@@ -35,9 +35,10 @@ def record(
     basis: tuple[str, ...] = ("ce", "focal", "info_nce"),
     policy: str = "palf",
     curve: list[dict[str, Any]] | None = None,
+    window: int | None = None,
 ) -> AblationRecord:
     groups = {name: [{"name": name, "set": set_, "against_base": of}] for name, set_, of in variants}
-    base = {"name": "base", "digest": "d", "policy": policy, "basis": basis, "accuracy": 70.0}
+    base = {"name": "base", "digest": "d", "policy": policy, "basis": basis, "window": window}
     return AblationRecord.model_validate_json(json.dumps({"base": base, "groups": groups, "curve": curve or []}))
 
 
@@ -72,7 +73,7 @@ def test_losses_that_were_not_left_out_say_nothing() -> None:
     assert losses_left_out([without(-1.4, -1.2, clusters=4)]).verdict == "not measured"
 
 
-def windows(policy: str = "palf", **means: float) -> AblationRecord:
+def windows(policy: str = "palf", window: int | None = None, **means: float) -> AblationRecord:
     return record(
         *(
             (name, {"estimator.window": int(name[1:]), "meta_learner.outer_steps": 300}, measured(mean))
@@ -80,6 +81,7 @@ def windows(policy: str = "palf", **means: float) -> AblationRecord:
         ),
         ("other", {"estimator.window": 100, "policy.refresh": 1}, measured(9.0)),  # changes more than that
         policy=policy,
+        window=window,
     )
 
 
@@ -96,6 +98,10 @@ def windows(policy: str = "palf", **means: float) -> AblationRecord:
 )
 def test_update_frequency(means: dict[str, float], verdict: str) -> None:
     assert update_frequency([windows(**means)]).verdict == verdict
+
+
+def test_a_base_that_is_updated_within_a_run_tells_nothing() -> None:
+    assert update_frequency([windows(window=50, w100=0.5, w25=0.1)]).verdict == "not measured"
 
 
 def test_the_papers_policy_comes_first() -> None:
