@@ -19,8 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.screen import shown
 from palf_dist import units
 from palf_dist.atomic import write_atomic
 from palf_dist.checkpoint import latest_checkpoint
@@ -222,11 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--runs, --steps and --seeds take 1 or more")
     config = settings()
     figures, start = measure(config, ESTIMATORS, options.runs, options.steps, options.seeds)
-    header, rows = table(figures, start)
-    shown = Table(*header)
-    for row in rows:
-        shown.add_row(*row)
-    Console(width=150).print(shown)
+    Console(width=150).print(shown(table(figures, start)))
     if options.write_docs:
         groups = options.runs * config.meta_learner.groups_per_step
         write_atomic(JSON, (json.dumps(record(figures, start), indent=1) + "\n").encode())

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from scipy.optimize import curve_fit
 from torch import Tensor
 
+from benchmarks.screen import shown
 from palf_dist.evaluation.plots import BLACK, BLUE, FIGURE_STYLE, GREEN, TITLE, VERMILION
 from palf_dist.policies.hedge import hedge_rate, hedge_weights
 from palf_dist.randomness import random_generator
@@ -210,11 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write-docs", action="store_true", help="also write docs/results_hedge.md and its picture")
     options = parser.parse_args(arguments)
     found, console = measure(), Console()
-    for header, rows in (fits(found), by_experts(found)):
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    for cells in (fits(found), by_experts(found)):
+        console.print(shown(cells))
     console.print(verdict(found))
     if options.write_docs:
         PAGE.write_text(page(found))

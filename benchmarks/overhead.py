@@ -19,11 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.screen import shown
 from palf_dist import AdaptiveLoss
 from palf_dist.config import DataConfig, DatasetSource, PolicyConfig
 from palf_dist.evaluation.overhead import OVERHEAD_JSON, Cell, Overheads
@@ -301,11 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells=tuple(cells),
     )
     console = Console(width=160)
-    for title, (header, rows) in tables(found).items():
-        table = Table(*header, title=title)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    for title, of in tables(found).items():
+        console.print(shown(of, title))
     if options.write_docs:
         (DOCS / OVERHEAD_JSON).write_text(found.model_dump_json(indent=1) + "\n")
         (DOCS / PAGE).write_text(page(found))

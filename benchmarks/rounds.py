@@ -22,8 +22,8 @@ from unittest.mock import patch
 
 import psutil
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.screen import shown
 from palf_dist import units
 from palf_dist.atomic import write_atomic
 from palf_dist.config import RunConfig
@@ -291,11 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--blocks takes 1 or more")
     found = measure(settings(options.blocks))
     console = Console(width=150)
-    for header, rows in (table(found), cpu_table(found)):
-        shown = Table(*header)
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+    for cells in (table(found), cpu_table(found)):
+        console.print(shown(cells))
     console.print(verdict(found))
     if options.write_docs:
         write_atomic(JSON, (json.dumps(record(found), indent=1) + "\n").encode())

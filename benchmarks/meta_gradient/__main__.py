@@ -9,26 +9,17 @@ from collections.abc import Sequence
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.meta_gradient import measure
 from benchmarks.meta_gradient.contenders import missing
 from benchmarks.meta_gradient.page import JSON, PAGE, page, summary, table, title
 from benchmarks.meta_gradient.workloads import CASES, WORKLOADS
+from benchmarks.screen import shown
 from palf_dist.atomic import write_atomic
-from palf_dist.evaluation.table import Cells
 
 DOCS = measure.ROOT / "docs"
 ROUNDS = 5
 WIDTH = 170
-
-
-def shown(cells: Cells, heading: str) -> Table:
-    header, rows = cells
-    result = Table(*header, title=heading, title_justify="left")
-    for row in rows:
-        result.add_row(*row)
-    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

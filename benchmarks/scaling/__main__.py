@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.scaling.efficiency import ROUNDS, Efficiency, measure
 from benchmarks.scaling.fleet import Latencies
 from benchmarks.scaling.simulated import Simulation, simulate
+from benchmarks.screen import shown
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
 from palf_dist.tasks.datasets import load_all
@@ -114,13 +114,6 @@ def saturation_rows(simulations: Iterable[tuple[float, Simulation]]) -> Rows:
         for seconds, item in simulations
     ]
     return head, rows
-
-
-def shown(rows: Rows) -> Table:
-    table = Table(*rows[0])
-    for row in rows[1]:
-        table.add_row(*row)
-    return table
 
 
 def markdown(rows: Rows) -> str:
