@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palf_dist.inner_optimisers import InnerOptimiser, Slots
+from palf_dist.inner_optimisers import InnerOptimiser, Pace, Slots
 from palf_dist.loss_head import Evaluation, LossHead
 from palf_dist.losses import LossContext
 from palf_dist.types import WD, Rows, TaskGroup
@@ -37,8 +37,7 @@ def look_ahead_slope(
     labels: Tensor,
     controls: Tensor,
     context: LossContext,
-    rate: Tensor,
-    step: int,
+    pace: Pace,
 ) -> Tensor:
     """d Val(theta') / d controls [G, U]: Val is the mean cross-entropy on the (noisy) validation rows, theta' where one
     step along the gradient of the mixture leads. 0 for a task without validation rows.
@@ -47,16 +46,16 @@ def look_ahead_slope(
         at: theta [G, P] and the optimiser's slots before the step.
         outputs: what ``model.forward`` returned there for the minibatch: logits, features and its tape.
         labels: [G, B]. controls: [G, U]. context: of the minibatch.
-        rate: learning rate of the step [G, 1]. step: how many came before it.
+        pace: of the step.
     """
     model, (theta, slots), (logits, features, tape) = group.model, at, outputs
     evaluated = head.forward(logits, labels, features, controls, context)
     gradient = model.backward(theta, tape, evaluated.dlogits, evaluated.dfeatures)
-    moved, new_slots = optimiser.update(theta, slots, gradient, rate, step)
-    decay = rate * group.weight_decay
+    moved, new_slots = optimiser.update(theta, slots, gradient, pace)
+    decay = pace.rate * group.weight_decay
     slope = _validation_gradient(group, moved - decay * controls[:, WD : WD + 1] * theta, controls, context)
     nothing = tuple(torch.zeros_like(slot) for slot in slots)
-    along, _ = optimiser.adjoint(slope, nothing, slots, new_slots, rate, step)
+    along, _ = optimiser.adjoint(slope, nothing, slots, new_slots, pace)
     logits_dot, features_dot, _ = model.tangent(theta, tape, along)
     of_controls = head.tangent(evaluated, logits_dot, features_dot)[2]
     of_controls[:, WD] -= (decay * (slope * theta).sum(1, keepdim=True))[:, 0]

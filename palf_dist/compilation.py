@@ -69,11 +69,6 @@ class HotPath:
         return _COMPILED[key], result
 
 
-def counted(step: int) -> Tensor:
-    """The number of a step as a tensor [], which compiled functions take for any step; of float64, for its powers."""
-    return torch.tensor(step, dtype=torch.float64)
-
-
 def check_compiler() -> None:
     """Raises ConfigError where inductor has no compiler for the CPU."""
     command = os.environ.get("CXX", "g++")

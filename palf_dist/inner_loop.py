@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from palf_dist.adaptation import look_ahead_slope, pieces
-from palf_dist.compilation import HotPath, counted
+from palf_dist.compilation import HotPath
 from palf_dist.config import InnerConfig
-from palf_dist.inner_optimisers import Slots, cosine_rate, inner_optimiser
+from palf_dist.inner_optimisers import Pace, Slots, cosine_rate, inner_optimiser
 from palf_dist.inner_steps import Minibatch, Moved, Outputs, Passed, Recalled, StepParts, forward_step, traced_step
 from palf_dist.loss_head import Evaluation, HeadTape, LossHead, both_softmaxes
 from palf_dist.losses import MASKED_LOGIT, Columns, Controls, LossContext, reference_mixture
@@ -150,8 +150,12 @@ class InnerLoop:
         train, rows = self.group.train, self._rows[step]
         return tuple(_joined(column, rows) for column in train.inputs), _joined(train.labels, rows)
 
-    def rate(self, step: int) -> Tensor:
-        return self.group.learning_rate * cosine_rate(step, self.steps)
+    def pace(self, step: int) -> Pace:
+        """Of the inner optimiser at ``step``, as hot functions take it."""
+        corrections: tuple[float | Tensor, ...] = self.optimiser.corrections(step)
+        if self.hot is not None:  # one graph for all steps; in float64, as Python's numbers
+            corrections = tuple(torch.tensor(number, dtype=torch.float64) for number in corrections)
+        return Pace(self.group.learning_rate * cosine_rate(step, self.steps), corrections)
 
     def columns(self, controls: Tensor) -> Controls:
         """Controls [G, U] as hot functions take them: taken apart once for all steps that share them."""
@@ -192,10 +196,10 @@ class InnerLoop:
             moved, loss = self._by_autograd(state, batch, before, logits, features)
         elif self.hot is not None:
             at = state.theta, state.slots, batch, before, controls
-            moved, logits, loss = self.hot(traced_step, *at, self.rate(t), counted(t))
+            moved, logits, loss = self.hot(traced_step, *at, self.pace(t))
         else:
             taken = state.theta, state.slots, batch, before, self.columns(controls)
-            moved, passed = forward_step(self.parts, *taken, self.rate(t), t, outputs)
+            moved, passed = forward_step(self.parts, *taken, self.pace(t), outputs)
             logits, loss = passed.outputs.logits, passed.head
         self._remember(state, moved.remembered)
         if "gradient_norm" in self.policy.features and (t + 1) % self.policy.refresh == 0:  # it is read next
@@ -208,13 +212,13 @@ class InnerLoop:
         self, state: InnerState, batch: Minibatch, averaged: Tensor, logits: Tensor, features: Tensor
     ) -> tuple[Moved, Tensor]:
         """The step with a graph, from the plain formulas of the losses; and the adaptive loss [G]."""
-        controls, rate, context = state.controls, self.rate(state.step), self.parts.context_of(batch.recalled)
+        controls, pace, context = state.controls, self.pace(state.step), self.parts.context_of(batch.recalled)
         assert controls is not None
         loss = reference_mixture(logits, batch.labels, features, controls, context, self.policy.active_basis)
         (gradient,) = torch.autograd.grad(loss.sum(), state.theta, create_graph=True)
         _, p = both_softmaxes(logits.detach().masked_fill(~self.group.class_mask[:, None, :], MASKED_LOGIT))
-        moved, slots = self.optimiser.update(state.theta, state.slots, gradient, rate, state.step)
-        moved = torch.addcmul(moved, state.theta, -rate * self.parts.decay(controls))
+        moved, slots = self.optimiser.update(state.theta, state.slots, gradient, pace)
+        moved = torch.addcmul(moved, state.theta, -pace.rate * self.parts.decay(controls))
         return Moved(torch.lerp(p, averaged, self.parts.ema), gradient, moved, slots), loss
 
     def resume(self, state: InnerState, phi: Tensor) -> None:
@@ -236,10 +240,10 @@ class InnerLoop:
             return
         assert state.controls is not None and state.features is not None
         at = state.theta.detach(), tuple(slot.detach() for slot in state.slots)
-        rate, controls = self.rate(state.step), state.controls.detach()
+        pace, controls = self.pace(state.step), state.controls.detach()
         context = self.parts.context_of(batch.recalled)
         slope = look_ahead_slope(
-            self.group, self.head, self.optimiser, at, outputs, batch.labels, controls, context, rate, state.step
+            self.group, self.head, self.optimiser, at, outputs, batch.labels, controls, context, pace
         )
         # per unit of the peak learning rate: tasks of any rate then have sums of one size
         state.features = state.features + self.policy.descent(phi, state.features, slope) / self.group.learning_rate

@@ -1,13 +1,12 @@
 """Inner optimisers as pure functions of (theta, slots, gradient), with the adjoint of their update.
 
-All act on flat parameters [G, P]; ``rate`` [G, 1] is the learning rate of this step. Weight decay is decoupled from
-them and lives in the inner loop.
+All act on flat parameters [G, P]. Weight decay is decoupled from them and lives in the inner loop.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,23 +14,32 @@ from torch import Tensor
 from palf_dist.errors import ConfigError
 
 Slots = tuple[Tensor, ...]
-Count = float | Tensor
 
 ADAM_EPSILON = 1e-6  # added in squares under the root: sqrt(v) + eps has no derivative at zero gradients
 
 
+class Pace(NamedTuple):
+    """What an update takes of the step it is made at, beside tensors of the parameters' shape."""
+
+    rate: Tensor  # [G, 1] learning rate
+    corrections: tuple[float | Tensor, ...]  # of the optimiser: numbers, or tensors [] where all steps share a graph
+
+
 class InnerOptimiser(Protocol):
-    """One update rule. ``step`` counts from 0; a number, or a tensor [] for functions that a compiler takes once for
-    all steps."""
+    """One update rule."""
 
     num_slots: int
 
-    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: Count) -> tuple[Tensor, Slots]:
+    def corrections(self, step: int) -> tuple[float, ...]:
+        """Of ``Pace``, at a step; steps count from 0."""
+        return ()
+
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, pace: Pace) -> tuple[Tensor, Slots]:
         """New parameters and slots; differentiable by autograd."""
         ...
 
     def adjoint(
-        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: Count
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, pace: Pace
     ) -> tuple[Tensor, Slots]:
         """Cotangents of the gradient and of the old slots, from those of the new parameters and slots.
 
@@ -40,56 +48,55 @@ class InnerOptimiser(Protocol):
         ...
 
 
-class SGD:
+class SGD(InnerOptimiser):
     """theta' = theta - rate g."""
 
     num_slots = 0
 
-    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: Count) -> tuple[Tensor, Slots]:
-        return theta - rate * gradient, ()
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, pace: Pace) -> tuple[Tensor, Slots]:
+        return theta - pace.rate * gradient, ()
 
     def adjoint(
-        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: Count
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, pace: Pace
     ) -> tuple[Tensor, Slots]:
-        return -rate * cotangent, ()
+        return -pace.rate * cotangent, ()
 
 
-class Momentum:
+class Momentum(InnerOptimiser):
     """m' = mu m + g; theta' = theta - rate m'."""
 
     num_slots = 1
     mu = 0.9
 
-    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: Count) -> tuple[Tensor, Slots]:
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, pace: Pace) -> tuple[Tensor, Slots]:
         m = torch.add(gradient, slots[0], alpha=self.mu)
-        return theta - rate * m, (m,)
+        return theta - pace.rate * m, (m,)
 
     def adjoint(
-        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: Count
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, pace: Pace
     ) -> tuple[Tensor, Slots]:
-        of_m = slot_cotangents[0] - rate * cotangent
+        of_m = slot_cotangents[0] - pace.rate * cotangent
         return of_m, (self.mu * of_m,)
 
 
-class Adam:
+class Adam(InnerOptimiser):
     """m' = b1 m + (1-b1) g; v' = b2 v + (1-b2) g^2; theta' = theta - rate (m'/c1) / sqrt(v'/c2 + eps^2) with
     c = 1 - b^(step+1). (torch.optim.Adam adds eps outside of the root.)"""
 
     num_slots = 2
     beta1, beta2 = 0.9, 0.99
 
-    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, rate: Tensor, step: Count) -> tuple[Tensor, Slots]:
+    def update(self, theta: Tensor, slots: Slots, gradient: Tensor, pace: Pace) -> tuple[Tensor, Slots]:
         m = torch.lerp(gradient, slots[0], self.beta1)
         v = torch.addcmul(slots[1] * self.beta2, gradient, gradient, value=1 - self.beta2)
-        c1, c2 = self._corrections(step)
+        rate, (c1, c2) = pace
         inverse = torch.rsqrt(v * (1 / c2) + ADAM_EPSILON**2)
         return torch.addcmul(theta, m * inverse, -rate / c1), (m, v)
 
     def adjoint(
-        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, rate: Tensor, step: Count
+        self, cotangent: Tensor, slot_cotangents: Slots, slots: Slots, new_slots: Slots, pace: Pace
     ) -> tuple[Tensor, Slots]:
-        (m, _), (new_m, new_v) = slots, new_slots
-        c1, c2 = self._corrections(step)
+        (m, _), (new_m, new_v), (rate, (c1, c2)) = slots, new_slots, pace
         inverse = new_v.mul(1 / c2).add_(ADAM_EPSILON**2).rsqrt_()
         scaled, gain = cotangent * inverse, -rate / c1  # their product is d theta' / d m'
         of_m = torch.addcmul(slot_cotangents[0], scaled, gain)
@@ -98,7 +105,8 @@ class Adam:
         of_gradient = torch.addcmul(of_m * (1 - self.beta1), gradient, of_v, value=2 * (1 - self.beta2))
         return of_gradient, (of_m.mul_(self.beta1), of_v.mul_(self.beta2))
 
-    def _corrections(self, step: Count) -> tuple[Count, Count]:
+    def corrections(self, step: int) -> tuple[float, ...]:
+        """c1, c2."""
         return 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
 
 

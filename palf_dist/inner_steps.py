@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palf_dist.inner_optimisers import Count, InnerOptimiser, Slots
+from palf_dist.inner_optimisers import InnerOptimiser, Pace, Slots
 from palf_dist.loss_head import HeadTape, LossHead
 from palf_dist.losses import Controls, LossContext, column
 from palf_dist.types import WD, InnerModel, Inputs
@@ -89,8 +89,7 @@ def forward_step(
     batch: Minibatch,
     averaged: Tensor,
     controls: Controls,
-    rate: Tensor,
-    step: Count,
+    pace: Pace,
     outputs: Outputs | None = None,
 ) -> tuple[Moved, Passed]:
     """One step in closed form. ``averaged``: predictions [G, B, C] of the minibatch's rows so far; ``outputs``: of the
@@ -100,8 +99,8 @@ def forward_step(
     head = parts.evaluate(outputs, batch, controls)
     gradient = parts.model.backward(theta, outputs.tape, head.dlogits, head.dfeatures)
     remembered = torch.lerp(head.evaluation.plain.p, averaged, parts.ema)
-    moved, slots = parts.optimiser.update(theta, slots, gradient, rate, step)
-    moved = torch.addcmul(moved, theta, -rate * parts.decay(controls))
+    moved, slots = parts.optimiser.update(theta, slots, gradient, pace)
+    moved = torch.addcmul(moved, theta, -pace.rate * parts.decay(controls))
     return Moved(remembered, gradient, moved, slots), Passed(outputs, head)
 
 
@@ -126,8 +125,7 @@ def backward_step(
     new_slots: Slots,
     passed: Passed | Minibatch,
     controls: Controls,
-    rate: Tensor,
-    step: Count,
+    pace: Pace,
     running: float,
 ) -> tuple[Cotangents, Tensor]:
     """The cotangents before a step from those after it, and the part of the controls' [G, U] that came through it and
@@ -136,7 +134,7 @@ def backward_step(
     The optimiser's adjoint gives the cotangent lambda of the gradient g; one forward-over-reverse pass along lambda
     both H lambda and d<g, lambda> / d(controls). ``passed``: the step's forward pass; where it was not kept, its rows.
     """
-    along, of_slots = parts.optimiser.adjoint(of_new.theta, of_new.slots, slots, new_slots, rate, step)
+    along, of_slots = parts.optimiser.adjoint(of_new.theta, of_new.slots, slots, new_slots, pace)
     model, loss_head = parts.model, parts.head
     if isinstance(passed, Minibatch):
         outputs = Outputs(*model.forward(theta, passed.inputs))
@@ -151,7 +149,7 @@ def backward_step(
         curvature = curvature.add(model.backward(theta, tape, head.dlogits, head.dfeatures), alpha=running)
         of_controls = of_controls.add(loss_head.control_gradient(head), alpha=running)
     # weight decay: theta' has the further term -rate * decay * theta
-    shrunk = rate * parts.weight_decay * (of_new.theta * theta).sum(1, keepdim=True)
+    shrunk = pace.rate * parts.weight_decay * (of_new.theta * theta).sum(1, keepdim=True)
     of_controls[:, WD] -= shrunk[:, 0]
-    of_theta = torch.addcmul(curvature, 1 - rate * parts.decay(controls), of_new.theta)
+    of_theta = torch.addcmul(curvature, 1 - pace.rate * parts.decay(controls), of_new.theta)
     return Cotangents(of_theta, of_slots), of_controls

@@ -70,15 +70,15 @@ def test_the_slope_is_autograds(name: str, optimiser: str) -> None:
     inputs, labels = loop.minibatch(4)
     outputs = group.model.forward(state.theta, inputs)
     context = loop.parts.context_of(loop._recall(state, labels)[0])
-    at, rate = (state.theta, state.slots), loop.rate(4)
-    got = look_ahead_slope(group, loop.head, loop.optimiser, at, outputs, labels, state.controls, context, rate, 4)
+    at, pace = (state.theta, state.slots), loop.pace(4)
+    got = look_ahead_slope(group, loop.head, loop.optimiser, at, outputs, labels, state.controls, context, pace)
 
     theta, controls = (each.detach().clone().requires_grad_(True) for each in (state.theta, state.controls))
     logits, features = group.model.apply(theta, inputs)
     loss = reference_mixture(logits, labels, features, controls, context, policy.active_basis)
     (gradient,) = torch.autograd.grad(loss.sum(), theta, create_graph=True)
-    moved, _ = loop.optimiser.update(theta, state.slots, gradient, rate, 4)
-    ahead = moved - rate * group.weight_decay * controls[:, WD : WD + 1] * theta
+    moved, _ = loop.optimiser.update(theta, state.slots, gradient, pace)
+    ahead = moved - pace.rate * group.weight_decay * controls[:, WD : WD + 1] * theta
     (want,) = torch.autograd.grad(validation_loss(group, ahead).sum(), controls)
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
     still = {CONTROLS[index] for index in (want == 0).all(0).nonzero()[:, 0].tolist()}

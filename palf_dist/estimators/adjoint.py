@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palf_dist.compilation import counted
 from palf_dist.config import EstimatorConfig, OuterLossConfig
 from palf_dist.estimators.base import Estimate, Recorder, outer_gradient, policy_gradient
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
@@ -147,11 +146,11 @@ class Adjoint:
                 at = at._replace(theta=at.theta + trace.outer_gradients[t + 1])
             controls = loop.columns(trace.controls[step.segment])
             passed = step.passed or Minibatch(*loop.minibatch(t), step.recalled)
-            place = at, step.theta, step.slots, new_slots, passed, controls, loop.rate(t)
+            place = at, step.theta, step.slots, new_slots, passed, controls, loop.pace(t)
             if loop.hot is None:
-                at, of_controls = backward_step(loop.parts, *place, t, running)
+                at, of_controls = backward_step(loop.parts, *place, running)
             else:
-                at, of_controls = loop.hot(backward_step, *place, counted(t), running)
+                at, of_controls = loop.hot(backward_step, *place, running)
             new_slots = step.slots
             cotangents[step.segment] += of_controls
         return cotangents
