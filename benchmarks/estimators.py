@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
 import numpy as np
 from rich.console import Console
 
+from benchmarks.machine import cpu_model
 from benchmarks.screen import shown
 from palf_dist import units
 from palf_dist.atomic import write_atomic
@@ -192,7 +192,7 @@ def page(figures: Mapping[str, Figures], start: float, groups: int, seeds: int) 
     exact = figures[EXACT]
     return f"""# Estimators of the meta-gradient by CPU time, as measured
 
-Written by `python -m benchmarks.estimators --write-docs` on {platform.machine()}, one thread, configs/quick.yaml.
+Written by `python -m benchmarks.estimators --write-docs` on {cpu_model()}, one thread, configs/quick.yaml.
 
 {markdown_table(table(figures, start))}
 

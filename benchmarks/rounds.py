@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from unittest.mock import patch
 import psutil
 from rich.console import Console
 
+from benchmarks.machine import cpu_model
 from benchmarks.screen import shown
 from palf_dist import units
 from palf_dist.atomic import write_atomic
@@ -256,7 +256,7 @@ def page(found: Rounds) -> str:
     milliseconds = found.milliseconds
     return f"""# What an outer step takes besides its work, as measured
 
-Written by `python -m benchmarks.rounds --write-docs` on {platform.machine()}. configs/quick.yaml, with one Ray worker
+Written by `python -m benchmarks.rounds --write-docs` on {cpu_model()}. configs/quick.yaml, with one Ray worker
 so that work and waiting do not overlap, and {found.groups} groups of tasks in an outer step; MLflow delivers to SQLite.
 {len(found.blocks)} blocks of {found.steps} outer steps each, which end with a checkpoint; an outer step takes
 {median(milliseconds):.0f} ms ({min(milliseconds):.0f} to {max(milliseconds):.0f}). Medians over the blocks.

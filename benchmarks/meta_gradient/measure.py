@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import cpu_model
 from benchmarks.meta_gradient.contenders import CONTENDERS, OURS, UNROLL, Run
 from benchmarks.meta_gradient.record import CaseRecord, Figures, Performance, Spread, ratios
 from benchmarks.meta_gradient.workloads import Case, make_problem
@@ -151,14 +152,6 @@ def performance(
         missing=absent,
         cases=tuple(records),
     )
-
-
-def cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def peak_memory(cases: Sequence[Case], names: Sequence[str]) -> dict[Case, dict[str, float]]:

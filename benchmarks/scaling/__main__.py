@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from benchmarks.scaling.efficiency import ROUNDS, Efficiency, measure
 from benchmarks.scaling.fleet import Latencies
 from benchmarks.scaling.simulated import Simulation, simulate
+from benchmarks.machine import cpu_model
 from benchmarks.screen import shown
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
@@ -124,7 +124,7 @@ def markdown(rows: Rows) -> str:
 def page(real: Rows, simulated: Rows, saturated: Rows, rounds: int) -> str:
     return f"""# Scaling, as measured
 
-Written by `python -m benchmarks.scaling --write-docs` on {platform.machine()} with {os.cpu_count()} cores. What follows
+Written by `python -m benchmarks.scaling --write-docs` on {cpu_model()} with {os.cpu_count()} cores. What follows
 from it is in [scaling](scaling.md).
 
 ## Real workers
