@@ -66,10 +66,13 @@ class Normalise(Layer):
         """Mean that each entry is normalised with, [G, B, positions, 1] or [G, B, 1, channels]."""
         if self.groups is None:
             return rows.mean(-1, keepdim=True)
-        # Positions first, then the few channels of a group, repeated for each channel: one reduction over both axes
-        # and broadcasting by group are five to ten times slower.
-        channels = rows.mean(2).unflatten(-1, (self.groups, -1))
-        return channels.mean(-1, keepdim=True).expand_as(channels).flatten(-2).unsqueeze(2)
+        # Positions first, then the few channels of a group by a product that gives each channel its group's mean: one
+        # reduction over both axes and broadcasting by group are five to ten times slower, and inductor would take the
+        # mean over a group anew for each position.
+        tasks, _, positions, channels = rows.shape
+        size = channels // self.groups
+        of_group = torch.kron(torch.eye(self.groups).to(rows), rows.new_full((size, size), 1 / (positions * size)))
+        return torch.bmm(rows.sum(2), of_group.expand(tasks, -1, -1)).unsqueeze(2)
 
     def _project(self, x_hat: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """Pi(a) and mean(x_hat a); outside autograd only."""
