@@ -71,7 +71,8 @@ class Normalise(Layer):
         # mean over a group anew for each position.
         tasks, _, positions, channels = rows.shape
         size = channels // self.groups
-        of_group = torch.kron(torch.eye(self.groups).to(rows), rows.new_full((size, size), 1 / (positions * size)))
+        blocks = torch.eye(self.groups, dtype=rows.dtype, device=rows.device)
+        of_group = torch.kron(blocks, rows.new_full((size, size), 1 / (positions * size)))
         return torch.bmm(rows.sum(2), of_group.expand(tasks, -1, -1)).unsqueeze(2)
 
     def _project(self, x_hat: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
