@@ -62,37 +62,47 @@ class Normalise(Layer):
     def _rows(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], -1, x.shape[-1])  # [G, B, positions, channels]
 
-    def _mean(self, rows: Tensor) -> Tensor:
-        """Mean that each entry is normalised with, [G, B, positions, 1] or [G, B, 1, channels]."""
+    def _averaging(self, rows: Tensor) -> Tensor | None:
+        """[G, channels, channels] that makes of sums over positions each channel's mean over its group and them; None
+        for layer norm."""
         if self.groups is None:
-            return rows.mean(-1, keepdim=True)
-        # Positions first, then the few channels of a group, repeated for each channel: one reduction over both axes
-        # and broadcasting by group are five to ten times slower.
-        channels = rows.mean(2).unflatten(-1, (self.groups, -1))
-        return channels.mean(-1, keepdim=True).expand_as(channels).flatten(-2).unsqueeze(2)
+            return None
+        tasks, _, positions, channels = rows.shape
+        size = channels // self.groups
+        blocks = torch.eye(self.groups, dtype=rows.dtype, device=rows.device)
+        return torch.kron(blocks, rows.new_full((size, size), 1 / (positions * size))).expand(tasks, -1, -1)
 
-    def _project(self, x_hat: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    def _mean(self, rows: Tensor, averaging: Tensor | None) -> Tensor:
+        """Mean that each entry is normalised with, [G, B, positions, 1] or [G, B, 1, channels]."""
+        if averaging is None:
+            return rows.mean(-1, keepdim=True)
+        # Positions first, then the few channels of a group: one reduction over both axes and broadcasting by group are
+        # five to ten times slower. A product, because inductor would take a mean over a group anew at each position.
+        return torch.bmm(rows.sum(2), averaging).unsqueeze(2)
+
+    def _project(self, x_hat: Tensor, averaging: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
         """Pi(a) and mean(x_hat a); outside autograd only."""
-        correlation = self._mean(x_hat * a)
-        return (a - self._mean(a)).addcmul_(x_hat, correlation, value=-1), correlation
+        correlation = self._mean(x_hat * a, averaging)
+        return (a - self._mean(a, averaging)).addcmul_(x_hat, correlation, value=-1), correlation
 
     def forward(self, params: Params, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
         rows = self._rows(x)
-        centred = rows - self._mean(rows)
-        r = torch.rsqrt(self._mean(centred * centred) + self.EPS)
+        averaging = self._averaging(rows)
+        centred = rows - self._mean(rows, averaging)
+        r = torch.rsqrt(self._mean(centred * centred, averaging) + self.EPS)
         x_hat = centred * r
-        return x_hat.view(x.shape), (x_hat, r)
+        return x_hat.view(x.shape), (x_hat, r, averaging)
 
     # The Jacobian is r Pi with the symmetric Pi(a) = a - mean(a) - x_hat mean(x_hat a), so that forward and backward
     # derivative are the same map: x_hat. = r Pi(x.),  x_bar = r Pi(y_bar).
     def backward(self, params: Params, tape: Any, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        x_hat, r = tape
-        return self._project(x_hat, self._rows(dy))[0].mul_(r).view(dy.shape), []
+        x_hat, r, averaging = tape
+        return self._project(x_hat, averaging, self._rows(dy))[0].mul_(r).view(dy.shape), []
 
     def tangent(self, params: Params, tape: Any, v: Params, x_dot: Tensor | None) -> tuple[Tensor, Any]:
         assert x_dot is not None
-        x_hat, r = tape
-        projected, correlation = self._project(x_hat, self._rows(x_dot))
+        x_hat, r, averaging = tape
+        projected, correlation = self._project(x_hat, averaging, self._rows(x_dot))
         x_hat_dot = projected.mul_(r)
         return x_hat_dot.view(x_dot.shape), (x_hat_dot, -r * r * correlation)  # r. = -r^2 mean(x_hat x.)
 
@@ -100,12 +110,12 @@ class Normalise(Layer):
     def backward_tangent(
         self, params: Params, tape: Any, tangent_tape: Any, v: Params, dy: Tensor, dy_dot: Tensor
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-        x_hat, r = tape
+        x_hat, r, averaging = tape
         x_hat_dot, r_dot = tangent_tape
         rows = self._rows(dy)
-        projected, correlation = self._project(x_hat, rows)
-        projected_dot, _ = self._project(x_hat, self._rows(dy_dot))
+        projected, correlation = self._project(x_hat, averaging, rows)
+        projected_dot, _ = self._project(x_hat, averaging, self._rows(dy_dot))
         projected_dot.addcmul_(x_hat_dot, correlation, value=-1)
-        projected_dot.addcmul_(x_hat, self._mean(x_hat_dot * rows), value=-1)
+        projected_dot.addcmul_(x_hat, self._mean(x_hat_dot * rows, averaging), value=-1)
         dx_dot = projected_dot.mul_(r).addcmul_(projected, r_dot)
         return projected.mul_(r).view(dy.shape), dx_dot.view(dy.shape), []
