@@ -200,9 +200,8 @@ def plot_outer_loss(metrics: pa.Table) -> Figure:
     if scored.any():
         best = np.flatnonzero(scored)[np.argmax(score[scored])]
         axes[1].plot(steps[scored], score[scored], color=GREEN, marker="o", linewidth=1.8)
-        axes[1].plot(
-            steps[best], score[best], "*", color=VERMILION, markersize=14, label=f"highest: step {steps[best]}"
-        )
+        label = f"highest: after {steps[best] + 1} outer steps"
+        axes[1].plot(steps[best], score[best], "*", color=VERMILION, markersize=14, label=label)
         axes[1].set(
             ylabel=f"points against {label_of(REFERENCE)}",
             title="Selection score on fresh training tasks (higher is better)",
