@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from palf_dist.errors import PolicyFileError, RunDirectoryError
-from palf_dist.evaluation.runs import read_runs
+from palf_dist.evaluation.runs import ROUNDED, ROUNDING, read_runs, unlike
 from palf_dist.run_directory import CONFIG, RESULTS
 from tests.evaluation.judged import judged_run, rows_of
 from tests.evaluation.synthetic import few_rows, write_run
@@ -156,3 +156,21 @@ def test_runs_of_policies_that_know_less_are_methods(tmp_path, fold):
     assert "ce has another result there on iris than in the other runs" in refused(fold, other)
     elsewhere = judged_run(tmp_path / "elsewhere", rows("wine"), "policy.kind=schedule")
     assert "or none in these" in refused(fold, elsewhere)
+
+
+def many(count, *changes, method="ce"):
+    """``count`` results of a method on one task after the other; the first ones changed by so much."""
+    moved = [*changes, *[0.0] * (count - len(changes))]
+    (row, *_) = [row for row in rows("iris") if row["method"] == method]
+    return [{**row, "seed": seed, "accuracy": 0.8 + change} for seed, change in enumerate(moved)]
+
+
+def test_rounding_is_no_other_result():
+    few = int(ROUNDED * 100)
+    assert unlike(many(100), many(100)) is None
+    assert unlike(many(100, *[0.9 * ROUNDING] * few), many(100)) is None
+    assert unlike(many(100, *[-0.9 * ROUNDING] * (few + 1)), many(100)) == "iris", "on too many tasks"
+    assert unlike(many(100, 1.1 * ROUNDING), many(100)) == "iris", "by too much"
+    assert unlike(many(100), many(99)) == "iris", "a task that is not there"
+    assert unlike(many(100), many(100, float("nan"))) == "iris", "no result"
+    assert unlike(many(5, 0.1, method="policy"), many(5)) is None, "the reference alone is compared"
