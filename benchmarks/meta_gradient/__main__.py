@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=WIDTH)
     cases = [case for case in CASES if case.letter in options.workloads]
     with console.status("") as status:
-        found = measure.performance(cases, missing(), options.rounds, status.update)
+        tell = status.update if console.is_terminal else console.print
+        found = measure.performance(cases, missing(), options.rounds, tell)
     for case in found.cases:
         console.print(shown(table(case, found), title(case)))
     console.print(shown(summary(found), "CPU time, in times palf_dist's"))
