@@ -30,11 +30,10 @@ help:
 	@echo "make clean        remove .venv and everything that tools left"
 
 VERSIONS_TESTS := $(wildcard tests/test_adaptive_loss*.py) tests/test_own_losses.py tests/test_tracking.py tests/test_model_registry.py
-
 VERSIONS = .venv-versions/$*
 # The lowest that pyproject.toml takes: uv finds them, and is told those that matter most, so that it gives up none of
-# them for the newest version of something else. Compiled, as by pip: else Ray's processes would all do so as they start,
-# for which Ray gives them 30 seconds.
+# them for the newest version of something else. Compiled, as by pip: else each of Ray's processes compiles what it
+# imports as it starts, always where PYTHONDONTWRITEBYTECODE is set, and Ray gives them 30 seconds.
 lowest_INSTALL = $(VERSIONS)/bin/uv pip install -q --compile-bytecode --python $(VERSIONS)/bin/python --resolution lowest-direct \
   $$(sed -nE 's/^  "((torch|ray|mlflow)(\[.*\])?)>=([0-9.]+)",$$/\1==\4/p' pyproject.toml | sort -u)
 # The newest that go together, but for torch, whose newest build is gigabytes of CUDA.
