@@ -5,8 +5,6 @@ STAMP := .venv/.installed
 BIN := .venv/bin
 BENCH_STAMP := .venv-bench/.installed
 BENCH_BIN := .venv-bench/bin
-VERSIONS_STAMP := .venv-versions/.installed
-VERSIONS_BIN := .venv-versions/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --constraint constraints.txt
 BENCH_INSTALL := $(BENCH_BIN)/python -m pip install -qq --constraint constraints.txt
 SITE := build/site
@@ -14,14 +12,14 @@ OFFLINE ?=
 MARKS := $(if $(OFFLINE),and not network)
 
 .DEFAULT_GOAL := help
-.PHONY: help meta-train suite results results-all test versions bench bench-meta-gradient bench-tuneloss soak docs lint format clean
+.PHONY: help meta-train suite results results-all test versions versions-lowest versions-newest bench bench-meta-gradient bench-tuneloss soak docs lint format clean
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
 	@echo "make results      the published table: docs/results.md, and the README's, from both folds of the suite palf12, in runs/palf12, and every other run there that is finished; hours on two cores; goes on where it was stopped"
 	@echo "make results-all  the same after all runs that it has room for: learned schedule, constants, MAML-Loss, families never seen, transfers; many hours"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
-	@echo "make versions     a smoke run, and the tests of the loss and of tracking, with the lowest versions of torch, ray, mlflow and all else that pyproject.toml takes: a download of 3 GB"
+	@echo "make versions     a smoke run, and the tests of the loss, of tracking and of the registry, with the lowest versions of torch, ray, mlflow and all else that pyproject.toml takes, a download of 3 GB, and with the newest but for torch, which stays at its pin (versions-lowest, versions-newest: one of the two)"
 	@echo "make bench        all benchmarks, one after the other: hours"
 	@echo "make bench-meta-gradient   meta-gradients against other libraries, which go into .venv-bench (ARGS='--rounds 2 --workloads A' makes it shorter)"
 	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
@@ -32,6 +30,14 @@ help:
 	@echo "make clean        remove .venv and everything that tools left"
 
 VERSIONS_TESTS := $(wildcard tests/test_adaptive_loss*.py) tests/test_own_losses.py tests/test_tracking.py tests/test_model_registry.py
+VERSIONS = .venv-versions/$*
+# The lowest that pyproject.toml takes: uv finds them, and is told those that matter most, so that it gives up none of
+# them for the newest version of something else. Compiled, as by pip: else each of Ray's processes compiles what it
+# imports as it starts, always where PYTHONDONTWRITEBYTECODE is set, and Ray gives them 30 seconds.
+lowest_INSTALL = $(VERSIONS)/bin/uv pip install -q --compile-bytecode --python $(VERSIONS)/bin/python --resolution lowest-direct \
+  $$(sed -nE 's/^  "((torch|ray|mlflow)(\[.*\])?)>=([0-9.]+)",$$/\1==\4/p' pyproject.toml | sort -u)
+# The newest that go together, but for torch, whose newest build is gigabytes of CUDA.
+newest_INSTALL = $(VERSIONS)/bin/python -m pip install -qq $$(grep '^torch==' constraints.txt) 'mlflow[auth]'
 
 meta-train: $(STAMP)
 	$(BIN)/palf-dist meta-train --config configs/quick.yaml $(ARGS)
@@ -85,10 +91,17 @@ test: lint
 	$(BIN)/pytest -m "not slow $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=
 	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
-# What old versions warn of is theirs.
-versions: $(VERSIONS_STAMP)
-	$(VERSIONS_BIN)/palf-dist meta-train --config configs/smoke.yaml --run-dir $$(mktemp -d)/run
-	$(VERSIONS_BIN)/python -m pytest -q -o filterwarnings= $(VERSIONS_TESTS)
+versions: versions-lowest versions-newest
+
+# Built anew each time, as what a registry has changes. What other versions warn of is theirs.
+versions-lowest versions-newest: versions-%:
+	@echo "building $(VERSIONS) with the $* versions"
+	$(PYTHON) -m venv --clear $(VERSIONS)
+	$(VERSIONS)/bin/python -m pip install -qq --constraint constraints.txt pip uv==0.13.9
+	$($*_INSTALL) --editable . $$(grep -E '^(hypothesis|pytest|pytest-timeout|pytest-xdist)==' constraints.txt)
+	runs=$$(mktemp -d) && MLFLOW_TRACKING_URI=sqlite:///$$runs/mlflow.db \
+	  $(VERSIONS)/bin/palf-dist meta-train --config configs/smoke.yaml --run-dir $$runs/run
+	$(VERSIONS)/bin/python -m pytest -q -o filterwarnings= $(VERSIONS_TESTS)
 
 bench: $(STAMP) bench-meta-gradient
 	for name in hedge_regret import_time learnloss_lp learnloss_certificates classifier online_learnloss overhead rounds estimators scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
@@ -142,15 +155,4 @@ $(BENCH_STAMP): pyproject.toml constraints.txt $(wildcard benchmarks/meta_gradie
 	$(BENCH_INSTALL) --no-build-isolation --editable .
 	$(BENCH_INSTALL) --no-deps --requirement benchmarks/meta_gradient/requirements.txt
 	-$(BENCH_INSTALL) --no-deps --no-build-isolation --requirement benchmarks/meta_gradient/requirements_compiled.txt
-	@touch $@
-
-# The lowest versions that pyproject.toml takes: uv finds them, and is told those that matter most, so that it gives up
-# none of them for the newest version of something else.
-$(VERSIONS_STAMP): pyproject.toml constraints.txt
-	@echo "building .venv-versions with the lowest versions"
-	$(PYTHON) -m venv --clear .venv-versions
-	$(VERSIONS_BIN)/python -m pip install -qq uv==0.13.9
-	$(VERSIONS_BIN)/uv pip install -q --python $(VERSIONS_BIN)/python --resolution lowest-direct --editable . \
-	  $$(sed -n 's/^  "\(torch\|ray\|mlflow\)\(\[.*\]\)\{0,1\}>=\([0-9.]*\)",*$$/\1==\3/p' pyproject.toml | sort -u) \
-	  $$(grep -E '^(hypothesis|pytest|pytest-timeout|pytest-xdist)==' constraints.txt)
 	@touch $@

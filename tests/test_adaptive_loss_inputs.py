@@ -165,6 +165,7 @@ def test_it_needs_no_index_where_the_policy_remembers_nothing():
     assert not len(given.averages.averaged), "no memory for what nobody reads"
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="fake tensors of torch 2.9 stay on devices that are there")
 @pytest.mark.filterwarnings("ignore:AdaptiveLoss. no index")
 def test_it_follows_the_logits_to_another_device(monkeypatch):
     """Fake tensors compute nothing but refuse operations between devices. They have no values, so those are made up;

@@ -114,6 +114,15 @@ def test_what_contributing_names_is_there() -> None:
             assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), words
 
 
+def test_the_versions_that_were_tested_are_those_of_the_project() -> None:
+    names = ("pyproject.toml", "constraints.txt", "docs/drop_in.md")
+    project, locked, page = ((ROOT / name).read_text() for name in names)
+    lowest = dict(re.findall(r'^  "(\w+)(?:\[.*\])?>=([\d.]+)",$', project, re.MULTILINE))
+    pinned = dict(re.findall(r"^(\w+)==(.+)$", locked, re.MULTILINE))
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
+    assert rows == [(name, lowest[name], pinned[name]) for name in ("torch", "ray", "mlflow")]
+
+
 def test_the_configurations_of_the_pages_are_read(tmp_path: Path) -> None:
     (ablations,) = (block.text for block in blocks([ROOT / "docs/evaluation.md"]) if block.language == "yaml")
     (tmp_path / "ablations.yaml").write_text(ablations)

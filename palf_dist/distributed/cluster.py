@@ -30,6 +30,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from palf_dist.config import DistributedConfig
 from palf_dist.distributed import authentication
 from palf_dist.errors import ClusterError
+from palf_dist.storage import first_line
 
 WORKERS_PER_CORE = 4
 MINIMUM_STORE_BYTES = 100_000_000
@@ -103,15 +104,21 @@ def _private_ray(cpus: int, object_bytes: int) -> Iterator[None]:
     _remove_abandoned_folders()
     with changed_environment(environment), _loopback_only(), _temporary_folder() as folder:
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=MINIMUM_STORE_BYTES + 2 * object_bytes,
-                _temp_dir=str(folder),
-            )
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=MINIMUM_STORE_BYTES + 2 * object_bytes,
+                    _temp_dir=str(folder),
+                )
+            except Exception as error:  # Ray raises no class of its own where one of its processes takes over 30 s
+                raise ClusterError(
+                    f"distributed.workers: Ray did not start on this machine: {first_line(error)}; if the machine is "
+                    "busy with other work, try again when it is not, or set distributed.workers to 0"
+                ) from error
             yield
         finally:
             ray.shutdown()

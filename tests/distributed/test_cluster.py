@@ -189,6 +189,31 @@ def test_a_private_ray_keeps_to_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_private_ray_that_does_not_start_is_one_clear_error() -> None:
+    code = """
+import os
+from palf_dist.config import DistributedConfig
+from palf_dist.distributed.cluster import connect
+from palf_dist.errors import ClusterError
+
+os.environ["RAY_OVERRIDE_RESOURCES"] = "no JSON"
+try:
+    with connect(DistributedConfig(workers=1)):
+        pass
+except ClusterError as error:
+    print(error)
+del os.environ["RAY_OVERRIDE_RESOURCES"]
+with connect(DistributedConfig(workers=1)) as share:
+    print(share)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("distributed.workers: Ray did not start on this machine: Expecting value")
+    assert second == "1 CPU and 0 GPU"
+
+
+@pytest.mark.slow
 def test_a_cluster_that_is_there_is_used_and_left_running() -> None:
     code = """
 import subprocess, sys
