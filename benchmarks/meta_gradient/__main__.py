@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.meta_gradient import measure
 from benchmarks.meta_gradient.contenders import missing
-from benchmarks.meta_gradient.page import JSON, PAGE, page, summary, table, title
+from benchmarks.meta_gradient.page import JSON, PAGE, compiled_summary, page, summary, table, title
 from benchmarks.meta_gradient.workloads import CASES, WORKLOADS
 from benchmarks.screen import shown
 from palf_dist.atomic import write_atomic
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in found.cases:
         console.print(shown(table(case, found), title(case)))
     console.print(shown(summary(found), "CPU time, in times palf_dist's"))
+    if (compiled := compiled_summary(found))[1]:
+        console.print(shown(compiled, "CPU time, in times that of palf_dist, compiled; medians"))
     if options.write_docs:
         write_atomic(DOCS / JSON, (found.model_dump_json(indent=1) + "\n").encode())
         write_atomic(DOCS / PAGE, page(found).encode())

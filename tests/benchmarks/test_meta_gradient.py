@@ -12,7 +12,7 @@ import torch
 from benchmarks.meta_gradient import __main__ as command
 from benchmarks.meta_gradient import measure, peers_torch
 from benchmarks.meta_gradient.contenders import COMPILED, CONTENDERS, OURS, UNROLL, missing
-from benchmarks.meta_gradient.page import page, summary, table, title
+from benchmarks.meta_gradient.page import compiled_summary, page, summary, table, title
 from benchmarks.meta_gradient.record import CaseRecord, Figures, Performance, Spread, ratios
 from benchmarks.meta_gradient.workloads import WORKLOADS, Case, make_problem
 from palf_dist.losses import LossContext, reference_mixture
@@ -134,6 +134,16 @@ def test_both_types_have_the_same_numbers_and_the_real_one_pads() -> None:
     assert not whole.class_mask.all() and not whole.train.mask.all() and (whole.log_prior_ratio != 0).any()
     own = whole.train.mask[torch.arange(8)[None, :, None], whole.batches]
     assert own.all(), "minibatches have real rows alone"
+
+
+def test_the_compiled_one_is_compared_where_there_is_one() -> None:
+    without = found()
+    assert compiled_summary(without)[1] == [] and "compiled, by the medians" not in page(without)
+    alone, case = without.cases
+    case = case.model_copy(update={"contenders": {**case.contenders, COMPILED: figures(5, 0.5)}})
+    both = without.model_copy(update={"cases": (alone, case)})
+    assert compiled_summary(both)[1] == [["A, 8, sgd", "40x", "-", "2.2x", "8x", "2x"]]
+    assert "| A, 8, sgd | 40x | - | 2.2x | 8x | 2x |" in page(both)
 
 
 @pytest.mark.slow
