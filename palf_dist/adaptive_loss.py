@@ -7,7 +7,6 @@ ranks train one model, each sees what one rank would see that had the rows of al
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from palf_dist.snapshots import Snapshots
 from palf_dist.training_state import NOISE_FEATURES, SNAPSHOTS, Observation, RowStatistics, StateReader, TaskFacts
 from palf_dist.types import AVERAGED_BASIS, CONTROL_INDEX, CONTROLS
 from palf_dist.untraced import untraced
+from palf_dist.user_warnings import warn_user
 
 
 class LossSettings(TypedDict, total=False):
@@ -391,7 +391,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         """Warn, once."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(f"AdaptiveLoss: {message}", stacklevel=2)
+            warn_user(f"AdaptiveLoss: {message}")
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -190,3 +190,16 @@ def test_it_follows_the_logits_to_another_device(monkeypatch):
                     )
                     criterion.step(nn.Identity())
                     assert {buffer.device for buffer in criterion.buffers()} == {torch.device(device)}
+
+
+def test_each_warning_names_the_users_line():
+    """Through nn.Module, no_grad and what keeps the loss out of compiled graphs."""
+    logits, y, _ = batch(0)
+    layer = nn.Linear(2, 2)
+    with pytest.warns(UserWarning) as said:
+        criterion = AdaptiveLoss(artefact(kind="informed", hyperparameters=("wd",)), total_steps=5)
+        criterion(logits, y)
+        criterion.step(layer)
+    topics = [" no validation", " no training_rows", " no index", " no optimizer"]
+    assert [str(each.message).split(":")[1] for each in said] == topics
+    assert {each.filename for each in said} == {__file__}

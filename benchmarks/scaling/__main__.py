@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.machine import cpu_model
 from benchmarks.scaling.efficiency import ROUNDS, Efficiency, measure
 from benchmarks.scaling.fleet import Latencies
 from benchmarks.scaling.simulated import Simulation, simulate
-from benchmarks.machine import cpu_model
 from benchmarks.screen import shown
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
