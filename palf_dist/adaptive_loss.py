@@ -7,7 +7,6 @@ ranks train one model, each sees what one rank would see that had the rows of al
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from palf_dist.snapshots import Snapshots
 from palf_dist.training_state import NOISE_FEATURES, SNAPSHOTS, Observation, RowStatistics, StateReader, TaskFacts
 from palf_dist.types import AVERAGED_BASIS, CONTROL_INDEX, CONTROLS
 from palf_dist.untraced import untraced
+from palf_dist.user_warnings import warn_user
 
 
 class LossSettings(TypedDict, total=False):
@@ -221,20 +221,19 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
             return values if mean else self._reduced(values, rows)
 
     @untraced
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Advance to the next optimiser step; call between ``backward`` and ``zero_grad``.
+    def step(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+        """Advance to the next optimiser step; call between ``backward`` and ``zero_grad``, once for all optimizers.
 
-        With an optimizer given, each group's weight_decay becomes its initial value times the policy's multiplier
-        (the initial value is kept in the group, so the optimizer's own state_dict restores it).
+        In these, each group's weight_decay becomes its initial value times the policy's multiplier (the initial value
+        is kept in the group, so the optimizer's own state_dict restores it).
 
         Raises:
             ConfigError: the policy reads the gradient norm and no parameter has a gradient.
         """
-        if optimizer is not None:
-            for group in optimizer.param_groups:
-                initial = group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
-                group["weight_decay"] = initial * self._weight_decay_multiplier
-        elif self._weight_decay_multiplier != 1:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            initial = group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
+            group["weight_decay"] = initial * self._weight_decay_multiplier
+        if not optimizers and self._weight_decay_multiplier != 1:
             self._say("no optimizer: the policy's weight decay is left out; pass it as step(model, optimizer)")
         self._step += 1
         if self._step % self.refresh_every == 0 and "gradient_norm" in self.policy.features:
@@ -391,7 +390,7 @@ class AdaptiveLoss(CrossEntropyArguments, LateBuffers):
         """Warn, once."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(f"AdaptiveLoss: {message}", stacklevel=2)
+            warn_user(f"AdaptiveLoss: {message}")
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -136,6 +136,8 @@ class CrossEntropyArguments(nn.Module):
             raise ConfigError(f"ignore_index: {self.ignore_index} is no label of probabilities; leave it out")
         if not shape.numel():
             raise ConfigError("y: the batch is empty; a loss needs at least one example")
+        if index is not None and not isinstance(index, Tensor):
+            raise ConfigError(f"index: {type(index).__name__} given; needs a tensor of whole row numbers {list(shape)}")
         if index is not None and (index.shape != shape or index.is_floating_point()):
             raise ConfigError(
                 f"index: {list(index.shape)} {index.dtype} given; needs one whole row number per label, {list(shape)}"

@@ -44,8 +44,8 @@ class Version:
 
 
 def is_registered(path: str | Path) -> bool:
-    """Whether this is the address of a registered model, and no path."""
-    return str(path).startswith(PREFIX)
+    """Whether this is, or was meant as, the address of a registered model, and no path."""
+    return str(path).startswith(PREFIX.removesuffix("/"))
 
 
 def fetch(address: str, names: Sequence[str], tracking_uri: str | None = None) -> tuple[Version, dict[str, bytes]]:

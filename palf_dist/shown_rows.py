@@ -34,7 +34,7 @@ class ShownRows:
         }
         given = {"validation": validation, "training_rows": training_rows}
         self.missing = [
-            f"no {name}: the policy reads {', '.join(read)}, held at their usual value; pass {name}="
+            f"no {name}: the policy reads {', '.join(read)}, held at the usual value; pass {name}="
             for name, read in reads.items()
             if read and given[name] is None
         ]

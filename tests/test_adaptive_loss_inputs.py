@@ -121,6 +121,8 @@ def test_batches_that_do_not_fit():
         criterion(logits[:0], y[:0], logits[:0])
     with pytest.raises(ConfigError, match="one whole row number"):
         criterion(logits, y, logits, index[:2])
+    with pytest.raises(ConfigError, match="index: list given; needs a tensor of whole row numbers"):
+        criterion(logits, y, logits, index.tolist())
     with pytest.raises(ConfigError, match="row -1 is negative"):
         criterion(logits, y, logits, index - index.min() - 1)
 
@@ -191,3 +193,33 @@ def test_it_follows_the_logits_to_another_device(monkeypatch):
                     )
                     criterion.step(nn.Identity())
                     assert {buffer.device for buffer in criterion.buffers()} == {torch.device(device)}
+
+
+def test_each_warning_names_the_users_line():
+    """Through nn.Module, no_grad and what keeps the loss out of compiled graphs."""
+    logits, y, _ = batch(0)
+    layer = nn.Linear(2, 2)
+    with pytest.warns(UserWarning) as said:
+        criterion = AdaptiveLoss(artefact(kind="informed", hyperparameters=("wd",)), total_steps=5)
+        criterion(logits, y)
+        criterion.step(layer)
+    topics = [" no validation", " no training_rows", " no index", " no optimizer"]
+    assert [str(each.message).split(":")[1] for each in said] == topics
+    assert {each.filename for each in said} == {__file__}
+
+
+def test_one_step_scales_the_weight_decay_of_all_optimizers():
+    logits, y, index = batch(0)
+    criterion = AdaptiveLoss(artefact(hyperparameters=("wd",)), total_steps=5)
+    layer = nn.Linear(2, 2)
+    first, second = (
+        torch.optim.SGD([part], weight_decay=decay)
+        for part, decay in zip((layer.weight, layer.bias), (0.1, 0.3), strict=True)
+    )
+    for _ in range(2):
+        criterion(logits, y, index=index)
+        criterion.step(layer, first, second)
+    by = criterion.weight_decay_multiplier
+    assert by != 1
+    assert [each.param_groups[0]["weight_decay"] for each in (first, second)] == [0.1 * by, 0.3 * by]
+    assert criterion.state_dict()["_extra_state"]["step"] == 2

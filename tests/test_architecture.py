@@ -36,6 +36,7 @@ ORDER = (
     "logit_losses",
     "loss_head",
     "untraced",
+    "user_warnings",
     "mixture_loss",
     "soft_targets",
     "cross_entropy_arguments",

@@ -19,24 +19,24 @@ from palf_dist.policies.policy_file import CARD, TENSORS, PolicyArtefact, digest
 from tests.adaptive_cases import artefact
 from tests.command import Command
 from tests.evaluation.judged import judged_run, rows_of
+from tests.pages import ROOT, blocks
 from tests.test_tracking import client
 from tests.tracking_server import Server
 
-USER, PASSWORD = "admin", "a-password-of-this-test"
+USER, PASSWORD = "admin", "a-password-of-your-own"  # of the page
 on_server = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """As docs/policies.md starts it, on a free port."""
     folder = tmp_path_factory.mktemp("registry")
-    settings = folder / "auth.ini"
-    settings.write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/auth.db\nadmin_username = {USER}\n"
-        f"admin_password = {PASSWORD}\nauthorization_function = "
-        "mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    variables = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test"}
-    server = Server(folder, "--app-name", "basic-auth", variables=variables)
+    page = {block.info: block for block in blocks([ROOT / "docs/policies.md"])}
+    (folder / "auth.ini").write_text(page["ini"].text)
+    commands = [*page["sh server"].commands()]
+    variables = dict(words[1].split("=", 1) for words in commands if words[0] == "export")
+    (options,) = (words[2:] for words in commands if words[0] == "mlflow")
+    server = Server(folder, *options, variables=variables)
     server.start()
     yield server
     if server.process is not None:
@@ -174,7 +174,9 @@ class TestOnAServer:
             as_admin.start()
 
 
-@pytest.mark.parametrize("address", ["models:/palf", "models:/", "models:/a/b/c", "models:/palf@", "models:/palf/v1"])
+@pytest.mark.parametrize(
+    "address", ["models:/palf", "models:palf@champion", "models:/", "models:/a/b/c", "models:/palf@", "models:/palf/v1"]
+)
 def test_an_address_that_is_none(address: str) -> None:
     with pytest.raises(RegistryError, match=r"write models:/NAME@ALIAS or models:/NAME/VERSION"):
         load_policy(address)

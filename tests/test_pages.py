@@ -32,7 +32,9 @@ RUN_BY = {
     ("docs/operations.md", "sh cluster"): "tests/cluster/test_operations.py::test_the_page_can_be_typed",
     ("docs/operations.md", "sh hosts"): "tests/cluster/test_operations.py::test_what_the_hosts_are_told_can_be_typed",
     ("docs/policies.md", "python"): "tests/test_readme.py::test_the_snippets_of_the_policies_page_train_and_explain",
+    ("docs/policies.md", "ini"): "tests/test_model_registry.py::server",
     ("docs/policies.md", "sh"): SHELL,
+    ("docs/policies.md", "sh server"): "tests/test_model_registry.py::server",
     ("docs/suites.md", "sh"): SHELL,
     ("docs/suites.md", "sh network"): "tests/tasks/test_suites.py::test_palf12_as_the_page_fetches_it",
     ("docs/suites.md", "sh suite"): "tests/tasks/test_suite_runs.py::"
