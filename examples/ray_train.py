@@ -36,5 +36,5 @@ def work(policy):
 
 
 policy = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else "default"
-run = RunConfig(failure_config=FailureConfig(max_failures=2))  # on more machines: storage_path= that all of them see
+run = RunConfig(failure_config=FailureConfig(max_failures=2))  # kept in ~/ray_results; several machines: storage_path=
 print(TorchTrainer(work, train_loop_config=policy, scaling_config=ScalingConfig(num_workers=2), run_config=run).fit())

@@ -20,7 +20,7 @@ LabelledTensor = tuple[Tensor, Tensor]
 
 class ShownRows:
     """What of these rows a policy with these ``features`` reads; ``missing`` says what is not there, a sentence each.
-    Raises ConfigError for training rows that do not fit together."""
+    Raises ConfigError for what is no function, and for training rows that do not fit together."""
 
     def __init__(
         self,
@@ -28,6 +28,11 @@ class ShownRows:
         validation: Callable[[], LabelledTensor] | None,
         training_rows: LabelledTensor | None,
     ) -> None:
+        if validation is not None and not callable(validation):
+            raise ConfigError(
+                f"validation: {type(validation).__name__} given; needs a function of no arguments that returns the "
+                "model's logits [V, C] of the validation rows as they are now, and labels [V]"
+            )
         reads = {
             name: [feature for feature in features if feature in known]
             for name, known in (("validation", VALIDATION_FEATURES), ("training_rows", NEIGHBOUR_FEATURES))

@@ -81,6 +81,14 @@ def test_validation_rows_that_do_not_fit(rows, message):
         AdaptiveLoss(artefact(kind="informed"), total_steps=5, validation=lambda: rows)(logits, y, index=index)
 
 
+@pytest.mark.parametrize("given", [3, (torch.zeros(2, 3), torch.zeros(2))])
+def test_validation_rows_come_from_a_function(given):
+    with pytest.raises(
+        ConfigError, match=f"validation: {type(given).__name__} given; needs a function of no arguments"
+    ):
+        AdaptiveLoss(artefact(kind="informed"), total_steps=5, validation=given)
+
+
 def test_rows_that_a_policy_reads_are_asked_for_once_and_not_by_others():
     with pytest.warns(UserWarning) as said:
         AdaptiveLoss(artefact(kind="informed"), total_steps=5)
