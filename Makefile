@@ -69,10 +69,8 @@ $(call results_of,$(FOLDS) $(LEARNED) $(FAMILIES)): $(RUNS)/%/results.parquet: |
 	if test -e $(@D)/config.yaml; then $(BIN)/palf-dist meta-train --resume $(@D) $(ARGS); \
 	else $(BIN)/palf-dist meta-train --config configs/palf12.yaml --suite palf12 --fold $(part) $($(kind)_OPTIONS) --run-dir $(@D) $(ARGS); fi
 
-# An evaluation is not resumed: what is left of one that was stopped goes.
 $(call results_of,$(TRANSFERS)): $(RUNS)/%/results.parquet: | $(STAMP) suite $(call results_of,$(FOLDS))
-	rm -rf $(@D)
-	$(BIN)/palf-dist evaluate $(RUNS)/fold-$(part)/best --run-dir $(@D) $($(kind)_OPTIONS) --set "evaluation.methods=[policy, s5]" $(ARGS)
+	$(BIN)/palf-dist evaluate $(RUNS)/fold-$(part)/best --$(if $(wildcard $(@D)/config.yaml),resume,run-dir) $(@D) $($(kind)_OPTIONS) --set "evaluation.methods=[policy, s5]" $(ARGS)
 
 .PRECIOUS: $(RUNS)/%/results.parquet
 .NOTPARALLEL:

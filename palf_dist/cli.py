@@ -34,15 +34,14 @@ from palf_dist.cli_shared import (
     new_folder,
     output,
     overrides_of_suite,
-    refuse_differences,
+    policy_to_evaluate,
     refuse_quick_results,
-    resumed_config,
+    resumed_run_config,
 )
 from palf_dist.cli_tune import tune
 from palf_dist.usage import usage
 
 if TYPE_CHECKING:
-    from palf_dist.config import RunConfig
     from palf_dist.evaluation.report import ReportPaths
     from palf_dist.search.report import SearchReport
 
@@ -126,7 +125,8 @@ def meta_train(
             settings = load_run_config(config, overrides, workers, address)
             folder = run_dir or new_folder(settings.name)
         else:
-            settings, folder = _resumed(resume, run_dir, config, overrides, workers, address), resume
+            settings = resumed_run_config(resume, run_dir, "meta-train", config, overrides, workers, address)
+            folder = resume
         go_on = f"go on with palf-dist meta-train --resume {folder}"
         try:
             result = train(settings, folder, resume=resume is not None)
@@ -166,9 +166,13 @@ def meta_train(
 @app.command()
 def evaluate(
     policy: Annotated[
-        str,
-        typer.Argument(metavar="POLICY", help="Policy file, its folder (path or URI), models:/NAME@ALIAS, or default."),
-    ],
+        str | None,
+        typer.Argument(
+            metavar="POLICY",
+            show_default=False,
+            help="Policy file, its folder (path or URI), models:/NAME@ALIAS, or default.",
+        ),
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     workers: Workers = None,
@@ -182,12 +186,15 @@ def evaluate(
         str | None,
         typer.Option(metavar="DIR", help="Folder or URI that keeps it, for report and results. Must be empty."),
     ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN_DIR", help="Go on with an evaluation that is kept; POLICY is its own.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a policy file with other methods on the held-out datasets of a config.
 
     Without --config it is the config of the run that the policy lies in. Architectures and inner.steps may be others
-    than in its training.
+    than in its training. One that is kept by --run-dir goes on with --resume after a Ctrl-C, or whatever ended it.
     """
     with output(as_json) as emit:
         from palf_dist.distributed.driver import evaluate_policy
@@ -195,13 +202,29 @@ def evaluate(
         from palf_dist.evaluation.quick import NO_RESULTS, cut
         from palf_dist.evaluation.table import to_records, to_rich
         from palf_dist.policies.policy_file import load_policy
+        from palf_dist.run_directory import CONFIG
+        from palf_dist.storage import is_uri
 
         overrides = [*overrides_of_suite(suite, fold), *(overrides or ())]
-        refuse_quick_results(quick, run_dir)
-        artefact = load_policy(policy)  # a damaged file is the first thing to say
-        settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
-        comparisons, _ = held_out(evaluate_policy(cut(settings) if quick else settings, artefact, run_dir=run_dir))
-        record = {"policy": str(policy), "quick": quick, "held_out": to_records(comparisons)}
+        refuse_quick_results(quick, run_dir, resume)
+        policy = policy_to_evaluate(policy, resume)
+        if resume is None:
+            artefact = load_policy(policy)  # a damaged file is the first thing to say
+            settings = load_run_config(config or config_of_policy(policy), overrides, workers, address)
+        else:
+            settings = resumed_run_config(resume, run_dir, "evaluate", config, overrides, workers, address)
+            artefact = load_policy(policy)
+        kept = run_dir if resume is None else resume
+        try:
+            rows = evaluate_policy(
+                cut(settings) if quick else settings, artefact, run_dir=kept, resume=resume is not None
+            )
+        except KeyboardInterrupt:
+            if kept is not None and (is_uri(kept) or Path(kept, CONFIG).exists()):
+                print(f"interrupted and saved; go on with palf-dist evaluate --resume {kept}", file=sys.stderr)
+            raise
+        comparisons, _ = held_out(rows)
+        record = {"policy": policy, "quick": quick, "held_out": to_records(comparisons)}
         emit(record, to_rich(comparisons), *([NO_RESULTS] if quick else []))
 
 
@@ -313,20 +336,3 @@ def _facts(record: dict[str, Any]) -> Table:
     for name, value in record.items():
         table.add_row(name.replace("_", " "), escape(str(value)))
     return table
-
-
-def _resumed(
-    resume: str,
-    run_dir: str | None,
-    config: Path | None,
-    overrides: list[str] | None,
-    workers: str | None,
-    address: str | None,
-) -> RunConfig:
-    """The configuration to go on with: the run's own, but for fields that touch no result."""
-    from palf_dist.config_loading import config_differences, load_config
-
-    own = resumed_config(resume, run_dir, "meta-train")
-    settings = load_run_config(config or own, overrides, workers, address)
-    refuse_differences(resume, config_differences(load_config(own), settings))
-    return settings

@@ -22,6 +22,7 @@ from palf_dist.cli_shared import (
     option_overrides,
     output,
     overrides_of_suite,
+    policy_to_evaluate,
     refuse_quick_results,
 )
 
@@ -66,7 +67,7 @@ def submit(
     """Run a command on a cluster as a Ray job, for instance: submit --address URL -- meta-train --config FILE --run-dir
     s3://BUCKET/RUN
 
-    Everything is checked here first. Submitted again, meta-train and tune go on with the run in its directory.
+    Everything is checked here first. Submitted again, a command goes on with the run in its directory.
     """
     with output(as_json) as emit, tempfile.TemporaryDirectory(prefix="palf-job-") as folder:
         shipment = _shipment(context, command, Path(folder))
@@ -171,11 +172,13 @@ def _shipment(context: typer.Context, command: list[str], folder: Path) -> Shipm
     if name == "evaluate":
         from palf_dist.policies.policy_file import load_policy
 
-        policy, run_dir, quick = options["policy"], options["run_dir"], options["quick"]
-        refuse_quick_results(quick, run_dir)
-        artefact = load_policy(policy)
-        settings = load_run_config(config or config_of_policy(policy), overrides, options["workers"], None)
-        return packer.evaluate(settings, artefact, run_dir, as_json, quick=quick)
+        policy, run_dir, quick, resume = (options[name] for name in ("policy", "run_dir", "quick", "resume"))
+        refuse_quick_results(quick, run_dir, resume)
+        artefact = None if resume and policy is None else load_policy(policy_to_evaluate(policy, resume))
+        config = config or (config_of_policy(policy) if policy is not None and resume is None else None)
+        given = config is not None or resume is None
+        settings = load_run_config(config, overrides, options["workers"], None) if given else None
+        return packer.evaluate(settings, artefact, run_dir, resume, as_json, quick=quick)
     given = config is not None or options["resume"] is None
     if name == "meta-train":
         run = load_run_config(config, overrides, options["workers"], None) if given else None

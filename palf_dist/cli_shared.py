@@ -103,7 +103,7 @@ def config_of_policy(policy: str | Path) -> str | Path | None:
     return next((file for file in (join(folder, CONFIG), join(split(folder)[0], CONFIG)) if exists(file)), None)
 
 
-def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-train", "tune"]) -> str | Path:
+def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-train", "tune", "evaluate"]) -> str | Path:
     """The configuration file of the run to go on with. Raises ConfigError, and RunDirectoryError also for a run that
     ``command`` has not begun."""
     from palf_dist.config_loading import is_search_config
@@ -114,24 +114,59 @@ def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-trai
     if run_dir is not None:
         raise ConfigError(f"--run-dir {run_dir}: a resumed run goes on in its own folder; leave --run-dir out")
     config: str | Path
-    if command == "meta-train" and is_remote(resume):
+    if command != "tune" and is_remote(resume):
         config = join(resume, CONFIG)
         if not exists(config):
             raise no_run(resume)
     else:
         config = open_run_directory(resume) / CONFIG
-    what, right = ("search", "tune") if is_search_config(config) else ("meta-training", "meta-train")
+    if is_search_config(config):
+        holds, right = "a search", "tune"
+    elif command == "tune":
+        holds, right = "a meta-training", "meta-train"
+    else:  # which of the two it is the driver finds
+        return config
     if command != right:
-        raise RunDirectoryError(f"--resume {resume}: holds a {what}; go on with palf-dist {right} --resume {resume}")
+        raise RunDirectoryError(f"--resume {resume}: holds {holds}; go on with palf-dist {right} --resume {resume}")
     return config
 
 
-def refuse_quick_results(quick: bool, run_dir: str | None) -> None:
+def resumed_run_config(
+    resume: str,
+    run_dir: str | None,
+    command: Literal["meta-train", "evaluate"],
+    config: Path | None,
+    overrides: list[str] | None,
+    workers: str | None,
+    address: str | None,
+) -> RunConfig:
+    """The configuration to go on with: the run's own, but for fields that touch no result."""
+    from palf_dist.config_loading import config_differences, load_config
+
+    own = resumed_config(resume, run_dir, command)
+    settings = load_run_config(config or own, overrides, workers, address)
+    refuse_differences(resume, config_differences(load_config(own), settings))
+    return settings
+
+
+def refuse_quick_results(quick: bool, run_dir: str | None, resume: str | None) -> None:
     """Raises ConfigError where a quick evaluation would be kept."""
     from palf_dist.errors import ConfigError
 
-    if quick and run_dir is not None:
-        raise ConfigError(f"--run-dir {run_dir}: --quick gives no results to keep; leave one of them out")
+    for option, where in {"--run-dir": run_dir, "--resume": resume}.items():
+        if quick and where is not None:
+            raise ConfigError(f"{option} {where}: --quick gives no results to keep; leave one of them out")
+
+
+def policy_to_evaluate(policy: str | None, resume: str | None) -> str:
+    """Where the policy is: as named, else that of the evaluation to go on with. Raises ConfigError where neither is."""
+    from palf_dist.errors import ConfigError
+    from palf_dist.run_directory import BEST
+    from palf_dist.storage import join
+
+    if policy is None and resume is None:
+        raise ConfigError("POLICY: name the policy to evaluate, for instance default, or an evaluation with --resume")
+    return policy if policy is not None else str(join(str(resume), BEST))
 
 
 def refuse_differences(resume: str, differences: list[str]) -> None:

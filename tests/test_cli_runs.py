@@ -77,6 +77,27 @@ def test_evaluate_gives_the_run_s_own_table_again(cli: Command, result: dict[str
     assert json.loads(ended.out)["held_out"] == result["held_out"]
 
 
+def test_an_evaluation_that_is_interrupted_goes_on(
+    cli: Command, result: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = {"point": "after_unit", "unit": ["evaluate", 0, 1], "action": "interrupt"}
+    monkeypatch.setenv("PALF_FAULTS", json.dumps([fault]))
+    ended = cli("evaluate", result["policy"], "--workers", "0", "--run-dir", "kept")
+    monkeypatch.delenv("PALF_FAULTS")
+    assert ended.code == 128 + signal.SIGINT, ended.err
+    assert "go on with palf-dist evaluate --resume kept" in ended.err and "Traceback" not in ended.err
+    other = cli.refused("evaluate", "--resume", "kept", "--workers", "0", "--set", "inner.steps=13")
+    assert "inner.steps: 12 in the run, 13 now" in other
+    assert "leave --run-dir out" in cli.refused("evaluate", "--resume", "kept", "--run-dir", "elsewhere")
+    assert "--resume kept: --quick gives no results" in cli.refused("evaluate", "--resume", "kept", "--quick")
+    assert "go on with palf-dist meta-train --resume" in cli.refused("evaluate", "--resume", str(run))
+    assert "palf-dist evaluate --resume kept" in cli.refused("meta-train", "--resume", "kept", "--workers", "0")
+    assert "POLICY: name the policy to evaluate" in cli.refused("evaluate")
+    ended = cli("evaluate", "--resume", "kept", "--workers", "0", "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["held_out"] == result["held_out"]
+
+
 def test_report_again(cli: Command, result: dict[str, Any], run: Path) -> None:
     shutil.rmtree(run / "report")
     shown = cli("report", str(run))

@@ -19,18 +19,18 @@ from palf_dist.checkpoint import Checkpoint, latest_checkpoint
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config
 from palf_dist.distributed import phases
-from palf_dist.distributed.meta_training import MetaTraining, Selection, fingerprints
+from palf_dist.distributed.meta_training import MetaTraining, Selection
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
 from palf_dist.errors import DataError, PolicyFileError, RunDirectoryError
 from palf_dist.evaluation.methods import check_methods
 from palf_dist.policies import policy_spec
-from palf_dist.policies.policy_file import PolicyArtefact, load_policy, save_policy, trained_on
+from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes, save_policy, trained_on
 from palf_dist.progress import Progress
-from palf_dist.run_directory import BEST, CONFIG, REPORT, RESULTS
+from palf_dist.run_directory import BEST, CHECKPOINTS, CONFIG, REPORT, RESULTS
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
-from palf_dist.tasks.encoded import EncodedDataset
+from palf_dist.tasks.encoded import EncodedDataset, fingerprints
 from palf_dist.tasks.family import check_tasks
 from palf_dist.tracking import NullTracker, Tracker, open_tracker
 from palf_dist.workplace import Workplace, open_workplace
@@ -133,8 +133,8 @@ def _open(
         checkpoint = latest_checkpoint(place.folder)
         if checkpoint is None and (place.folder / BEST).exists():
             raise RunDirectoryError(
-                f"run directory: {run_dir} keeps an evaluation (it has a policy and no checkpoint), which cannot be "
-                "resumed; name the folder of a meta-training, or a new one with --run-dir"
+                f"run directory: {run_dir} keeps an evaluation (it has a policy and no checkpoint); go on with "
+                f"palf-dist evaluate --resume {run_dir}, or name the folder of a meta-training"
             )
         shown.begin("loading datasets", len(config.data.train) + len(config.data.held_out))
         datasets = load_all(config.data)
@@ -143,7 +143,7 @@ def _open(
         check_tasks(config, datasets)
         check_methods(config, datasets)
         stop = stop or threading.Event()
-        session = stack.enter_context(open_session(config, datasets, shown, stop, make_runner, place.shared))
+        session = stack.enter_context(open_session(config, datasets, shown, stop, make_runner, place))
         if not resume:
             place.insist(lambda: write_atomic(place.folder / CONFIG, dump_config(config).encode()))
             place.publish()
@@ -155,7 +155,9 @@ def evaluate_policy(
     policy: str | Path | PolicyArtefact,
     *,
     run_dir: str | Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
+    stop: threading.Event | None = None,
     make_runner: RunnerFactory = units.Runner,
 ) -> list[dict[str, Any]]:
     """Rows of the held-out comparison of ``config`` for a policy, a file or a loaded one. Raises PolicyFileError where
@@ -163,7 +165,8 @@ def evaluate_policy(
 
     Tasks may be of other architectures or horizons than those of the meta-training. However long a run, the policy is
     asked as often as it was there, as ``AdaptiveLoss`` does. ``run_dir``: a new or empty folder or URI that keeps the
-    rows with configuration and policy, as the directory of a run. A Ctrl-C raises KeyboardInterrupt.
+    rows with configuration and policy, as the directory of a run; with ``resume`` that of an evaluation of the same
+    policy and configuration, which then goes on. A Ctrl-C, or ``stop``, raises KeyboardInterrupt.
     """
     artefact = policy if isinstance(policy, PolicyArtefact) else load_policy(policy)
     if artefact.spec != policy_spec(config.policy):
@@ -171,31 +174,68 @@ def evaluate_policy(
         raise PolicyFileError(
             f"{named}: not a policy of this configuration's policy section; name the run's own config"
         )
+    stop = stop or threading.Event()
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress or Progress())
         place = None
         if run_dir is not None:
             cache = cache_folder(config.data.cache)
-            place = stack.enter_context(open_workplace(run_dir, resume=False, cache=cache, on_event=shown.event))
+            place = stack.enter_context(open_workplace(run_dir, resume=resume, cache=cache, on_event=shown.event))
+            if resume:
+                _check_evaluation(place, artefact)
+                if (place.folder / RESULTS).exists():
+                    return _read_rows(place)
         datasets = load_all(config.data)
         _check_held_out([datasets[source.name] for source in config.data.held_out], artefact.card)
         check_tasks(config, datasets)
         check_methods(config, datasets)
         used = _at_use(config, artefact.refresh_in(config.inner.steps))
-        session = stack.enter_context(open_session(used, datasets, shown, threading.Event(), make_runner))
+        session = stack.enter_context(open_session(used, datasets, shown, stop, make_runner, place))
+        if place is not None and not resume:
+            folder = place.folder
+            place.insist(lambda: save_policy(folder / BEST, artefact))
+            place.insist(lambda: write_atomic(folder / CONFIG, dump_config(config).encode()))
+            place.publish()
         normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
         try:
             prepared = {**phases.tune(session), **normalisation}
-            rows = phases.evaluate(session, Broadcast(artefact.phi, 0, prepared))
+            rows = _compare(session, place, Broadcast(artefact.phi, 0, prepared))
         except Stopped:
             raise KeyboardInterrupt from None
         if place is not None:
-            folder = place.folder
-            place.insist(lambda: save_policy(folder / BEST, artefact))
-            place.insist(lambda: _write_rows(folder / RESULTS, rows))
-            place.insist(lambda: write_atomic(folder / CONFIG, dump_config(config).encode()))  # last: it is whole now
             place.finish()
     return rows
+
+
+def _compare(session: Session, place: Workplace | None, broadcast: Broadcast) -> list[dict[str, Any]]:
+    """Rows of the held-out comparison, which ``place`` keeps; those that are there, where it was finished before."""
+    if place is not None and (place.folder / RESULTS).exists():
+        return _read_rows(place)
+    rows = phases.evaluate(session, broadcast)
+    if place is not None and session.kept is not None:
+        path = place.folder / RESULTS
+        place.insist(lambda: _write_rows(path, rows))
+        session.kept.discard()
+    return rows
+
+
+def _read_rows(place: Workplace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(place.folder / RESULTS).to_pylist()
+    return rows
+
+
+def _check_evaluation(place: Workplace, policy: PolicyArtefact) -> None:
+    """Raises RunDirectoryError where what is to be resumed is no evaluation, or one of another policy."""
+    if (place.folder / CHECKPOINTS).exists() or not (place.folder / BEST).exists():
+        raise RunDirectoryError(
+            f"run directory: {place.location} holds a meta-training; go on with palf-dist meta-train --resume "
+            f"{place.location}, or name the folder of an evaluation"
+        )
+    if policy_bytes(load_policy(place.folder / BEST)) != policy_bytes(policy):
+        raise RunDirectoryError(
+            f"run directory: {place.location} keeps an evaluation of another policy; leave the policy out to go on "
+            "with it, or choose another folder with --run-dir"
+        )
 
 
 def _at_use(config: RunConfig, refresh: int) -> RunConfig:
@@ -244,8 +284,7 @@ def _train_and_report(
         for _ in training.run():
             pass
         best = training.best
-        result.rows = phases.evaluate(session, Broadcast(best.policy, best.version, training.prepared))
-        place.insist(lambda: _write_rows(run_dir / RESULTS, result.rows))
+        result.rows = _compare(session, place, Broadcast(best.policy, best.version, training.prepared))
     except Stopped:
         result.interrupted = True
     if training is None:

@@ -25,7 +25,7 @@ from palf_dist.metrics_log import MetricsLog
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
 from palf_dist.run_directory import BEST
-from palf_dist.tasks.encoded import EncodedDataset
+from palf_dist.tasks.encoded import fingerprints
 from palf_dist.tracking import Tracker
 from palf_dist.trajectory import to_parquet, write_trajectory
 from palf_dist.types import Contribution, Unit
@@ -35,11 +35,6 @@ SELECTION_SCORE = "selection_score"
 
 UNWRITTEN_BYTES = 256 << 20
 """Trajectories that wait in memory for a disk that takes nothing: thousands of units. With more the run has to end."""
-
-
-def fingerprints(datasets: Mapping[str, EncodedDataset]) -> dict[str, str]:
-    """What each dataset holds, in short: another table under the same name has another fingerprint."""
-    return {name: f"{dataset.rows} rows of {dataset.origin}" for name, dataset in datasets.items()}
 
 
 @dataclass(frozen=True)
@@ -301,6 +296,8 @@ class MetaTraining:
             save_checkpoint(self._run_dir, whole.version, whole.arrays, whole.state, whole.carried)
             prune(self._run_dir, self._config.checkpoint.keep)
             self._saved = whole
+            if self._session.kept:
+                self._session.kept.discard()  # what was prepared is in the checkpoint
         self._write_best()
 
     def _write_best(self) -> None:

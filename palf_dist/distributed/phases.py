@@ -70,5 +70,21 @@ def evaluate(session: Session, broadcast: Broadcast) -> list[dict[str, Any]]:
 
 
 def _phase(session: Session, name: str, work: Sequence[Unit], broadcast: Broadcast) -> list[Contribution]:
-    session.progress.begin(name, len(work))
-    return session.gather(work, broadcast, show=True)
+    """The contributions of ``work`` in key order. What an earlier process has kept of it is not done again."""
+    kept = session.kept.under(broadcast) if session.kept else None
+    done = kept.found(work) if kept else []
+    session.progress.begin(name, len(work), len(done))
+    found = {item.unit for item in done}
+
+    def arrived(contribution: Contribution) -> None:
+        done.append(contribution)
+        session.progress.advance(len(done))
+        if kept:
+            kept.keep(contribution)
+
+    try:
+        session.gather([unit for unit in work if unit not in found], broadcast, each=arrived)
+    finally:
+        if kept:
+            kept.write()
+    return sorted(done, key=lambda item: item.unit)

@@ -13,12 +13,14 @@ from types import FrameType
 import numpy as np
 
 from palf_dist.config import DistributedConfig, RunConfig
+from palf_dist.distributed.kept_units import KeptUnits
 from palf_dist.distributed.metrics import RunMetrics
 from palf_dist.distributed.pool import Broadcast, InProcessPool, RunnerFactory, WorkerPool
 from palf_dist.memory import Plan, halved, machine_memory
 from palf_dist.progress import Progress
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.types import Contribution, Unit
+from palf_dist.workplace import Workplace
 
 POLL_SECONDS = 0.2
 """How long a wish to stop may go unheard while no contribution comes."""
@@ -43,6 +45,7 @@ class Session:
     reissued_before: int = 0  # by the processes that worked on this run before
     on_arrival: Callable[[Contribution], None] = lambda _: None  # takes from a contribution what nobody should hold
     metrics: RunMetrics = field(default_factory=RunMetrics)
+    kept: KeptUnits | None = None  # where the run has a directory
     _backlog: deque[Contribution] = field(default_factory=deque)
 
     @property
@@ -62,11 +65,16 @@ class Session:
         return self._arrival()
 
     def gather(
-        self, units: Sequence[Unit], broadcast: Broadcast, carried: Carried | None = None, *, show: bool = False
+        self,
+        units: Sequence[Unit],
+        broadcast: Broadcast,
+        carried: Carried | None = None,
+        *,
+        each: Callable[[Contribution], None] = lambda _: None,
     ) -> list[Contribution]:
         """Have ``units`` run and return their contributions in key order; others that arrive wait for ``next``.
 
-        ``show``: they are a phase of their own, whose progress is shown.
+        ``each``: told of every one as it arrives.
         """
         for unit in units:
             self.pool.submit(unit, broadcast, (carried or {}).get(unit.group))
@@ -76,8 +84,7 @@ class Session:
             contribution = self._arrival()
             if contribution.unit in wanted:
                 gathered.append(contribution)
-                if show:
-                    self.progress.advance(len(gathered))
+                each(contribution)
             else:
                 self._backlog.append(contribution)
         return sorted(gathered, key=lambda contribution: contribution.unit)
@@ -107,11 +114,11 @@ def open_session(
     progress: Progress,
     stop: threading.Event,
     make_runner: RunnerFactory,
-    run_uri: str | None = None,
+    place: Workplace | None = None,
 ) -> Iterator[Session]:
     """A session with its pool, and with Ray where there are workers. Inside, the first Ctrl-C only sets ``stop``.
 
-    ``run_uri``: where Ray's workers write the trajectories of their own units.
+    ``place``: the run directory; under a URI Ray's workers write the trajectories of their own units there.
     """
     with contextlib.ExitStack() as stack:
         pool: WorkerPool
@@ -129,7 +136,7 @@ def open_session(
             share = stack.enter_context(connect(config.distributed, size_of(datasets)))
             if not share.gpus:  # else each worker checks what its GPU has
                 Plan(config, datasets, memory_of_each(nodes(), share, wanted)).check()
-            fleet = RayFleet(config, datasets, make_runner, share, run_uri)
+            fleet = RayFleet(config, datasets, make_runner, share, place.shared if place else None)
             steady = min(config.meta_learner.outer_steps, most_in_flight(config.distributed))
             pool = Dispatcher(
                 fleet, config.distributed, progress.event, steady if config.distributed.mode == "async" else 0
@@ -137,7 +144,8 @@ def open_session(
             metrics = RunMetrics.on_ray(config.name, pool)
         stack.callback(pool.close)
         stack.enter_context(signals_stop(stop, progress))
-        yield Session(config, datasets, pool, progress, stop, metrics=metrics)
+        kept = KeptUnits(place, datasets) if place else None
+        yield Session(config, datasets, pool, progress, stop, metrics=metrics, kept=kept)
 
 
 def size_of(datasets: Mapping[str, EncodedDataset]) -> int:

@@ -163,7 +163,7 @@ def read_run(place: str) -> JudgedRun:
     if not exists(join(place, RESULTS)):
         raise RunDirectoryError(
             f"{place}: has not been evaluated ({RESULTS} is missing); finish it with palf-dist meta-train --resume "
-            f"{place}"
+            f"{place}, or an evaluation with palf-dist evaluate --resume {place}"
         )
     try:
         table = pq.read_table(io.BytesIO(read_file(join(place, RESULTS))))

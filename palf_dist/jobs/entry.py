@@ -83,14 +83,12 @@ def _attempts(command: str, arguments: list[str], max_restarts: int) -> int:
 
 def _start_or_resume(command: str, arguments: list[str]) -> list[str]:
     """The arguments with --run-dir turned into --resume where a run has begun in that directory."""
-    if command == "evaluate":
-        return arguments
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--run-dir")
     parser.add_argument("--resume")
     options, rest = parser.parse_known_args(arguments)
     if options.resume is not None or options.run_dir is None:
-        if options.resume is None:
+        if options.resume is None and command != "evaluate":
             raise PalfError("--run-dir: a job needs one, so that it can go on when it is started again")
         return arguments
     return [*rest, "--resume" if exists(join(options.run_dir, CONFIG)) else "--run-dir", options.run_dir]

@@ -46,8 +46,8 @@ class Shipment:
 
     @property
     def resumable(self) -> bool:
-        """Whether it goes on when it is submitted again; an evaluation begins anew."""
-        return self.command != "evaluate"
+        """Whether it goes on when it is submitted again; an evaluation that is not kept begins anew."""
+        return self.run_dir is not None
 
     def entrypoint(self, version: str, max_restarts: int) -> str:
         """The shell command of the job. ``version``: of palf_dist here, which the cluster must have too."""
@@ -88,14 +88,26 @@ class Packer:
         return self._shipment("tune", [*arguments, *_json(as_json)], config.name if config else "resume", where)
 
     def evaluate(
-        self, config: RunConfig, policy: PolicyArtefact, run_dir: str | None, as_json: bool, *, quick: bool = False
+        self,
+        config: RunConfig | None,
+        policy: PolicyArtefact | None,
+        run_dir: str | None,
+        resume: str | None,
+        as_json: bool,
+        *,
+        quick: bool = False,
     ) -> Shipment:
-        """``policy`` goes along. ``run_dir``: None where nothing is kept."""
-        save_policy(self.folder / POLICY, policy)
-        kept, where = ([], None) if run_dir is None else self._run(run_dir, None)
-        options = [*kept, *(["--quick"] if quick else []), *_json(as_json)]
-        arguments = [POLICY, *self._write(self._run_config(config)), *options]
-        return self._shipment("evaluate", arguments, f"{config.name}-evaluate", where)
+        """``policy`` goes along. ``run_dir``: None where nothing is kept. ``config`` and ``policy`` may be None where
+        ``resume`` is given: the evaluation has its own."""
+        arguments, where = ([], None) if run_dir is None and resume is None else self._run(run_dir, resume)
+        if config is not None:
+            arguments = [*self._write(self._run_config(config)), *arguments]
+        if policy is not None:
+            save_policy(self.folder / POLICY, policy)
+            arguments = [POLICY, *arguments]
+        options = [*(["--quick"] if quick else []), *_json(as_json)]
+        name = f"{config.name}-evaluate" if config else "resume"
+        return self._shipment("evaluate", [*arguments, *options], name, where)
 
     def configuration(self, config: RunConfig | SearchConfig) -> list[str]:
         """The options that name a configuration which goes along by itself, without its data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,8 @@ class EncodedDataset:
             "class_names": self.class_names,
             "categorical_sizes": self.categorical_sizes,
         }
+
+
+def fingerprints(datasets: Mapping[str, EncodedDataset]) -> dict[str, str]:
+    """What each dataset holds, in short: another table under the same name has another fingerprint."""
+    return {name: f"{dataset.rows} rows of {dataset.origin}" for name, dataset in datasets.items()}

@@ -233,12 +233,12 @@ def test_an_evaluation_that_is_kept_is_no_run_to_resume(undisturbed: Path, tmp_p
     for name in ("config.yaml", "results.parquet"):
         shutil.copy(undisturbed / name, kept)
     before = contents(kept)
-    with pytest.raises(RunDirectoryError, match=r"keeps an evaluation .* cannot be resumed"):
+    with pytest.raises(RunDirectoryError, match=r"keeps an evaluation .* palf-dist evaluate --resume"):
         meta_train(small_config(), kept, resume=True)
     assert {path: content for path, content in contents(kept).items() if path.name != ".lock"} == before
 
 
-def test_an_evaluation_is_kept_whole_or_is_no_run(
+def test_an_evaluation_without_its_rows_is_no_result(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
@@ -247,8 +247,10 @@ def test_an_evaluation_is_kept_whole_or_is_no_run(
     monkeypatch.setattr(driver, "_write_rows", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate_policy(small_config(), undisturbed / "best", run_dir=tmp_path / "kept")
-    with pytest.raises(RunDirectoryError, match="holds no run"):
+    with pytest.raises(RunDirectoryError, match="keeps an evaluation"):
         meta_train(small_config(), tmp_path / "kept", resume=True)
+    with pytest.raises(RunDirectoryError, match="has not been evaluated"):
+        read_run(str(tmp_path / "kept"))
 
 
 def test_no_memory_is_asked_for_a_meta_gradient_that_is_not_taken() -> None:

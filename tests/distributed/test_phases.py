@@ -28,6 +28,6 @@ def test_who_meta_trains_what_no_loop_takes_is_told_before_any_work(setting: str
 
     progress = SimpleNamespace(event=told.append, begin=lambda *_: None)
     config = load_config(SMOKE, [f"policy.{setting}", "inner.learning_rate=0.1", "inner.weight_decay=0.0"])
-    phases.prepare(cast(Session, SimpleNamespace(config=config, progress=progress, gather=gather)))
+    phases.prepare(cast(Session, SimpleNamespace(config=config, progress=progress, gather=gather, kept=None)))
     warned = [f"AdaptiveLoss refuses {told_of}" in sentence for sentence in told]
     assert warned == ([True] if told_of else []) + [False, False]

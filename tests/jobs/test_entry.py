@@ -107,6 +107,9 @@ def test_a_job_that_is_stopped_lets_its_driver_save(job: Job) -> None:
 def test_off_a_cluster_and_a_run_directory(job: Job) -> None:
     assert job("0", script="tune.py")[0] == 0
     assert job.calls() == [["tune", "--config", "c.yaml", "--run-dir", str(job.run_dir)]]
+    assert job("die 0", "best", "--max-restarts", "1", script="evaluate.py")[0] == 0
+    rest = ["evaluate", "--config", "c.yaml", "best"]
+    assert job.calls()[1:] == [[*rest, option, str(job.run_dir)] for option in ("--resume", "--resume")]
     command = [sys.executable, str(ROOT / "jobs" / "meta_train.py"), "--config", "c.yaml"]
     ended = subprocess.run(command, cwd=job.folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert (ended.returncode, ended.stderr) == (

@@ -141,19 +141,21 @@ def test_a_policy_goes_along(packer: Packer, tmp_path: Path) -> None:
     best = tmp_path / "best"
     save_policy(best, untrained())
     (best / "notes.txt").write_text("no part of it")
-    made = packer.evaluate(load_config(SMOKE), load_policy(best), None, as_json=False)
-    assert made.arguments == ("policy", "--config", "config.yaml") and made.run_dir is None
+    made = packer.evaluate(load_config(SMOKE), load_policy(best), None, None, as_json=False)
+    assert made.arguments == ("policy", "--config", "config.yaml") and not made.resumable
     assert shipped(packer) == ["config.yaml", "policy/policy.json", "policy/policy.safetensors"]
     shutil.rmtree(packer.folder)
     packer.folder.mkdir()
     kept = packer.evaluate(
-        load_config(SMOKE), load_policy(best / "policy.safetensors"), "s3://bucket/kept", as_json=False
+        load_config(SMOKE), load_policy(best / "policy.safetensors"), "s3://bucket/kept", None, as_json=False
     )
-    assert kept.arguments[-2:] == ("--run-dir", "s3://bucket/kept") and kept.run_dir == "s3://bucket/kept"
+    assert kept.arguments[-2:] == ("--run-dir", "s3://bucket/kept") and kept.resumable
     for name in ("policy.safetensors", "policy.json"):
         assert (packer.folder / "policy" / name).read_bytes() == (best / name).read_bytes()
-    packer.evaluate(load_config(SMOKE), load_policy("default"), None, as_json=False)
+    packer.evaluate(load_config(SMOKE), load_policy("default"), None, None, as_json=False)
     assert load_policy(packer.folder / "policy").card["run"] == "palf12", "no name of something that stays here"
+    resumed = packer.evaluate(None, None, None, "s3://bucket/kept", as_json=True)
+    assert resumed.arguments == ("--resume", "s3://bucket/kept", "--json") and resumed.resumable
 
 
 @pytest.mark.parametrize(
@@ -206,10 +208,11 @@ def test_an_evaluation_is_sent_with_its_suite_and_whether_it_is_quick(
         assert len(data["evaluation"]["suite_conditions"]) == len(SUITE["conditions"])
         assert ("--quick" in job.arguments) == (job.command == "evaluate")
     ended = cli("submit", "--", "evaluate", "best", *suite, "--run-dir", "s3://bucket/kept")
-    assert ended.code == 0 and made[-1][0].run_dir is not None and "resume" not in ended.out
+    assert ended.code == 0 and "resume  submit the same command again" in ended.out
     message = cli.refused("submit", "--", "evaluate", "best", *suite, "--quick", "--run-dir", "s3://bucket/kept")
     assert "--quick gives no results to keep" in message and len(made) == 3
     assert "--suite and --fold go together" in cli.refused("submit", "--", "evaluate", "best", "--fold", "1")
+    assert "POLICY: name the policy to evaluate" in cli.refused("submit", "--", "evaluate", "--run-dir", "s3://b/kept")
 
 
 def test_options_of_the_command_are_its_own(cli: Command) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from palf_dist.distributed.meta_training import fingerprints
 from palf_dist.learnloss.space import WeightSpace
 from palf_dist.search.domains import Domain, LogRange
 from palf_dist.search.targets.config import REFERENCE, LossWeightsConfig
@@ -20,6 +19,7 @@ from palf_dist.search.targets.rows import SplitRows, load_rows
 from palf_dist.search.targets.snapshot import CARD, Snapshot, load_arrays, save_arrays
 from palf_dist.search.targets.softmax import SoftmaxTrainer
 from palf_dist.search.trial import ON_THE_FLY, Parameters, Report, TrialContext
+from palf_dist.tasks.encoded import fingerprints
 
 BEST, CHECKPOINT = "best", "checkpoint"
 """Folders in that of a trial: its best model so far, and the newest state of a network's training."""

@@ -18,7 +18,6 @@ from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config, load_config
 from palf_dist.distributed.cluster import worker_share
 from palf_dist.distributed.driver import evaluate_policy, train_policy
-from palf_dist.distributed.meta_training import fingerprints
 from palf_dist.errors import ClusterError, ConfigError
 from palf_dist.evaluation.derived import held_out
 from palf_dist.evaluation.table import to_records
@@ -29,6 +28,7 @@ from palf_dist.search.targets.config import MetaTrainingConfig, absolute
 from palf_dist.search.trial import Parameters, Report, TrialContext
 from palf_dist.tasks.cache import cache_folder
 from palf_dist.tasks.datasets import load_all
+from palf_dist.tasks.encoded import fingerprints
 from palf_dist.tasks.family import check_tasks
 
 RUN, ARTEFACT, LOG = "run", "policy", "progress.log"
