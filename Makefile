@@ -42,8 +42,8 @@ newest_INSTALL = $(VERSIONS)/bin/python -m pip install -qq $$(grep '^torch==' co
 meta-train: $(STAMP)
 	$(BIN)/palf-dist meta-train --config configs/quick.yaml $(ARGS)
 
-# Each run is a target, its results.parquet. A run that has it is finished: resumed, it would be evaluated anew; remove
-# it to have it done again. One that has begun is resumed. A name is KIND-PART; what KIND adds to the options:
+# Each run is a target, its results.parquet. A run that has it is finished; remove its folder to have it done again. One
+# that has begun is resumed. A name is KIND-PART; what KIND adds to the options:
 RUNS := runs/palf12
 FOLDS := fold-0 fold-1
 LEARNED := schedule-0 schedule-1 constant-0 constant-1 maml-0 maml-1

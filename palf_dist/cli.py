@@ -6,7 +6,6 @@ import sys
 import traceback
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +28,7 @@ from palf_dist.cli_shared import (
     SuiteOption,
     Workers,
     config_of_policy,
+    has_begun,
     load_run_config,
     near,
     new_folder,
@@ -117,8 +117,6 @@ def meta_train(
     with output(as_json) as emit:
         from palf_dist.distributed.driver import meta_train as train
         from palf_dist.policies.meta_learned import needs_parameters
-        from palf_dist.run_directory import CONFIG
-        from palf_dist.storage import is_uri
 
         overrides = [*overrides_of_suite(suite, fold), *(overrides or ())]
         if resume is None:
@@ -131,7 +129,7 @@ def meta_train(
         try:
             result = train(settings, folder, resume=resume is not None)
         except KeyboardInterrupt:
-            if is_uri(folder) or Path(folder, CONFIG).exists():
+            if has_begun(folder):
                 print(f"interrupted; {go_on}", file=sys.stderr)
             raise
         record = {
@@ -202,8 +200,6 @@ def evaluate(
         from palf_dist.evaluation.quick import NO_RESULTS, cut
         from palf_dist.evaluation.table import to_records, to_rich
         from palf_dist.policies.policy_file import load_policy
-        from palf_dist.run_directory import CONFIG
-        from palf_dist.storage import is_uri
 
         overrides = [*overrides_of_suite(suite, fold), *(overrides or ())]
         refuse_quick_results(quick, run_dir, resume)
@@ -220,7 +216,7 @@ def evaluate(
                 cut(settings) if quick else settings, artefact, run_dir=kept, resume=resume is not None
             )
         except KeyboardInterrupt:
-            if kept is not None and (is_uri(kept) or Path(kept, CONFIG).exists()):
+            if kept is not None and has_begun(kept):
                 print(f"interrupted and saved; go on with palf-dist evaluate --resume {kept}", file=sys.stderr)
             raise
         comparisons, _ = held_out(rows)

@@ -136,7 +136,7 @@ def logs(
 
 @jobs_app.command()
 def stop(job: JobId, address: DashboardUrl = None, as_json: AsJson = False) -> None:
-    """End a job; meta-train and tune save a checkpoint first, and go on when their command is submitted again."""
+    """End a job; what it has done is saved first, and it goes on when its command is submitted again."""
     with output(as_json) as emit:
         from palf_dist.jobs.follow import wait_until_ended
 
@@ -167,6 +167,12 @@ def _shipment(context: typer.Context, command: list[str], folder: Path) -> Shipm
         raise ConfigError(f"--address {options['address']}: goes before {name}; the job uses the cluster it is sent to")
     packer = Packer(folder)
     config, overrides, as_json = options["config"], options["overrides"], options["as_json"]
+    changes = ("overrides", "workers", "concurrent", "suite", "fold")
+    if options["resume"] is not None and config is None and any(options.get(name) is not None for name in changes):
+        raise ConfigError(
+            f"--resume {options['resume']}: its configuration is read on the cluster; give --config too, or leave out "
+            "what changes it"
+        )
     if name in ("evaluate", "meta-train"):
         overrides = [*overrides_of_suite(options["suite"], options["fold"]), *(overrides or ())]
     if name == "evaluate":

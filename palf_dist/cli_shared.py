@@ -123,7 +123,7 @@ def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-trai
     if is_search_config(config):
         holds, right = "a search", "tune"
     elif command == "tune":
-        holds, right = "a meta-training", "meta-train"
+        holds, right = "no search", "meta-train (or evaluate, where it is an evaluation)"
     else:  # which of the two it is the driver finds
         return config
     if command != right:
@@ -159,14 +159,34 @@ def refuse_quick_results(quick: bool, run_dir: str | None, resume: str | None) -
 
 
 def policy_to_evaluate(policy: str | None, resume: str | None) -> str:
-    """Where the policy is: as named, else that of the evaluation to go on with. Raises ConfigError where neither is."""
-    from palf_dist.errors import ConfigError
+    """Where the policy is: as named, else that of the evaluation to go on with. Raises ConfigError where neither is,
+    RunDirectoryError where that has none."""
+    from palf_dist.errors import ConfigError, RunDirectoryError
+    from palf_dist.policies.policy_file import CARD
     from palf_dist.run_directory import BEST
-    from palf_dist.storage import join
+    from palf_dist.storage import exists, join
 
-    if policy is None and resume is None:
+    if policy is not None:
+        return policy
+    if resume is None:
         raise ConfigError("POLICY: name the policy to evaluate, for instance default, or an evaluation with --resume")
-    return policy if policy is not None else str(join(str(resume), BEST))
+    if not exists(join(join(resume, BEST), CARD)):
+        raise RunDirectoryError(
+            f"--resume {resume}: holds no policy yet; go on with palf-dist meta-train --resume {resume}, or with "
+            f"palf-dist evaluate POLICY --resume {resume} where it is an evaluation"
+        )
+    return str(join(resume, BEST))
+
+
+def has_begun(run_dir: str) -> bool:
+    """Whether there is something to go on with in a run directory, as far as can be told."""
+    from palf_dist.errors import PalfError
+    from palf_dist.run_directory import CONFIG
+    from palf_dist.storage import exists, join
+
+    with contextlib.suppress(PalfError):
+        return exists(join(run_dir, CONFIG))
+    return False
 
 
 def refuse_differences(resume: str, differences: list[str]) -> None:

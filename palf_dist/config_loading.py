@@ -150,13 +150,21 @@ def config_differences(
 
     Each entry reads ``field: OLD in the run, NEW now``, or as ``places`` has it; the ``free`` fields may differ.
     """
-    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    before, after = decisive(old, free), decisive(new, free)
     return [
         f"{field}: {_shown(before.get(field))} {places[0]}, {_shown(after.get(field))} {places[1]}"
         for field in sorted(before.keys() | after.keys())
         if before.get(field) != after.get(field)
-        and not any(field == name or field.startswith(name + ".") for name in free)
     ]
+
+
+def decisive(config: Section, free: Sequence[str] = RESUMABLE) -> dict[str, Any]:
+    """Dotted path -> value of all fields but the ``free`` ones, as JSON: by default what the results depend on."""
+    return {
+        field: value
+        for field, value in leaves(config.model_dump(mode="json")).items()
+        if not any(field == name or field.startswith(name + ".") for name in free)
+    }
 
 
 def _parse_yaml(text: str, source: str) -> Any:

@@ -93,6 +93,11 @@ def test_an_evaluation_that_is_interrupted_goes_on(
     assert "go on with palf-dist meta-train --resume" in cli.refused("evaluate", "--resume", str(run))
     assert "palf-dist evaluate --resume kept" in cli.refused("meta-train", "--resume", "kept", "--workers", "0")
     assert "POLICY: name the policy to evaluate" in cli.refused("evaluate")
+    assert "holds no search; go on with palf-dist meta-train" in cli.refused("tune", "--resume", "kept")
+    begun = cli.folder / "begun" / CONFIG
+    begun.parent.mkdir()
+    shutil.copy(cli.folder / "kept" / CONFIG, begun)
+    assert "begun: holds no policy yet; go on with palf-dist meta-train" in cli.refused("evaluate", "--resume", "begun")
     ended = cli("evaluate", "--resume", "kept", "--workers", "0", "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["held_out"] == result["held_out"]

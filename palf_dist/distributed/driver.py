@@ -19,6 +19,7 @@ from palf_dist.checkpoint import Checkpoint, latest_checkpoint
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config
 from palf_dist.distributed import phases
+from palf_dist.distributed.kept_units import discard
 from palf_dist.distributed.meta_training import MetaTraining, Selection
 from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
@@ -183,18 +184,20 @@ def evaluate_policy(
             place = stack.enter_context(open_workplace(run_dir, resume=resume, cache=cache, on_event=shown.event))
             if resume:
                 _check_evaluation(place, artefact)
-                if (place.folder / RESULTS).exists():
-                    return _read_rows(place)
+                if (rows := _finished_rows(place)) is not None:
+                    place.finish()
+                    return rows
         datasets = load_all(config.data)
         _check_held_out([datasets[source.name] for source in config.data.held_out], artefact.card)
         check_tasks(config, datasets)
         check_methods(config, datasets)
         used = _at_use(config, artefact.refresh_in(config.inner.steps))
         session = stack.enter_context(open_session(used, datasets, shown, stop, make_runner, place))
-        if place is not None and not resume:
+        if place is not None:
             folder = place.folder
+            if not resume:
+                place.insist(lambda: write_atomic(folder / CONFIG, dump_config(config).encode()))
             place.insist(lambda: save_policy(folder / BEST, artefact))
-            place.insist(lambda: write_atomic(folder / CONFIG, dump_config(config).encode()))
             place.publish()
         normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
         try:
@@ -209,29 +212,39 @@ def evaluate_policy(
 
 def _compare(session: Session, place: Workplace | None, broadcast: Broadcast) -> list[dict[str, Any]]:
     """Rows of the held-out comparison, which ``place`` keeps; those that are there, where it was finished before."""
-    if place is not None and (place.folder / RESULTS).exists():
-        return _read_rows(place)
-    rows = phases.evaluate(session, broadcast)
-    if place is not None and session.kept is not None:
-        path = place.folder / RESULTS
-        place.insist(lambda: _write_rows(path, rows))
-        session.kept.discard()
+    if place is None:
+        return phases.evaluate(session, broadcast)
+    rows = _finished_rows(place)
+    if rows is None:
+        rows = phases.evaluate(session, broadcast)
+        place.insist(lambda: _write_rows(place.folder / RESULTS, rows))
+        discard(place)
     return rows
 
 
-def _read_rows(place: Workplace) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(place.folder / RESULTS).to_pylist()
+def _finished_rows(place: Workplace) -> list[dict[str, Any]] | None:
+    """Of a comparison that was finished before; None where there is none, or where its file is damaged."""
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(place.folder / RESULTS).to_pylist()
+    except (pa.ArrowException, OSError):
+        return None
+    discard(place)
     return rows
 
 
 def _check_evaluation(place: Workplace, policy: PolicyArtefact) -> None:
-    """Raises RunDirectoryError where what is to be resumed is no evaluation, or one of another policy."""
-    if (place.folder / CHECKPOINTS).exists() or not (place.folder / BEST).exists():
+    """Raises RunDirectoryError where what is to be resumed is no evaluation, or one of another policy. One that was
+    killed before its policy was there begins now."""
+    if (place.folder / CHECKPOINTS).exists():
         raise RunDirectoryError(
             f"run directory: {place.location} holds a meta-training; go on with palf-dist meta-train --resume "
             f"{place.location}, or name the folder of an evaluation"
         )
-    if policy_bytes(load_policy(place.folder / BEST)) != policy_bytes(policy):
+    try:
+        kept = load_policy(place.folder / BEST)
+    except PolicyFileError:
+        return
+    if policy_bytes(kept) != policy_bytes(policy):
         raise RunDirectoryError(
             f"run directory: {place.location} keeps an evaluation of another policy; leave the policy out to go on "
             "with it, or choose another folder with --run-dir"

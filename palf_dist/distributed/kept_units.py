@@ -1,22 +1,28 @@
 """What the units of the phases around the outer steps came to, kept in the run directory until the phase's own result
 is: a run that is stopped or killed in such a phase then does only what is left of it.
 
-A folder is named by all that its contributions depend on besides the configuration, which a resumed run shares. So
-what is found there is right, and what another policy or other data came to is not looked at.
+A folder is named by all that its contributions depend on, so that what is found there is right, and what another
+policy, configuration, version or other data came to is not looked at. Each line has its own digest: what is damaged is
+done again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Collection, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from palf_dist.atomic import json_lines, write_atomic
+from palf_dist.config import RunConfig
+from palf_dist.config_loading import decisive
 from palf_dist.distributed.pool import Broadcast
 from palf_dist.preparation import canonical
 from palf_dist.run_directory import UNITS
@@ -27,23 +33,31 @@ from palf_dist.workplace import Workplace
 WRITE_SECONDS = 20.0
 """How much work a killed run may lose: one file for so long a time keeps their number small."""
 
+FORMAT_VERSION = 1
+
 
 class KeptUnits:
     """Of all phases of a run."""
 
-    def __init__(self, place: Workplace, datasets: Mapping[str, EncodedDataset]) -> None:
+    def __init__(self, place: Workplace, config: RunConfig, datasets: Mapping[str, EncodedDataset]) -> None:
         self._place = place
-        self._datasets = fingerprints(datasets)
+        self._key = {
+            "format": FORMAT_VERSION,
+            "palf_dist": _version(),
+            "config": decisive(config),
+            "datasets": fingerprints(datasets),
+        }
 
     def under(self, broadcast: Broadcast) -> KeptPhase:
         """Those of one phase."""
-        key = canonical({"datasets": self._datasets, "prepared": broadcast.prepared, "version": broadcast.version})
+        key = canonical({**self._key, "prepared": broadcast.prepared, "version": broadcast.version})
         digest = hashlib.sha256(key.encode() + broadcast.policy.tobytes()).hexdigest()
         return KeptPhase(self._place, self._place.folder / UNITS / digest[:16])
 
-    def discard(self) -> None:
-        """Once what they came to is written."""
-        shutil.rmtree(self._place.folder / UNITS, ignore_errors=True)
+
+def discard(place: Workplace) -> None:
+    """Once what they came to is written."""
+    shutil.rmtree(place.folder / UNITS, ignore_errors=True)
 
 
 class KeptPhase:
@@ -58,43 +72,64 @@ class KeptPhase:
         """Those of ``work`` that are there."""
         found = {}
         for path in self._files():
-            for record in json_lines(path.read_bytes()):
-                contribution = _read(record)
-                found[contribution.unit] = contribution
+            with contextlib.suppress(OSError):
+                for line in json_lines(path.read_bytes()):
+                    if line.get("sha256") == _digest(text := str(line.get("contribution"))):
+                        contribution = _contribution(json.loads(text))
+                        found[contribution.unit] = contribution
         return [found[unit] for unit in work if unit in found]
 
     def keep(self, contribution: Contribution) -> None:
         """To be written soon."""
         self._unwritten.append(contribution)
+        self.write_when_due()
+
+    def write_when_due(self) -> None:
+        """To be called every now and then while nothing arrives."""
         if time.monotonic() >= self._next_write:
             self.write()
 
     def write(self) -> None:
         """Have all on the disk; what it does not take waits for the next time."""
-        if self._unwritten and self._place.attempt(self._write, whole=True):
-            self._unwritten.clear()
-            self._place.publish()
-        self._next_write = time.monotonic() + WRITE_SECONDS
+        if self._unwritten:
+            if self._place.attempt(self._write, whole=True):
+                self._unwritten.clear()
+                self._place.publish()
+            self._next_write = time.monotonic() + WRITE_SECONDS
 
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(_record(contribution)) + "\n" for contribution in self._unwritten)
-        write_atomic(self._folder / f"part-{len(self._files()):04d}.jsonl", lines.encode())
+        number = max((int(path.stem.removeprefix("part-")) for path in self._files()), default=-1) + 1
+        texts = [json.dumps(_record(contribution)) for contribution in self._unwritten]
+        lines = [json.dumps({"sha256": _digest(text), "contribution": text}) + "\n" for text in texts]
+        write_atomic(self._folder / f"part-{number:04d}.jsonl", "".join(lines).encode())
 
     def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("part-*.jsonl"))
+        return sorted(self._folder.glob("part-[0-9]*[0-9].jsonl"))
 
 
-def _record(contribution: Contribution) -> dict[str, object]:
+def _record(contribution: Contribution) -> dict[str, Any]:
     """As JSON, which keeps every float as it is."""
     assert contribution.gradient is None and contribution.carried is None, "these are of the outer steps"
-    kept = {name: getattr(contribution, name) for name in ("policy_version", "metrics", "rows", "halvings", "seconds")}
     unit = contribution.unit
-    arrays = {name: array.tolist() for name, array in contribution.arrays.items()}
-    return {"unit": [unit.kind, unit.outer_step, unit.group, unit.settings], "arrays": arrays, **kept}
+    return {
+        "unit": [unit.kind, unit.outer_step, unit.group, unit.settings],
+        "arrays": {name: array.tolist() for name, array in contribution.arrays.items()},
+        **{name: getattr(contribution, name) for name in ("policy_version", "metrics", "rows", "halvings", "seconds")},
+    }
 
 
-def _read(record: dict[str, object]) -> Contribution:
-    unit, arrays = record.pop("unit"), record.pop("arrays")
-    assert isinstance(unit, list) and isinstance(arrays, dict)
-    return Contribution(Unit(*unit), arrays={name: np.array(values) for name, values in arrays.items()}, **record)  # type: ignore[arg-type]
+def _contribution(record: dict[str, Any]) -> Contribution:
+    arrays = {name: np.array(values) for name, values in record.pop("arrays").items()}
+    return Contribution(Unit(*record.pop("unit")), arrays=arrays, **record)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version() -> str:
+    try:
+        return version("palf-dist")
+    except PackageNotFoundError:  # only on the path
+        return ""

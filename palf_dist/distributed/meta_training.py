@@ -17,6 +17,7 @@ import numpy as np
 from palf_dist import units
 from palf_dist.checkpoint import Checkpoint, prune, save_checkpoint
 from palf_dist.distributed import phases
+from palf_dist.distributed.kept_units import discard
 from palf_dist.distributed.pool import Broadcast
 from palf_dist.distributed.session import Session, Stopped, most_in_flight
 from palf_dist.faults import fault_point
@@ -24,7 +25,7 @@ from palf_dist.meta_learner import MetaLearner, StepReport
 from palf_dist.metrics_log import MetricsLog
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, save_policy
-from palf_dist.run_directory import BEST
+from palf_dist.run_directory import BEST, RESULTS
 from palf_dist.tasks.encoded import fingerprints
 from palf_dist.tracking import Tracker
 from palf_dist.trajectory import to_parquet, write_trajectory
@@ -127,6 +128,8 @@ class MetaTraining:
             if self._best is None:
                 self._select()
                 self._whole = self._snapshot()
+            if self.learner.version < steps:  # of a run whose last checkpoint was lost: what follows may differ
+                self._place.attempt(lambda: (self._run_dir / RESULTS).unlink(missing_ok=True))
             logged = self._log.latest(SELECTION_SCORE)
             if logged is not None:
                 yield self._selection(*logged)
@@ -296,8 +299,7 @@ class MetaTraining:
             save_checkpoint(self._run_dir, whole.version, whole.arrays, whole.state, whole.carried)
             prune(self._run_dir, self._config.checkpoint.keep)
             self._saved = whole
-            if self._session.kept:
-                self._session.kept.discard()  # what was prepared is in the checkpoint
+            discard(self._place)  # what was prepared is in the checkpoint
         self._write_best()
 
     def _write_best(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -71,20 +72,23 @@ def evaluate(session: Session, broadcast: Broadcast) -> list[dict[str, Any]]:
 
 def _phase(session: Session, name: str, work: Sequence[Unit], broadcast: Broadcast) -> list[Contribution]:
     """The contributions of ``work`` in key order. What an earlier process has kept of it is not done again."""
-    kept = session.kept.under(broadcast) if session.kept else None
-    done = kept.found(work) if kept else []
-    session.progress.begin(name, len(work), len(done))
+    if session.kept is None:
+        session.progress.begin(name, len(work))
+        counted = itertools.count(1)
+        return session.gather(work, broadcast, each=lambda _: session.progress.advance(next(counted)))
+    kept = session.kept.under(broadcast)
+    done = kept.found(work)
     found = {item.unit for item in done}
 
     def arrived(contribution: Contribution) -> None:
         done.append(contribution)
         session.progress.advance(len(done))
-        if kept:
-            kept.keep(contribution)
+        kept.keep(contribution)
 
+    session.progress.begin(name, len(work), len(done))
     try:
-        session.gather([unit for unit in work if unit not in found], broadcast, each=arrived)
+        left = [unit for unit in work if unit not in found]
+        session.gather(left, broadcast, each=arrived, meanwhile=kept.write_when_due)
     finally:
-        if kept:
-            kept.write()
+        kept.write()
     return sorted(done, key=lambda item: item.unit)

@@ -71,17 +71,18 @@ class Session:
         carried: Carried | None = None,
         *,
         each: Callable[[Contribution], None] = lambda _: None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Contribution]:
         """Have ``units`` run and return their contributions in key order; others that arrive wait for ``next``.
 
-        ``each``: told of every one as it arrives.
+        ``each``: told of every one as it arrives. ``meanwhile``: called several times a second while none does.
         """
         for unit in units:
             self.pool.submit(unit, broadcast, (carried or {}).get(unit.group))
         wanted = set(units)
         gathered: list[Contribution] = []
         while len(gathered) < len(units):
-            contribution = self._arrival()
+            contribution = self._arrival(meanwhile)
             if contribution.unit in wanted:
                 gathered.append(contribution)
                 each(contribution)
@@ -89,7 +90,7 @@ class Session:
                 self._backlog.append(contribution)
         return sorted(gathered, key=lambda contribution: contribution.unit)
 
-    def _arrival(self) -> Contribution:
+    def _arrival(self, meanwhile: Callable[[], None] = lambda: None) -> Contribution:
         status = self.progress.status
         while True:
             if self.stop.is_set():
@@ -105,6 +106,7 @@ class Session:
                     self.progress.event(halved(contribution))
                 self.on_arrival(contribution)
                 return contribution
+            meanwhile()
 
 
 @contextlib.contextmanager
@@ -144,7 +146,7 @@ def open_session(
             metrics = RunMetrics.on_ray(config.name, pool)
         stack.callback(pool.close)
         stack.enter_context(signals_stop(stop, progress))
-        kept = KeptUnits(place, datasets) if place else None
+        kept = KeptUnits(place, config, datasets) if place else None
         yield Session(config, datasets, pool, progress, stop, metrics=metrics, kept=kept)
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,10 +23,12 @@ from rich.console import Console
 
 from palf_dist import faults
 from palf_dist.config import RunConfig
-from palf_dist.distributed import kept_units
+from palf_dist.config_loading import dump_config
+from palf_dist.distributed import kept_units, phases
 from palf_dist.distributed.driver import evaluate_policy, meta_train
 from palf_dist.distributed.kept_units import KeptPhase, KeptUnits
 from palf_dist.distributed.pool import Broadcast
+from palf_dist.distributed.session import Session
 from palf_dist.errors import RunDirectoryError
 from palf_dist.policies.policy_file import load_policy, save_policy
 from palf_dist.progress import Progress
@@ -94,8 +99,12 @@ def test_an_evaluation_that_was_stopped_does_what_is_left(
     assert done == {"evaluate": 2}, "of three methods on one group of tasks"
     assert {path.name for path in kept.iterdir()} == {".lock", "best", "config.yaml", "results.parquet"}
     done.clear()
+    (kept / UNITS).mkdir()  # killed before it was removed
     assert evaluate(policy, kept, resume=True, **runner) == undisturbed
-    assert not done
+    assert not done and not (kept / UNITS).exists()
+    (kept / "results.parquet").write_bytes(b"damaged")
+    assert evaluate(policy, kept, resume=True, **runner) == undisturbed
+    assert done == {"tune": 8, "evaluate": 3}
 
 
 @pytest.mark.parametrize(("unit", "left"), [(("tune", 0, 5), {"tune": 2}), (("evaluate", 0, 0), {"evaluate": 2})])
@@ -109,6 +118,27 @@ def test_a_meta_training_does_too(
     train(CONFIG, run_dir, resume=True, **runner)
     assert {kind: done[kind] for kind in left} == left and (unit[0] == "tune") == (done["meta_gradient"] > 0)
     assert fingerprint(run_dir) == fingerprint(trained) and not (run_dir / UNITS).exists()
+
+
+def test_one_that_was_killed_as_it_began_takes_its_policy_again(
+    policy: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    (kept / "best").mkdir(parents=True)
+    (kept / "config.yaml").write_text(dump_config(CONFIG))
+    shutil.copy(policy / "policy.safetensors", kept / "best")  # its card is not there
+    assert evaluate(policy, kept, resume=True) == undisturbed
+    assert (kept / "best" / "policy.json").read_bytes() == (policy / "policy.json").read_bytes()
+
+
+def test_results_are_not_those_of_steps_that_were_lost(trained: Path, tmp_path: Path) -> None:
+    """The last checkpoint of a finished run is lost, and what comes instead may be another policy."""
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(run_dir / "checkpoints" / "step-000004")
+    result, _ = train(CONFIG, run_dir, resume=True, **stop_after(("meta_gradient", 3, 0)))
+    assert result.interrupted and not (run_dir / "results.parquet").exists()
+    train(CONFIG, run_dir, resume=True)
+    assert fingerprint(run_dir) == fingerprint(trained)
 
 
 @pytest.mark.slow
@@ -167,7 +197,7 @@ def contribution(group: int) -> Contribution:
 
 
 def phase(folder: Path, broadcast: Broadcast = BROADCAST, config: RunConfig = CONFIG) -> KeptPhase:
-    return KeptUnits(place(folder), load_all(config.data)).under(broadcast)
+    return KeptUnits(place(folder), config, load_all(CONFIG.data)).under(broadcast)
 
 
 def test_what_is_found_is_what_was_kept(tmp_path: Path) -> None:
@@ -184,14 +214,22 @@ def test_what_is_found_is_what_was_kept(tmp_path: Path) -> None:
         assert all(item.arrays[name].dtype == np.float64 for name in expected.arrays)
 
 
-def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
-    writing = phase(tmp_path)
-    writing.keep(contribution(0))
-    writing.keep(contribution(1))
+def test_what_is_damaged_is_left_out(tmp_path: Path) -> None:
+    writing, work = phase(tmp_path), [contribution(group).unit for group in range(4)]
+    for group in range(3):
+        writing.keep(contribution(group))
     writing.write()
     (part,) = (tmp_path / UNITS).rglob("part-*")
-    part.write_bytes(part.read_bytes()[:-9])
-    assert [item.unit.group for item in phase(tmp_path).found([contribution(n).unit for n in range(3)])] == [0]
+    torn = part.read_text()[:-9].replace("0.6666", "0.7666", 1)
+    part.write_text('{"a": 1}\n{"sha256": "00", "contribution": 3}\n[]\n' + torn)
+    (part.parent / "part-0001.jsonl").mkdir()
+    assert [item.unit.group for item in phase(tmp_path).found(work)] == [1]
+    writing.keep(contribution(3))
+    writing.write()
+    part.unlink()
+    writing.keep(contribution(0))
+    writing.write()
+    assert [item.unit.group for item in phase(tmp_path).found(work)] == [0, 3], "nothing is written over"
 
 
 def test_what_another_policy_or_other_data_came_to_is_not_looked_at(tmp_path: Path) -> None:
@@ -199,12 +237,15 @@ def test_what_another_policy_or_other_data_came_to_is_not_looked_at(tmp_path: Pa
     writing.keep(contribution(0))
     writing.write()
     assert len(phase(tmp_path).found(work)) == 1
-    other_data = small_config(data={"train": ["breast_cancer", "wine"], "held_out": ["digits"]})
+    free = CONFIG.model_copy(update={"distributed": CONFIG.distributed.model_copy(update={"workers": 2})})
+    assert len(phase(tmp_path, config=free).found(work)) == 1
+    fewer = {name: dataset for name, dataset in load_all(CONFIG.data).items() if name != "iris"}
     for other in (
         phase(tmp_path, replace(BROADCAST, policy=BROADCAST.policy + 1)),
         phase(tmp_path, replace(BROADCAST, version=4)),
         phase(tmp_path, replace(BROADCAST, prepared={})),
-        phase(tmp_path, config=other_data),
+        phase(tmp_path, config=small_config(inner={"steps": 13})),
+        KeptUnits(place(tmp_path), CONFIG, fewer).under(BROADCAST),
     ):
         assert other.found(work) == []
 
@@ -224,3 +265,38 @@ def test_it_is_written_every_now_and_then_and_again_where_the_disk_did_not_take_
     assert phase(tmp_path).found(work) == []
     writing.keep(contribution(2))
     assert [item.unit.group for item in phase(tmp_path).found(work)] == [0, 1, 2]
+
+
+def test_what_has_arrived_is_written_while_other_workers_are_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing arrives for long after the second."""
+    work = [contribution(group).unit for group in range(2)]
+    writing, now = phase(tmp_path), time.monotonic()
+    for seconds, arrives, expected in ((30, 0, 1), (31, 1, 1), (45, None, 1), (51, None, 2)):
+        monkeypatch.setattr(kept_units.time, "monotonic", lambda seconds=seconds: now + seconds)
+        if arrives is None:
+            writing.write_when_due()
+        else:
+            writing.keep(contribution(arrives))
+        assert len(phase(tmp_path).found(work)) == expected
+
+
+def test_a_phase_has_it_written_while_nothing_arrives(tmp_path: Path) -> None:
+    """Between two contributions, not only with the next one."""
+    session = SimpleNamespace(kept=KeptUnits(place(tmp_path), CONFIG, load_all(CONFIG.data)))
+    session.progress = SimpleNamespace(begin=lambda *_: None, advance=lambda _: None)
+    work = [contribution(group).unit for group in range(2)]
+
+    def gather(units: Any, broadcast: Any, *, each: Any, meanwhile: Any) -> None:
+        each(contribution(0))
+        later = time.monotonic() + 60
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kept_units.time, "monotonic", lambda: later)
+            meanwhile()
+        assert len(phase(tmp_path).found(work)) == 1
+        each(contribution(1))
+
+    session.gather = gather
+    assert len(phases._phase(cast(Session, session), "evaluating", work, BROADCAST)) == 2
+    assert len(phase(tmp_path).found(work)) == 2

@@ -8,13 +8,15 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from palf_dist import faults, storage_lease, storage_mirror
 from palf_dist.checkpoint import latest_checkpoint
 from palf_dist.distributed.cluster import Share
-from palf_dist.distributed.driver import meta_train
+from palf_dist.distributed.driver import evaluate_policy, meta_train
 from palf_dist.errors import RunDirectoryError, RunInUseError, StorageError
+from palf_dist.policies.policy_file import load_policy
 from palf_dist.run_directory import open_run_directory
 from palf_dist.storage import Storage, join
 from palf_dist.storage_lease import LEASE
@@ -74,6 +76,16 @@ def test_a_run_on_s3_is_the_run(object_store: ObjectStore, undisturbed: Path, tm
     assert result.report.page == join(uri, "report/index.html")
     assert str(result.policy) in (copy / "report" / "index.html").read_text().replace("&amp;", "&")
     assert list(Path(os.environ["PALF_CACHE"], "staging").iterdir()) == []
+
+    kept, best = object_store.uri("kept"), load_policy(undisturbed / "best")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_policy(small_config(), best, run_dir=kept, **stop_after(("evaluate", 0, 0)))
+    assert {name.split("/")[0] for name in Storage(kept).names()} == {"best", "config.yaml", "units"}
+    evaluate_policy(small_config(), best, run_dir=kept, resume=True)
+    copied = download(kept, tmp_path / "kept")
+    assert names(copied) == {"best/policy.safetensors", "best/policy.json", "config.yaml", "results.parquet"}
+    rows = [pq.read_table(folder / "results.parquet").drop_columns(["seconds"]) for folder in (copied, undisturbed)]
+    assert rows[0].equals(rows[1])
 
     with pytest.raises(RunDirectoryError, match=r"is not empty \(it holds best, checkpoints, config\.yaml\)"):
         train(small_config(), uri)
@@ -155,6 +167,7 @@ def test_storage_that_stays_away_ends_it_and_nothing_is_lost(
     object_store: ObjectStore, undisturbed: Path, staging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage_mirror, "END_SECONDS", 1.0)
+    monkeypatch.setattr(storage_mirror, "PUBLISH_SECONDS", 1.0)
     monkeypatch.setattr(storage_lease, "STALE_SECONDS", 1.0)  # its lease could not be given up either
     uri = object_store.uri("away")
     cut = type("CutForGood", (CutRunner,), {"store": object_store, "free_at": None})

@@ -167,6 +167,14 @@ def test_a_policy_goes_along(packer: Packer, tmp_path: Path) -> None:
         (("meta-train", "--config", SMOKE, "--address", "auto"), "--address auto: goes before meta-train"),
         (("tune", "--config", SMOKE), "target: is required"),
         (("evaluate", "nowhere"), "there is no policy.safetensors"),
+        (
+            ("evaluate", "--resume", "s3://bucket/kept", "--workers", "3"),
+            "give --config too, or leave out what changes it",
+        ),
+        (
+            ("meta-train", "--resume", "s3://bucket/run", "--set", "seed=3"),
+            "s3://bucket/run: its configuration is read on",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_sent(cli: Command, arguments: tuple[str, ...], message: str) -> None:
