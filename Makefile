@@ -86,8 +86,8 @@ results: $(call results_of,$(FOLDS))
 results-all: $(call results_of,$(FOLDS) $(LEARNED) $(FAMILIES) $(TRANSFERS)) results
 
 test: lint
-	$(BIN)/pytest -m "not slow $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=
-	$(BIN)/pytest -m "slow $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
+	$(BIN)/pytest -m "(not slow or compiles) $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=
+	$(BIN)/pytest -m "slow and not compiles $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
 versions: versions-lowest versions-newest
 

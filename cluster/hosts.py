@@ -38,6 +38,7 @@ SESSIONS = "/run/ray"
 STORE_BYTES = 100_000_000
 START_SECONDS = 180
 START_ATTEMPTS = 3
+FIRST_SECONDS = 60  # a moment, unless the machine is busy
 RAYLET = "raylet"
 WORKER = "ray::Worker"  # the name that Ray gives to processes of palf_dist's actor
 NAMESPACES = ("--mount", "--uts", "--net", "--pid")
@@ -205,9 +206,9 @@ class Hosts:
         """Plug the cable in again. A host that was given up meanwhile has to ``join`` once more."""
         self._ip(LAPTOP, f"link set {host} up")
 
-    def signal(self, host: str, number: signal.Signals, process: str = "") -> int:
+    def signal(self, host: str, number: int, process: str = "") -> int:
         """Send a signal to every process on ``host`` but its first whose name begins with ``process``, such as RAYLET
-        or WORKER. Returns how many there were."""
+        or WORKER; number 0 sends nothing. Returns how many there were."""
         first = self._first(host)
         namespace = os.readlink(f"/proc/{first}/ns/pid")
         hit = 0
@@ -246,10 +247,14 @@ class Hosts:
         said = process.stdout.readline()
         if said != "ready\n":
             raise HostsError(f"{host} did not start: {said}{process.stdout.read()}")
-        for _ in range(100):  # while the shell becomes another program, it has no command line to be found by
-            with contextlib.suppress(HostsError):
+        end = time.monotonic() + FIRST_SECONDS
+        while True:  # while the shell becomes another program, it has no command line to be found by
+            try:
                 self._first(host)
                 return
+            except HostsError:
+                if time.monotonic() > end:
+                    raise
             time.sleep(0.02)
 
     def _mark(self, host: str) -> str:

@@ -69,8 +69,10 @@ class Mirror:
             if self._lost:
                 raise self._lost
 
-    def finish(self, seconds: float = END_SECONDS) -> None:
-        """As ``publish``, and wait. Raises StorageError where the storage does not take everything in ``seconds``."""
+    def finish(self, seconds: float | None = None) -> None:
+        """As ``publish``, and wait. Raises StorageError where the storage does not take everything in ``seconds``
+        (END_SECONDS)."""
+        seconds = END_SECONDS if seconds is None else seconds
         with self._changed:
             wanted, self._hurry = self._ask(), True
             done = self._changed.wait_for(lambda: self._done >= wanted or self._lost, seconds)

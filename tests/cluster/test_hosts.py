@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.hosts import HEAD, LAPTOP, RAYLET, WORKER, Hosts, HostsError, check, hosts
+from palf_dist import faults
 from palf_dist.config import RunConfig
 from palf_dist.distributed.driver import meta_train
 from tests.distributed.fingerprint import fingerprint
-from tests.distributed.small import small_config
+from tests.distributed.small import fault, small_config
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ class Submitted:
     """A run that the laptop has sent to the cluster and follows."""
 
     def __init__(self, here: Hosts, folder: Path, config: RunConfig) -> None:
-        self.run_dir, self._log = folder / "run", folder / "log"
+        self.run_dir, self._log, self.stopped = folder / "run", folder / "log", folder / "stopped"
         (folder / "config.yaml").write_text(config.model_dump_json())
         options = ["--config", str(folder / "config.yaml"), "--run-dir", str(self.run_dir)]
         submit = ["-m", "palf_dist", "submit", "--address", f"http://{HEAD}:8265", "--follow", "--"]
@@ -73,6 +74,14 @@ class Submitted:
     def log(self) -> str:
         return self._log.read_text()
 
+    def have_all_workers(self, here: Hosts, names: Sequence[str]) -> None:
+        """Let the driver, which stands still after its first outer step, go on once each host has a worker at rest."""
+        until(self.stopped.exists, "first outer step", self.process)
+        until(lambda: all(here.signal(name, 0, WORKER) == 1 for name in names), "workers", self.process)
+        at_work = f"{WORKER}."  # Ray calls it after what it does, if anything
+        until(lambda: not any(here.signal(name, 0, at_work) for name in names), "workers at rest", self.process)
+        here.signal(HEAD, signal.SIGCONT)
+
     def reach(self, outer_step: int) -> None:
         """Wait until the outer step is done."""
         done = self.run_dir / "trajectories" / f"step={outer_step:06d}"
@@ -86,9 +95,11 @@ def test_a_run_that_is_cut_off_frozen_and_killed_ends_as_the_laptops_does(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PALF_CACHE", os.environ.get("PALF_CACHE") or str(tmp_path / "cache"))
     meta_train(long_config(workers=0), tmp_path / "laptop")
+    monkeypatch.setenv(faults.VARIABLE, fault("driver_after_apply", ("driver", 0, 0), "stop", tmp_path / "stopped"))
     with hosts(3) as here:
         run = Submitted(here, tmp_path, long_config(workers=3))
         try:
+            run.have_all_workers(here, [HEAD, "worker-1", "worker-2"])
             run.reach(1)
             here.cut("worker-1")
             run.reach(3)

@@ -32,7 +32,8 @@ def loops(name: str, dtype: torch.dtype = torch.float64, size: int = 3) -> tuple
     return plain, compiled, phi.to(dtype)
 
 
-@pytest.mark.slow  # a compilation takes ten seconds and more
+@pytest.mark.compiles  # a compilation takes ten seconds and more
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp_deep_categorical", "conv", "transformer"])
 def test_meta_gradients_are_the_same(name: str) -> None:
     plain, compiled, phi = loops(name)
@@ -45,6 +46,7 @@ def test_meta_gradients_are_the_same(name: str) -> None:
         np.testing.assert_allclose(got.records[name_], value, rtol=1e-9, atol=1e-9, err_msg=name_)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_groups_of_one_form_share_what_was_compiled() -> None:
     plain, compiled, phi = loops("mlp", torch.float32)
