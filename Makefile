@@ -59,7 +59,7 @@ family_OPTIONS := --set "evaluation.methods=[policy, policy_schedule, policy_shu
 # Networks that are trained on pictures and texts read no tables.
 READ_0 := fashion-mnist, digits, newsgroups, snippets
 READ_1 := crawl_tiles, crawl_tiles_fine, reuters-r52, fine_foods
-architecture_OPTIONS = --set "tasks.architectures=[{kind: conv}, {kind: transformer}]" --set "data.held_out=[$(READ_$(part))]"
+architecture_OPTIONS = --set "tasks.architectures=[{kind: conv}, {kind: transformer, vocabulary: 512, length: 16}]" --set "data.held_out=[$(READ_$(part))]"
 horizon_OPTIONS := --set inner.steps=2000
 kind = $(firstword $(subst -, ,$*))
 part = $(lastword $(subst -, ,$*))

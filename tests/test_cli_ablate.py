@@ -15,12 +15,13 @@ from palf_dist.config_loading import load_config
 from tests.command import SMOKE, Command
 from tests.test_cli_results import PAGE, SUITE
 
+OTHER_NETWORKS = "[{kind: conv}, {kind: transformer, vocabulary: 512, length: 16}]"
 KNOWN = {
     "palf12": "own.yaml",
     "groups-6": "groups-4",
     "groups-24": "no-state",
     "groups-96": "no-state",
-    "tasks.architectures=[{kind: conv}, {kind: transformer}]": "tasks.architectures=[{kind: mlp, hidden: [4]}]",
+    f"tasks.architectures={OTHER_NETWORKS}": "tasks.architectures=[{kind: mlp, hidden: [4]}]",
     "data.held_out=[fashion-mnist, digits, newsgroups, snippets]": "data.held_out=[digits]",
     "data.held_out=[crawl_tiles, crawl_tiles_fine, reuters-r52, fine_foods]": "data.held_out=[iris]",
     "inner.steps=2000": "inner.steps=30",
