@@ -120,15 +120,15 @@ def resumed_config(resume: str, run_dir: str | None, command: Literal["meta-trai
             raise no_run(resume)
     else:
         config = open_run_directory(resume) / CONFIG
-    if is_search_config(config):
-        holds, right = "a search", "tune"
-    elif command == "tune":
-        holds, right = "no search", "meta-train (or evaluate, where it is an evaluation)"
-    else:  # which of the two it is the driver finds
-        return config
-    if command != right:
-        raise RunDirectoryError(f"--resume {resume}: holds {holds}; go on with palf-dist {right} --resume {resume}")
-    return config
+    search = is_search_config(config)
+    if search and command != "tune":
+        raise RunDirectoryError(f"--resume {resume}: holds a search; go on with palf-dist tune --resume {resume}")
+    if command == "tune" and not search:
+        raise RunDirectoryError(
+            f"--resume {resume}: holds no search; go on with palf-dist meta-train --resume {resume}, or with palf-dist "
+            f"evaluate --resume {resume} where it is an evaluation"
+        )
+    return config  # of a meta-training or an evaluation: which of the two the driver finds
 
 
 def resumed_run_config(

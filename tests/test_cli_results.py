@@ -117,7 +117,7 @@ def test_a_quick_evaluation_says_so_in_json_too(cli: Command, monkeypatch: pytes
 
     seen = []
 
-    def evaluate_policy(config: Any, policy: Any, run_dir: Any) -> list[dict[str, Any]]:
+    def evaluate_policy(config: Any, policy: Any, run_dir: Any, resume: bool) -> list[dict[str, Any]]:
         seen.append(config.evaluation.seeds)
         return few_rows()
 

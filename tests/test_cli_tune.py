@@ -62,7 +62,10 @@ def test_the_right_command_is_named_for_a_run_of_another(cli: Command) -> None:
         (cli.folder / name).mkdir()
         (cli.folder / name / CONFIG).write_bytes(config.read_bytes())
     message = cli.refused("tune", "--resume", "meta")
-    assert message == "error: --resume meta: holds a meta-training; go on with palf-dist meta-train --resume meta\n"
+    assert message == (
+        "error: --resume meta: holds no search; go on with palf-dist meta-train --resume meta, or with palf-dist "
+        "evaluate --resume meta where it is an evaluation\n"
+    )
     message = cli.refused("meta-train", "--resume", "search")
     assert message == "error: --resume search: holds a search; go on with palf-dist tune --resume search\n"
     shown = cli("report", "search")
