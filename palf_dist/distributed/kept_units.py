@@ -12,10 +12,10 @@ import contextlib
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ class KeptPhase:
     def __init__(self, place: Workplace, folder: Path) -> None:
         self._place, self._folder = place, folder
         self._unwritten: list[Contribution] = []
-        self._next_write = time.monotonic() + WRITE_SECONDS
+        self._next_write = monotonic() + WRITE_SECONDS
 
     def found(self, work: Collection[Unit]) -> list[Contribution]:
         """Those of ``work`` that are there."""
@@ -86,7 +86,7 @@ class KeptPhase:
 
     def write_when_due(self) -> None:
         """To be called every now and then while nothing arrives."""
-        if time.monotonic() >= self._next_write:
+        if monotonic() >= self._next_write:
             self.write()
 
     def write(self) -> None:
@@ -95,7 +95,7 @@ class KeptPhase:
             if self._place.attempt(self._write, whole=True):
                 self._unwritten.clear()
                 self._place.publish()
-            self._next_write = time.monotonic() + WRITE_SECONDS
+            self._next_write = monotonic() + WRITE_SECONDS
 
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

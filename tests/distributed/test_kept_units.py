@@ -274,7 +274,7 @@ def test_what_has_arrived_is_written_while_other_workers_are_at_work(
     work = [contribution(group).unit for group in range(2)]
     writing, now = phase(tmp_path), time.monotonic()
     for seconds, arrives, expected in ((30, 0, 1), (31, 1, 1), (45, None, 1), (51, None, 2)):
-        monkeypatch.setattr(kept_units.time, "monotonic", lambda seconds=seconds: now + seconds)
+        monkeypatch.setattr(kept_units, "monotonic", lambda seconds=seconds: now + seconds)
         if arrives is None:
             writing.write_when_due()
         else:
@@ -292,7 +292,7 @@ def test_a_phase_has_it_written_while_nothing_arrives(tmp_path: Path) -> None:
         each(contribution(0))
         later = time.monotonic() + 60
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kept_units.time, "monotonic", lambda: later)
+            patch.setattr(kept_units, "monotonic", lambda: later)
             meanwhile()
         assert len(phase(tmp_path).found(work)) == 1
         each(contribution(1))
