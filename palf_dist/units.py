@@ -260,6 +260,8 @@ class Runner:
         training = f"{specs[0].architecture}/{specs[0].optimiser}"
         rates = {name: settings.get(name, value) for name, value in prepared["reference"][training].items()}
         group = self._build(specs, {training: rates}, method.trains_on_validation)
+        if method.true_labels:
+            group = replace(group, train=replace(group.train, labels=group.clean_train_labels))
         parts = self._in_parts(
             "evaluate", group, policy, lambda loop, _: measure(loop, phi, early_stopping=method.early_stopping)
         )

@@ -127,6 +127,24 @@ def test_on_training_and_validation_rows_together(datasets: dict[str, EncodedDat
     assert found["policy"] == judged(config_of("policy"), datasets)["policy"]
 
 
+def test_true_labels_are_what_noise_takes_and_nothing_else(datasets: dict[str, EncodedDataset]) -> None:
+    config = config_of("ce_true_labels")
+    found = judged(config, datasets)
+    assert found["ce"] == judged(config_of("ce"), datasets)["ce"]
+    for with_noise, without in zip(results(found["ce"]), results(found["ce_true_labels"]), strict=True):
+        assert without["wrong_share"] == 0
+        if with_noise["noise_rate"] == 0:
+            assert with_noise == without
+        else:
+            assert with_noise["wrong_share"] > 0.2 and with_noise["nll"] != without["nll"]
+    specs = evaluation_specs(config, datasets)[-1]
+    group = units.Runner(config, datasets)._build(specs, preparation.reduce_tune(config, [])["reference"])
+    assert {spec.noise_rate for spec in specs} == {0.4} and (group.train.labels != group.clean_train_labels).any()
+    group.train.labels.copy_(group.clean_train_labels)
+    alone = final_accuracy(InnerLoop(group, baseline_policy(METHODS["ce"]), config.inner), torch.zeros(0))
+    assert [row["accuracy"] for row in found["ce_true_labels"][-group.size :]] == alone.tolist()
+
+
 def test_a_shield_at_use_is_that_of_the_configuration(datasets: dict[str, EncodedDataset]) -> None:
     shielded = judged(config_of("policy", overrides=(*GIVEN, f"policy.shield={KAPPA}")), datasets)
     found = judged(config_of("policy", "policy_shielded"), datasets)

@@ -14,8 +14,17 @@ from palf_dist.evaluation.conditions import imbalanced
 from palf_dist.evaluation.derived import BEST_STATIC, PICKED_STATIC, pick_rows
 from palf_dist.evaluation.inference import Estimate
 from palf_dist.evaluation.measures import MEASURES, Measure
-from palf_dist.evaluation.methods import CE_BY_VALIDATION, CE_TRAINVAL, LEARNED, METHODS, POLICY, REFERENCE, TRAINVAL
-from palf_dist.evaluation.statistics import Comparison, Task, clusters_of, compare_each, task_of
+from palf_dist.evaluation.methods import (
+    CE_BY_VALIDATION,
+    CE_TRAINVAL,
+    LEARNED,
+    METHODS,
+    POLICY,
+    REFERENCE,
+    TRAINVAL,
+    TRUE_LABELS,
+)
+from palf_dist.evaluation.statistics import Comparison, Task, clusters_of, compare, compare_each, task_of
 from palf_dist.evaluation.table import label_of
 
 HIGH_NOISE = 0.3
@@ -112,6 +121,7 @@ def headline(
             measure=MEASURES["balanced_accuracy"],
         ),
         *(_unseen(rows, kind, config) for kind in UNSEEN_KINDS),
+        _regained(rows),
         _best(pairs, "diff_vs_best_static", STATICS, (*STATICS, *no_static)),
         _best(
             _pairs_on(rows, lambda row: _matched(row) and row["condition"] in skewed, STATICS),
@@ -165,6 +175,27 @@ def _unseen(rows: Sequence[Row], kind: NoiseKind, config: RunConfig) -> Figure:
         f"tasks with {words} noise, which meta-training has none of, and the class frequencies of training in the test",
         lambda row: _matched(row) and row.get("noise_kind") == kind and row["noise_rate"] > 0,
     )
+
+
+def _regained(rows: Sequence[Row]) -> Figure:
+    """How much of the room that label noise leaves is used: a gain can be no larger than what the noise costs, but for
+    what is gained without noise, too."""
+    name, methods = "noise_cost_regained", (REFERENCE, POLICY, TRUE_LABELS)
+    noisy = [row for row in rows if row["method"] in methods and row["noise_rate"] > 0]
+    if not noisy:
+        return Figure(name, "there are no tasks with label noise")
+    there = {row["method"] for row in noisy}
+    if lacking := [label_of(method) for method in methods if method not in there]:
+        return Figure(name, f"takes {' and '.join(lacking)}, which these runs do not have")
+    gains = {item.method: item.overall.difference.mean for item in compare(noisy)}
+    gain, cost = gains[POLICY], gains[TRUE_LABELS]
+    if not cost > 0:
+        return Figure(name, "label noise costs tuned CE nothing on these tasks")
+    meaning = (
+        "tasks with label noise: the gain over tuned CE, as a share of what CE gains there by the same rows' true "
+        f"labels: {gain:+.2f} of {cost:+.2f} points"
+    )
+    return Figure(name, meaning, gain / cost, clusters=len(set(clusters_of(noisy).values())))
 
 
 def _best(

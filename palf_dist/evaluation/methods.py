@@ -34,8 +34,10 @@ KAPPA = 0.1
 """Of the shield of ``policy_shielded``: of the descent that cross-entropy's own gradient gives, a tenth is kept."""
 
 
-ORACLES = ("static_oracle", "static_oracle_left_out")
-"""Rows of ``derived.PICKS`` that read test labels: bounds, not methods."""
+TRUE_LABELS = "ce_true_labels"
+
+ORACLES = (TRUE_LABELS, "static_oracle", "static_oracle_left_out")
+"""Rows that know what nobody does: bounds, not methods. The last two are of ``derived.PICKS``, and read test labels."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Method:
     control: Literal["shuffled", "schedule"] | None = None  # the meta-learned one, without what its state tells it
     shield: float | None = None  # kappa of a Lyapunov shield that the meta-learned one gets at use
     trains_on_validation: bool = False  # on the training and the validation rows together
+    true_labels: bool = False  # on the training rows as they were before label noise
     by_validation: bool = False  # at all learning rates and L2 strengths of the grid, kept by the validation rows
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of hyper-parameters, of a tuned static method
     by_name: bool = False  # compared only where it is asked for
@@ -68,7 +71,8 @@ class Method:
     @property
     def is_static(self) -> bool:
         """Whether it is a static loss, trained to the end, on the rows and with the values that all methods have."""
-        return bool(self.alpha) and not (self.early_stopping or self.trains_on_validation or self.by_validation)
+        other = self.early_stopping or self.trains_on_validation or self.true_labels or self.by_validation
+        return bool(self.alpha) and not other
 
     @property
     def points(self) -> list[dict[str, float]]:
@@ -178,6 +182,14 @@ METHODS: dict[str, Method] = {
             by_name=True,
             note="tuned CE on training and validation rows together, the labels of both as noisy as they are, in as "
             "many steps",
+        ),
+        Method(
+            TRUE_LABELS,
+            "oracle: true labels",
+            {"ce": 1.0},
+            true_labels=True,
+            by_name=True,
+            note="tuned CE on the same training rows without their label noise: no method, but what the noise costs CE",
         ),
         Method(
             CE_BY_VALIDATION,

@@ -37,6 +37,7 @@ METHODS = (
     "ce",
     "ce_trainval",
     "ce_by_validation",
+    "ce_true_labels",
     "focal",
     "s5",
 )
@@ -61,7 +62,7 @@ def made(methods: tuple[str, ...] = METHODS, seeds: int = 2) -> list[dict[str, A
                             "target_prior": fields.get("target_prior", "train"),
                             "seed": seed,
                             "tuning_accuracy": TUNING.get(method),
-                            "accuracy": draw.uniform(0.5, 0.9),
+                            "accuracy": draw.uniform(0.5, 0.9) + 0.1 * (method == "ce_true_labels"),
                             "balanced_accuracy": draw.uniform(0.4, 0.8),
                             "validation_accuracy": draw.uniform(0.4, 0.8),
                         }
@@ -92,6 +93,7 @@ def plain(
 
 BALANCED = {"as-is", "noise-0.4", "flip", "flip-none", "by-class"}
 MATCHED = BALANCED | {"matched"}
+NOISY = {name for name, fields in CONDITIONS.items() if fields.get("noise_rate")}
 EVERY = set(CONDITIONS)
 
 
@@ -107,6 +109,7 @@ def test_each_figure_is_of_the_tasks_that_it_names() -> None:
     trainval = [
         {**row, "method": row["method"].removesuffix("_trainval")} for row in rows if "trainval" in row["method"]
     ]
+    gain = plain(rows, NOISY)
     expected = {
         "diff_vs_tuned_ce": plain(rows, EVERY),
         "diff_vs_ce_by_validation": plain(rows, EVERY, "ce_by_validation"),
@@ -116,6 +119,7 @@ def test_each_figure_is_of_the_tasks_that_it_names() -> None:
         "diff_at_high_noise": plain(rows, {"noise-0.4"}),
         "diff_unseen_noise_pair_flip": plain(rows, {"flip"}),
         "diff_unseen_noise_class_dependent": plain(rows, {"by-class"}),
+        "noise_cost_regained": gain / (gain - plain(rows, NOISY, "ce_true_labels")),
         "diff_vs_best_static": plain(rows, EVERY, best),
         "diff_vs_best_static_imbalanced": plain(rows, {"matched"}, imbalanced),
         "diff_vs_own_schedule": plain(rows, EVERY, "policy_schedule"),
@@ -164,6 +168,7 @@ def test_what_is_not_there_says_so() -> None:
         "diff_matched_prior": "",
         "diff_vs_best_static_imbalanced": "takes best tuned static, learned constants, label smoothing, S5",
         "diff_vs_ce_by_validation": "takes the method CE, by validation, which these runs do not have",
+        "noise_cost_regained": "there are no tasks with label noise",
         "diff_trainval": "takes policy, train + val and CE, train + val, which these runs do not have",
         "diff_vs_own_schedule": "takes the method own mean schedule, which these runs do not have",
         "diff_vs_own_schedule_balanced": "takes the method own mean schedule, which these runs do not have",
@@ -182,11 +187,17 @@ def test_what_is_not_there_says_so() -> None:
 
 
 def test_other_uses_of_the_policy_and_other_ce_change_no_other_figure() -> None:
-    names = ("policy_trainval", "policy_shielded", "ce_trainval", "ce_by_validation")
+    names = ("policy_trainval", "policy_shielded", "ce_trainval", "ce_by_validation", "ce_true_labels")
     rows = [row | ({"accuracy": 0.99} if row["method"] in names else {}) for row in made()]
     found, without = figures(rows), figures([row for row in rows if row["method"] not in names])
     changed = {name for name in found if found[name] != without[name]}
-    assert changed == {"diff_vs_ce_by_validation", "diff_trainval"}
+    assert changed == {"diff_vs_ce_by_validation", "diff_trainval", "noise_cost_regained"}
+
+
+def test_noise_that_costs_nothing_leaves_no_share() -> None:
+    found = figures([row | ({"accuracy": 0.3} if row["method"] == "ce_true_labels" else {}) for row in made()])
+    assert found["noise_cost_regained"].value is None
+    assert found["noise_cost_regained"].meaning == "label noise costs tuned CE nothing on these tasks"
 
 
 def test_differences_of_steps_are_in_steps() -> None:

@@ -97,7 +97,8 @@ def test_the_curriculum_follows_the_clock():
 
 def test_selection_keeps_the_table_order_and_always_holds_the_reference():
     by_name = ["policy_trainval", "policy_shielded", "policy_schedule", "policy_shuffled"]
-    by_name += ["hedge", "generalised_ce", "mae", "elr", "bootstrap", "ce_trainval", "ce_by_validation"]
+    by_name += ["hedge", "generalised_ce", "mae", "elr", "bootstrap", "ce_trainval", "ce_true_labels"]
+    by_name += ["ce_by_validation"]
     by_name += [f"{name}_tuned" for name, *_ in TUNED]
     assert [method.name for method in select_methods()] == [name for name in METHODS if name not in by_name]
     assert [method.name for method in select_methods(by_name)] == [*by_name[:4], "ce", *by_name[4:]]
