@@ -10,6 +10,7 @@ BENCH_INSTALL := $(BENCH_BIN)/python -m pip install -qq --constraint constraints
 SITE := build/site
 OFFLINE ?=
 MARKS := $(if $(OFFLINE),and not network)
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help meta-train suite results results-all test versions versions-lowest versions-newest bench bench-meta-gradient bench-tuneloss soak docs lint format clean
@@ -86,8 +87,9 @@ results: $(call results_of,$(FOLDS))
 results-all: $(call results_of,$(FOLDS) $(LEARNED) $(FAMILIES) $(TRANSFERS)) results
 
 test: lint
-	$(BIN)/pytest -m "(not slow or compiles) $(MARKS)" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=
-	$(BIN)/pytest -m "slow and not compiles $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
+	$(BIN)/pytest -m "(not slow or compiles) $(MARKS)" $(SIDE_BY_SIDE) --cov --cov-report=
+	$(BIN)/pytest -m "slow and not compiles and not alone $(MARKS)" $(SIDE_BY_SIDE) --cov --cov-append --cov-report=
+	$(BIN)/pytest -m "alone $(MARKS)" --cov --cov-append --cov-report=term --cov-fail-under=90
 
 versions: versions-lowest versions-newest
 

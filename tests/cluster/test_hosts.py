@@ -21,7 +21,7 @@ from palf_dist.distributed.driver import meta_train
 from tests.distributed.fingerprint import fingerprint
 from tests.distributed.small import fault, small_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "cluster" / "hosts.py"

@@ -24,7 +24,7 @@ from palf_dist.progress import Progress
 from tests.distributed.fingerprint import fingerprint
 from tests.distributed.small import small_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 STORE_BYTES = 80 << 20
 HEALTH = {

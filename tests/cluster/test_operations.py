@@ -94,6 +94,7 @@ def test_the_messages_that_are_quoted_are_said() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_the_hosts_are_told_can_be_typed(tmp_path: Path) -> None:
     """By root, who needs no sudo, with hosts of this test's own."""
     try:
@@ -145,6 +146,7 @@ def wait_until_jobs_are_taken(url: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:ssl=None is deprecated:DeprecationWarning")  # Ray's
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_page_can_be_typed(dashboard: str, cli: Command, tmp_path: Path) -> None:
     """In order, with the smoke configuration, a folder for the bucket, and no GPUs."""
     bucket = f"file://{tmp_path}/bucket"

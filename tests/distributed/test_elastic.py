@@ -26,7 +26,7 @@ from tests.distributed.fingerprint import fingerprint
 from tests.distributed.small import ToyRunner, small_config
 from tests.distributed.test_pool import BROADCAST, CARRIED, collect, contents, in_process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 HEALTH = {
     "health_check_initial_delay_ms": 1000,

@@ -19,7 +19,7 @@ from tests.distributed.fingerprint import fingerprint
 from tests.distributed.small import fault, small_config
 from tests.processes import Process, Spawn, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 Drive = Callable[..., Process]
 

@@ -30,6 +30,7 @@ def test_every_round_has_every_kind_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_short_soak(spawn: Spawn) -> None:
     """The first faults of this seed are of different kinds, among them a node's and the driver's, some on top of
     others."""

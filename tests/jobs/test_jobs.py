@@ -21,7 +21,11 @@ from palf_dist.jobs.follow import follow
 from tests.command import SMOKE, Command
 from tests.jobs.head import Head, Proxy, processes, started
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),
+]
 
 RUN = ("meta-train", "--config", SMOKE, "--set", "tracking.enabled=false", "--set", "meta_learner.outer_steps=40")
 

@@ -18,7 +18,7 @@ from palf_dist.search.ledger import LEDGER, Ledger
 from tests.processes import Process, Spawn, wait_until
 from tests.search.quadratic import WORK
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 TRIALS, STEPS, DELAY = 6, 4, 0.1
 
