@@ -131,6 +131,7 @@ def test_the_headline_is_what_numpy_finds(made):
         "diff_unseen_noise_pair_flip": None,
         "diff_unseen_noise_class_dependent": None,
         "diff_unseen_noise_instance_dependent": None,
+        "noise_cost_regained": None,
         "diff_vs_best_static": clustered(wide["policy"] - wide[best])[0],
         "diff_vs_best_static_imbalanced": None,
         "diff_vs_own_schedule": clustered(wide["policy"] - wide["policy_schedule"])[0],
