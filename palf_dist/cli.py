@@ -28,7 +28,6 @@ from palf_dist.cli_shared import (
     SuiteOption,
     Workers,
     config_of_policy,
-    has_begun,
     load_run_config,
     near,
     new_folder,
@@ -37,6 +36,7 @@ from palf_dist.cli_shared import (
     policy_to_evaluate,
     refuse_quick_results,
     resumed_run_config,
+    told_how_to_go_on,
 )
 from palf_dist.cli_tune import tune
 from palf_dist.usage import usage
@@ -126,12 +126,8 @@ def meta_train(
             settings = resumed_run_config(resume, run_dir, "meta-train", config, overrides, workers, address)
             folder = resume
         go_on = f"go on with palf-dist meta-train --resume {folder}"
-        try:
+        with told_how_to_go_on(folder, go_on):
             result = train(settings, folder, resume=resume is not None)
-        except KeyboardInterrupt:
-            if has_begun(folder):
-                print(f"interrupted; {go_on}", file=sys.stderr)
-            raise
         record = {
             **(_report_record(result.report) if result.report else {"held_out": []}),
             "run_dir": str(result.run_dir),
@@ -211,14 +207,10 @@ def evaluate(
             settings = resumed_run_config(resume, run_dir, "evaluate", config, overrides, workers, address)
             artefact = load_policy(policy)
         kept = run_dir if resume is None else resume
-        try:
+        with told_how_to_go_on(kept, f"go on with palf-dist evaluate --resume {kept}", "interrupted and saved"):
             rows = evaluate_policy(
                 cut(settings) if quick else settings, artefact, run_dir=kept, resume=resume is not None
             )
-        except KeyboardInterrupt:
-            if kept is not None and has_begun(kept):
-                print(f"interrupted and saved; go on with palf-dist evaluate --resume {kept}", file=sys.stderr)
-            raise
         comparisons, _ = held_out(rows)
         record = {"policy": policy, "quick": quick, "held_out": to_records(comparisons)}
         emit(record, to_rich(comparisons), *([NO_RESULTS] if quick else []))

@@ -178,15 +178,21 @@ def policy_to_evaluate(policy: str | None, resume: str | None) -> str:
     return str(join(resume, BEST))
 
 
-def has_begun(run_dir: str) -> bool:
-    """Whether there is something to go on with in a run directory, as far as can be told."""
+@contextlib.contextmanager
+def told_how_to_go_on(run_dir: str | None, go_on: str, what: str = "interrupted") -> Iterator[None]:
+    """A Ctrl-C that ends the block prints ``go_on`` where there is something to go on with in the run directory, as far
+    as can be told."""
     from palf_dist.errors import PalfError
     from palf_dist.run_directory import CONFIG
     from palf_dist.storage import exists, join
 
-    with contextlib.suppress(PalfError):
-        return exists(join(run_dir, CONFIG))
-    return False
+    try:
+        yield
+    except KeyboardInterrupt:
+        with contextlib.suppress(PalfError):
+            if run_dir is not None and exists(join(run_dir, CONFIG)):
+                print(f"{what}; {go_on}", file=sys.stderr)
+        raise
 
 
 def refuse_differences(resume: str, differences: list[str]) -> None:

@@ -23,6 +23,7 @@ from palf_dist.cli_shared import (
     output,
     refuse_differences,
     resumed_config,
+    told_how_to_go_on,
 )
 
 if TYPE_CHECKING:
@@ -57,8 +58,6 @@ def tune(
     The best answer so far lies in DIR/best at any moment. Ctrl-C ends with everything saved; --resume goes on.
     """
     with output(as_json) as emit:
-        from palf_dist.run_directory import CONFIG
-
         budget = None if time_budget is None else _seconds(time_budget)
         fields = {"concurrent": concurrent, "distributed.address": address}
         settings, folder = _settings(config, [*(overrides or ()), *option_overrides(fields)], run_dir, resume)
@@ -66,12 +65,8 @@ def tune(
         from palf_dist.search.driver import tune as search
 
         go_on = f"go on with palf-dist tune --resume {folder}"
-        try:
+        with told_how_to_go_on(folder, go_on):
             result = search(settings, folder, resume=resume is not None, time_budget=budget)
-        except KeyboardInterrupt:
-            if Path(folder, CONFIG).exists():
-                print(f"interrupted; {go_on}", file=sys.stderr)
-            raise
         if result.interrupted:
             print(f"interrupted and saved; {go_on}", file=sys.stderr)
             if as_json:
