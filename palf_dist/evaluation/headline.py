@@ -189,7 +189,9 @@ def _regained(rows: Sequence[Row]) -> Figure:
         return Figure(name, f"takes {' and '.join(lacking)}, which these runs do not have")
     gains = {item.method: item.overall.difference.mean for item in compare(noisy)}
     gain, cost = gains[POLICY], gains[TRUE_LABELS]
-    if not cost > 0:
+    if not math.isfinite(gain * cost):
+        return Figure(name, "no task with label noise has a result of each of the three methods that it takes")
+    if cost <= 0:
         return Figure(name, "label noise costs tuned CE nothing on these tasks")
     meaning = (
         "tasks with label noise: the gain over tuned CE, as a share of what CE gains there by the same rows' true "

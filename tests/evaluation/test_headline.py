@@ -198,6 +198,9 @@ def test_noise_that_costs_nothing_leaves_no_share() -> None:
     found = figures([row | ({"accuracy": 0.3} if row["method"] == "ce_true_labels" else {}) for row in made()])
     assert found["noise_cost_regained"].value is None
     assert found["noise_cost_regained"].meaning == "label noise costs tuned CE nothing on these tasks"
+    found = figures([row | ({"accuracy": None} if row["method"] == "ce_true_labels" else {}) for row in made()])
+    assert found["noise_cost_regained"].value is None
+    assert found["noise_cost_regained"].meaning.startswith("no task with label noise has a result of each")
 
 
 def test_differences_of_steps_are_in_steps() -> None:
