@@ -71,8 +71,8 @@ class Method:
     @property
     def is_static(self) -> bool:
         """Whether it is a static loss, trained to the end, on the rows and with the values that all methods have."""
-        other = self.early_stopping or self.trains_on_validation or self.true_labels or self.by_validation
-        return bool(self.alpha) and not other
+        trained_otherwise = (self.early_stopping, self.trains_on_validation, self.true_labels, self.by_validation)
+        return bool(self.alpha) and not any(trained_otherwise)
 
     @property
     def points(self) -> list[dict[str, float]]:
