@@ -61,6 +61,13 @@ def with_look(designs: Sequence[Look], own: Look) -> list[Look]:
     return found if own in found else [*found, own]
 
 
+def other_looks(designs: Sequence[Look], own: Look) -> list[float]:
+    """What other looks at the design of ``own`` on the same datasets found: of policies trained again, with whatever
+    seed, and of the same ones judged again."""
+    same = [design for design in designs if all(design.get(name) == own[name] for name in ("digest", "datasets"))]
+    return [each["diff_vs_tuned_ce"] for each in same if each != own and each["diff_vs_tuned_ce"] is not None]
+
+
 def published_designs(folder: Path) -> list[Look]:
     """The designs that the files of earlier commands in ``folder`` list; none where there are no such files. Raises
     RunDirectoryError for a file that is none of theirs."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from palf_dist.evaluation.ablation_figures import AblationRecord, more_tasks_fig
 from palf_dist.evaluation.as_is import CAVEAT, AsIs, compare_as_is
 from palf_dist.evaluation.claims import Evidence, findings
 from palf_dist.evaluation.derived import held_out
-from palf_dist.evaluation.designs import RESULTS_JSON, Look, design_of, look, published_designs, with_look
+from palf_dist.evaluation.designs import (
+    RESULTS_JSON,
+    Look,
+    design_of,
+    look,
+    other_looks,
+    published_designs,
+    with_look,
+)
 from palf_dist.evaluation.headline import Figure, headline
 from palf_dist.evaluation.inner_runs import dataset_facts
 from palf_dist.evaluation.interpretation import Interpretation, interpret
@@ -104,13 +113,14 @@ def make_results(places: Sequence[str], output: str | Path) -> Results:
     overhead, ablations = overhead_figure(read_overheads(folder)), read_ablations(folder)
     runs = read_runs(places)
     joined = _joined(runs, overhead, ablations)
-    designs = _with_designs(published, runs, joined.figures)
+    looks = _looks(runs, joined.figures)
+    designs = reduce(with_look, looks, published)
     record = _record(joined, designs)
     pictures = comparison_pictures(joined.compared)
     if joined.trajectories is not None:
         pictures["alpha"] = plots.to_png(plots.plot_alpha(joined.trajectories))
     explained = {} if joined.interpretation is None else interpretation_pictures(joined.interpretation)
-    page = _page(joined, len(designs), list(pictures), list(explained))
+    page = _page(joined, len(designs), other_looks(designs, looks[0]), list(pictures), list(explained))
     pictures |= explained
     try:
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
@@ -192,18 +202,14 @@ def _record(joined: Joined, designs: Sequence[Mapping[str, Any]]) -> dict[str, A
     }
 
 
-def _with_designs(
-    published: Sequence[Look], runs: JoinedRuns, figures: Mapping[str, Figure]
-) -> list[Mapping[str, Any]]:
-    """The designs so far, that of the folds, and those of transfers."""
-    designs = list(published)
-    for name, judged in (
-        ("diff_vs_tuned_ce", runs.folds),
-        *((f"diff_{kind}_transfer", judged) for kind, judged in runs.transfers.items()),
-    ):
-        datasets = {dataset for run in judged for dataset in run.judged}
-        designs = with_look(designs, look(judged[0].config, datasets, number(figures[name].value)))
-    return designs
+def _looks(runs: JoinedRuns, figures: Mapping[str, Figure]) -> list[Look]:
+    """At the design of the folds, and at those of transfers."""
+    judged = {"diff_vs_tuned_ce": runs.folds}
+    judged |= {f"diff_{kind}_transfer": transferred for kind, transferred in runs.transfers.items()}
+    return [
+        look(each[0].config, {dataset for run in each for dataset in run.judged}, number(figures[name].value))
+        for name, each in judged.items()
+    ]
 
 
 def _trajectories(folds: Sequence[JudgedRun]) -> pa.Table | None:
@@ -261,8 +267,16 @@ def _about(run: JudgedRun) -> dict[str, Any]:
     }
 
 
-def _page(joined: Joined, designs: int, compared: Sequence[str], explained: Sequence[str]) -> str:
-    """results.md. ``compared``, ``explained``: names of the pictures of the comparison, and of the interpretation."""
+def _again(other: Sequence[float]) -> str:
+    found = ", ".join(f"{difference:+.2f}" for difference in other)
+    return f" The same one, trained or judged at other times: {found} points against tuned CE." if other else ""
+
+
+def _page(
+    joined: Joined, designs: int, other: Sequence[float], compared: Sequence[str], explained: Sequence[str]
+) -> str:
+    """results.md. ``other``: what other looks at the same design found; ``compared``, ``explained``: names of the
+    pictures of the comparison, and of the interpretation."""
     runs, figures, as_is = joined.runs, joined.figures, joined.as_is
 
     def shown(names: Sequence[str]) -> list[str]:
@@ -276,7 +290,9 @@ def _page(joined: Joined, designs: int, compared: Sequence[str], explained: Sequ
         "## The held-out comparison\n",
         BLOCK[0],
         f"**{headline_sentence(joined.compared)}**\n",
-        f"Designs judged on held-out datasets and published here so far, this one among them: {designs}.\n",
+        f"Designs judged on held-out datasets and published here so far, this one among them: {designs}."
+        + _again(other)
+        + "\n",
         _brief_table(joined.compared, shifted) + BLOCK[1] + "\n",
         "All conditions and rates of noise:\n",
         to_markdown(joined.compared, joined.pairs),

@@ -6,7 +6,7 @@ import pytest
 
 from palf_dist.config_loading import parse_config
 from palf_dist.errors import RunDirectoryError
-from palf_dist.evaluation.designs import design_of, look, published_designs, with_look
+from palf_dist.evaluation.designs import design_of, look, other_looks, published_designs, with_look
 
 TEXT = "data: {train: [digits], held_out: [iris]}"
 
@@ -49,6 +49,19 @@ def test_another_look_by_the_same_design_replaces_no_entry():
     seeded = look(config.model_copy(update={"seed": 7}), ["iris", "wine"], 1.0)
     assert [entry["seed"] for entry in with_look(first, seeded)] == [0, 7]
     assert len(with_look(first, look(config, ["iris"], 1.0))) == 2
+
+
+def test_what_other_looks_at_the_same_design_found():
+    config = parse_config(TEXT, "a")
+    own = look(config, ["iris", "wine"], 1.0)
+    seeded = look(config.model_copy(update={"seed": 7}), ["iris", "wine"], 1.0)
+    again, fewer, unknown = (
+        look(config, names, value)
+        for names, value in ((["wine", "iris"], 2.0), (["iris"], 3.0), (["wine", "iris"], None))
+    )
+    another = look(parse_config(TEXT, "a", ["policy.kind=schedule"]), ["iris", "wine"], 4.0)
+    assert other_looks([own, seeded, again, fewer, unknown, another], own) == [1.0, 2.0]
+    assert other_looks([own], own) == []
 
 
 @pytest.mark.parametrize("name", ["results.json", "ablations.json", "ablations-palf.json"])

@@ -209,7 +209,12 @@ def test_designs_are_counted_and_never_dropped(tmp_path, small):
     assert record["designs"][1]["diff_vs_tuned_ce"] == record["headline"]["diff_vs_tuned_ce"]
     back = make_results(small, docs)
     assert [each["name"] for each in back.record["designs"]] == ["suite", "narrow"], "in the place it had"
-    assert back.markdown.read_text().count("this one among them: 2.") == 1
+    assert back.markdown.read_text().count("this one among them: 2.\n") == 1
+    earlier = json.loads(back.json.read_text())
+    earlier["designs"][0]["diff_vs_tuned_ce"] = -1.5
+    back.json.write_text(json.dumps(earlier))
+    again = make_results(small, docs).markdown.read_text()
+    assert "this one among them: 3. The same one, trained or judged at other times: -1.50 points against" in again
 
 
 def test_trajectories_of_two_versions_are_named(small, monkeypatch):
