@@ -24,9 +24,8 @@ from palf_dist.evaluation.inference import clustered_mean
 from palf_dist.inner_loop import InnerLoop, InnerState, StepResult
 from palf_dist.losses import MASKED_LOGIT
 from palf_dist.outer_loss import accuracy
-from palf_dist.policies import OnlineLearnLoss, Policy, StaticPolicy
-from palf_dist.policies.base import WithoutParameters
-from palf_dist.policies.static import control_vector, mixture_controls
+from palf_dist.policies import OnlineLearnLoss, Policy, StaticPolicy, TaskMixtures
+from palf_dist.policies.static import control_vector
 from palf_dist.randomness import random_generator
 from palf_dist.tasks.datasets import load_all
 from palf_dist.tasks.family import build_group, evaluation_specs
@@ -68,23 +67,6 @@ def _pick(validation: Sequence[np.ndarray], error: Sequence[np.ndarray]) -> tupl
     return np.take_along_axis(scores, place, 0)[0], np.take_along_axis(np.array(error), place, 0)[0]
 
 
-class TaskConstants(WithoutParameters):
-    """Constant weights, others for each task."""
-
-    features: tuple[str, ...] = ()
-    refresh = 1_000_000_000
-
-    def __init__(self, weights: np.ndarray) -> None:
-        """``weights`` [G, k] of SPACE; normalised to the simplex with the reference."""
-        self.active_basis = (SPACE.reference, *SPACE.names)
-        lambdas = np.column_stack([np.ones(len(weights)), weights])
-        alpha = torch.from_numpy(lambdas / lambdas.sum(1, keepdims=True)).float()
-        self.vectors = mixture_controls(alpha, self.active_basis)
-
-    def controls(self, phi: Tensor, state: Tensor) -> Tensor:
-        return self.vectors
-
-
 def train(config: RunConfig, group: TaskGroup, policy: Policy, steps: int) -> Result:
     """One training of every task of the group, its learning rate decaying over ``steps``."""
     loop = InnerLoop(replace(group, batches=group.batches[:steps]), policy, config.inner)
@@ -112,7 +94,7 @@ def _scores(loop: InnerLoop, theta: Tensor, rows: Rows) -> tuple[np.ndarray, np.
 
 def constant(config: RunConfig, group: TaskGroup, u: np.ndarray, steps: int) -> Result:
     """The same constant weights, of log weights u [k], for every task."""
-    return train(config, group, TaskConstants(np.tile(SPACE.weights(u), (group.size, 1))), steps)
+    return train(config, group, TaskMixtures(SPACE, [SPACE.weights(u)] * group.size), steps)
 
 
 def tpe(config: RunConfig, group: TaskGroup, steps: int) -> Result:
@@ -128,7 +110,7 @@ def tpe(config: RunConfig, group: TaskGroup, steps: int) -> Result:
     for _ in range(TPE_TRIALS):
         trials = [study.ask() for study in studies]
         weights = [[trial.suggest_float(name, low, high, log=True) for name, low, high in box] for trial in trials]
-        done.append(train(config, group, TaskConstants(np.array(weights)), steps))
+        done.append(train(config, group, TaskMixtures(SPACE, [np.array(each) for each in weights]), steps))
         for study, trial, value in zip(studies, trials, done[-1].validation, strict=True):
             study.tell(trial, float(value))
     return Result.best(done)

@@ -280,7 +280,9 @@ class InnerLoop:
         if isinstance(self.policy, AdaptingPolicy):
             nothing = state.theta.new_zeros(self.group.size, len(self.policy.features))
             return nothing if state.features is None else state.features
-        return self._snapshots(state) if self._keeps_snapshots else self._observe(state, logits, labels)
+        if self._keeps_snapshots:
+            return _appended(state.features, self.snapshot(state.theta.detach()))
+        return self._observe(state, logits, labels)
 
     def _observe(self, state: InnerState, logits: Tensor, labels: Tensor) -> Tensor:
         """Raw features [G, S] at the current step, after those before it where the policy reads its history."""
@@ -313,10 +315,10 @@ class InnerLoop:
         state.statistics = reader.statistics
         return _appended(state.features, features) if self.policy.reads_history else features
 
-    def _snapshots(self, state: InnerState) -> Tensor:
-        """The snapshots [G, n, 1 + K] of the run with the present one: cross-entropy on the (noisy) validation rows,
-        then the mean of each active basis loss over the training rows, at the default hyper-parameters."""
-        group, theta = self.group, state.theta.detach()
+    def snapshot(self, theta: Tensor) -> Tensor:
+        """What a model is worth, [G, 1 + K]: cross-entropy on the (noisy) validation rows, then the mean of each active
+        basis loss over the training rows, at the default hyper-parameters."""
+        group = self.group
         defaults = control_vector({}).to(theta).expand(group.size, -1)
         means = []
         for rows, active in ((group.validation, ("ce",)), (group.train, self.policy.active_basis)):
@@ -324,7 +326,7 @@ class InnerLoop:
             values = dict(at.values())
             # 0 / 0, unknown, where there are no validation rows
             means += [(values[name] * rows.mask).sum(1) / rows.mask.sum(1) for name in active]
-        return _appended(state.features, torch.stack(means, 1))
+        return torch.stack(means, 1)
 
     def run(
         self,

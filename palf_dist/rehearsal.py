@@ -25,7 +25,7 @@ from palf_dist.evaluation.methods import baseline_policy, select_methods, tuned_
 from palf_dist.group_work import final_accuracy, measure, meta_gradient
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.inner_models import build_model
-from palf_dist.policies import LearnedPolicy, Policy, StaticPolicy, make_policy, policy_spec
+from palf_dist.policies import LearnedPolicy, OnlineLearnLoss, Policy, StaticPolicy, make_policy, policy_spec
 from palf_dist.policies.static import control_vector
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
@@ -220,6 +220,8 @@ def _policies(config: RunConfig, work: Work) -> list[Policy]:
     if work.kind == "baseline":
         return found
     found += [baseline_policy(method) for method in methods if method.schedule is not None]
+    if any(method.searched for method in methods):
+        found.append(OnlineLearnLoss())  # reads the snapshots that the search is told
     learned = (method.policy_of(config.policy) for method in methods if method.uses_policy or method.control)
     return found + [_learned(policy) for policy in dict.fromkeys(learned)]
 

@@ -42,6 +42,7 @@ from palf_dist.memory import LEVERS, OutOfMemory, Plan, out_of_memory, release
 from palf_dist.policies import LearnedPolicy, Policy, make_policy, policy_spec
 from palf_dist.preparation import canonical, found_by_tuning, tuning_columns, validated_pairs
 from palf_dist.rehearsal import Work
+from palf_dist.task_search import searched
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import build_group, evaluation_specs, sample_specs
 from palf_dist.trajectory import build_table
@@ -263,7 +264,10 @@ class Runner:
         if method.true_labels:
             group = replace(group, train=replace(group.train, labels=group.clean_train_labels))
         parts = self._in_parts(
-            "evaluate", group, policy, lambda loop, _: measure(loop, phi, early_stopping=method.early_stopping)
+            "evaluate",
+            group,
+            policy,
+            lambda loop, _: measure(searched(loop, phi, method.searched), phi, early_stopping=method.early_stopping),
         )
         measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         shields = {m.policy_of(self.config.policy).shield for m in select_methods(self.config.evaluation.methods)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 from torch import Tensor, nn
 
@@ -114,3 +116,21 @@ def make_group(
         weight_decay=torch.full((size, 1), 0.03),
     )
     return move_group(group, dtype=dtype)
+
+
+def alone(group: TaskGroup, task: int) -> TaskGroup:
+    """One task of a group, without the rows that only pad it."""
+
+    def cut(rows: Rows) -> Rows:
+        count = int(rows.mask[task].sum())
+        part = [column[task : task + 1, :count] for column in (*rows.inputs, rows.labels, rows.mask)]
+        return Rows(tuple(part[:-2]), *part[-2:])
+
+    changed: dict = {"specs": group.specs[:1], "batches": group.batches[:, task : task + 1]}
+    for item in fields(group):
+        value = getattr(group, item.name)
+        if isinstance(value, Rows):
+            changed[item.name] = cut(value)
+        elif isinstance(value, Tensor) and item.name != "batches":
+            changed[item.name] = value[task : task + 1]
+    return replace(group, **changed)

@@ -76,6 +76,7 @@ ORDER = (
     "tracking",
     "evaluation",
     "group_work",
+    "task_search",
     "rehearsal",
     "memory",
     "preparation",

@@ -14,7 +14,7 @@ from palf_dist.config import RunConfig
 from palf_dist.config_loading import load_config
 from palf_dist.errors import ConfigError
 from palf_dist.evaluation.methods import KAPPA, METHODS, baseline_policy, check_methods
-from palf_dist.group_work import final_accuracy
+from palf_dist.group_work import final_accuracy, measure
 from palf_dist.inner_loop import InnerLoop
 from palf_dist.policies import policy_spec
 from palf_dist.randomness import random_generator
@@ -145,6 +145,21 @@ def test_true_labels_are_what_noise_takes_and_nothing_else(datasets: dict[str, E
     assert [row["accuracy"] for row in found["ce_true_labels"][-group.size :]] == alone.tolist()
 
 
+def test_weights_tuned_on_a_task_look_no_worse_there_than_those_that_the_search_begins_with(
+    datasets: dict[str, EncodedDataset],
+) -> None:
+    config = config_of("tuneloss")
+    found = judged(config, datasets)
+    assert found["ce"] == judged(config_of("ce"), datasets)["ce"] and len(found["tuneloss"]) == len(found["ce"])
+    work, reference = units.Runner(config, datasets), preparation.reduce_tune(config, [])["reference"]
+    begun = []
+    for specs in evaluation_specs(config, datasets):
+        loop = InnerLoop(work._build(specs, reference), baseline_policy(METHODS["tuneloss"]), config.inner)
+        begun += measure(loop, torch.zeros(0))["validation_loss"].tolist()
+    losses = np.array([row["validation_loss"] for row in found["tuneloss"]])
+    assert (losses <= np.array(begun) + 1e-6).all() and (losses < np.array(begun)).mean() > 0.5
+
+
 def test_a_shield_at_use_is_that_of_the_configuration(datasets: dict[str, EncodedDataset]) -> None:
     shielded = judged(config_of("policy", overrides=(*GIVEN, f"policy.shield={KAPPA}")), datasets)
     found = judged(config_of("policy", "policy_shielded"), datasets)
@@ -179,7 +194,7 @@ def test_a_policy_that_does_not_suit_is_refused(
     check_methods(config_of("policy", other, overrides=(override,)), datasets)
 
 
-@pytest.mark.parametrize("method", ["ce", "ce_trainval"])
+@pytest.mark.parametrize("method", ["ce", "ce_trainval", "tuneloss"])
 def test_what_more_rows_take_of_memory_is_known(method: str) -> None:
     """Against the whole unit under the meter, which does not see the allocator's part."""
     config, datasets, _ = memory_cases.case("mlp adjoint adam")

@@ -15,6 +15,7 @@ from typing import Literal
 from palf_dist.config import PolicyConfig, RunConfig
 from palf_dist.errors import ConfigError
 from palf_dist.policies import CurriculumPolicy, HedgePolicy, OnlineLearnLoss, Policy, StaticPolicy, policy_spec
+from palf_dist.policies.online_learnloss import PER_EXAMPLE
 from palf_dist.policies.static import control_vector
 from palf_dist.tasks.encoded import EncodedDataset
 from palf_dist.tasks.family import evaluation_specs
@@ -33,6 +34,9 @@ TRAINVAL, CE_TRAINVAL, CE_BY_VALIDATION = "policy_trainval", "ce_trainval", "ce_
 KAPPA = 0.1
 """Of the shield of ``policy_shielded``: of the descent that cross-entropy's own gradient gives, a tenth is kept."""
 
+
+TRAININGS = 20
+"""Of each task by TuneLoss: as many as ``CE_BY_VALIDATION`` takes with the default grid."""
 
 TRUE_LABELS = "ce_true_labels"
 
@@ -56,6 +60,7 @@ class Method:
     trains_on_validation: bool = False  # on the training and the validation rows together
     true_labels: bool = False  # on the training rows as they were before label noise
     by_validation: bool = False  # at all learning rates and L2 strengths of the grid, kept by the validation rows
+    searched: int = 0  # trainings of the task in which TuneLoss looks for its mixture weights, by the validation rows
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of hyper-parameters, of a tuned static method
     by_name: bool = False  # compared only where it is asked for
     note: str = ""
@@ -71,8 +76,8 @@ class Method:
     @property
     def is_static(self) -> bool:
         """Whether it is a static loss, trained to the end, on the rows and with the values that all methods have."""
-        trained_otherwise = (self.early_stopping, self.trains_on_validation, self.true_labels, self.by_validation)
-        return bool(self.alpha) and not any(trained_otherwise)
+        fits_rows = self.early_stopping, self.by_validation, self.searched
+        return bool(self.alpha) and not any((*fits_rows, self.trains_on_validation, self.true_labels))
 
     @property
     def points(self) -> list[dict[str, float]]:
@@ -148,6 +153,15 @@ METHODS: dict[str, Method] = {
             "online LearnLoss",
             schedule=OnlineLearnLoss,
             note="re-learns the weights of the per-example losses every 10 steps from the run's own validation loss",
+        ),
+        Method(
+            "tuneloss",
+            "TuneLoss",
+            dict.fromkeys(PER_EXAMPLE, 1 / len(PER_EXAMPLE)),
+            searched=TRAININGS,
+            by_name=True,
+            note=f"constant weights of the per-example losses, found for each task in {TRAININGS} trainings of it, by "
+            "the final cross-entropy on its own validation rows, which are as noisy as the training rows",
         ),
         Method(
             "hedge",

@@ -13,6 +13,7 @@ from palf_dist.policies.meta_learned import (
 from palf_dist.policies.online_learnloss import OnlineLearnLoss
 from palf_dist.policies.schedule import CurriculumPolicy, RecordedSchedule
 from palf_dist.policies.static import StaticPolicy, fixed_mixture, mixture_controls
+from palf_dist.policies.task_mixtures import TaskMixtures
 
 __all__ = [
     "AdaptingPolicy",
@@ -25,6 +26,7 @@ __all__ = [
     "RecordedSchedule",
     "RecurrentPolicy",
     "StaticPolicy",
+    "TaskMixtures",
     "WithoutParameters",
     "fixed_mixture",
     "make_policy",

@@ -35,6 +35,7 @@ GAINS = {
     "focal": -0.4,
     "label_smoothing": 0.3,
     "online_learnloss": 0.0,
+    "tuneloss": 0.05,
     "symmetric_ce": 0.9,
     "info_nce": -58.0,
     "s5": 3.2,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from palf_dist.config_loading import parse_config
 from palf_dist.errors import ConfigError
 from palf_dist.evaluation.derived import PICKS
 from palf_dist.evaluation.methods import (
     LEARNED,
     METHODS,
     ORACLES,
+    TRAININGS,
     TUNED,
     baseline_policy,
     is_baseline,
@@ -18,6 +21,8 @@ from palf_dist.evaluation.methods import (
     select_methods,
     tuned_together,
 )
+from palf_dist.policies import OnlineLearnLoss
+from palf_dist.preparation import validated_pairs
 from palf_dist.types import BASIS_LOSSES, CONTROLS, DEFAULT_HYPERPARAMETERS, NUM_BASIS
 
 STATIC = [method for method in METHODS.values() if method.alpha]
@@ -71,6 +76,16 @@ def test_ce_with_other_rows_or_values_is_the_same_loss_and_no_static_one_to_choo
     assert tuned == ["ce", "s5_tuned"] and tuned_together([name]) == ()
 
 
+def test_weights_tuned_on_the_task_are_no_static_loss_and_begin_in_the_middle_of_the_box():
+    method = METHODS["tuneloss"]
+    assert not method.is_static and is_baseline(method.name) and method.searched == TRAININGS
+    middle = OnlineLearnLoss().mixture(np.zeros((0, 5)))
+    assert [method.alpha[name] for name in OnlineLearnLoss().active_basis] == pytest.approx(middle)
+    assert method.searched == len(validated_pairs(parse_config("data: {train: [digits], held_out: [iris]}", "a"))), (
+        "as many trainings as ce_by_validation"
+    )
+
+
 def test_the_policy_in_another_use_is_claimed_and_no_baseline():
     rows = [*METHODS, *PICKS, *(method.name for method in LEARNED.values())]
     policies = {"policy", "policy_trainval", "policy_shielded"}
@@ -97,7 +112,7 @@ def test_the_curriculum_follows_the_clock():
 
 def test_selection_keeps_the_table_order_and_always_holds_the_reference():
     by_name = ["policy_trainval", "policy_shielded", "policy_schedule", "policy_shuffled"]
-    by_name += ["hedge", "generalised_ce", "mae", "elr", "bootstrap", "ce_trainval", "ce_true_labels"]
+    by_name += ["tuneloss", "hedge", "generalised_ce", "mae", "elr", "bootstrap", "ce_trainval", "ce_true_labels"]
     by_name += ["ce_by_validation"]
     by_name += [f"{name}_tuned" for name, *_ in TUNED]
     assert [method.name for method in select_methods()] == [name for name in METHODS if name not in by_name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from palf_dist.policies import OnlineLearnLoss
 from palf_dist.policies.static import control_vector
 from palf_dist.randomness import random_generator
 from palf_dist.types import BASIS_LOSSES, CONTROL_INDEX, CONTROLS, NUM_BASIS, Rows, TaskGroup
-from tests.groups import make_group
+from tests.groups import alone, make_group
 
 NOTHING = torch.zeros(0)
 
@@ -109,24 +109,6 @@ def run(group: TaskGroup, stop: int | None = None) -> InnerState:
     state = loop.start()
     loop.run(state, NOTHING, loop.steps if stop is None else stop)
     return state
-
-
-def alone(group: TaskGroup, task: int) -> TaskGroup:
-    """One task of a group, without the rows that only pad it."""
-
-    def cut(rows: Rows) -> Rows:
-        count = int(rows.mask[task].sum())
-        part = [column[task : task + 1, :count] for column in (*rows.inputs, rows.labels, rows.mask)]
-        return Rows(tuple(part[:-2]), *part[-2:])
-
-    changed: dict = {"specs": group.specs[:1], "batches": group.batches[:, task : task + 1]}
-    for item in fields(group):
-        value = getattr(group, item.name)
-        if isinstance(value, Rows):
-            changed[item.name] = cut(value)
-        elif isinstance(value, torch.Tensor) and item.name != "batches":
-            changed[item.name] = value[task : task + 1]
-    return replace(group, **changed)
 
 
 def test_a_group_learns_for_each_task_what_that_task_would_learn_alone() -> None:
