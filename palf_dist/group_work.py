@@ -99,7 +99,7 @@ def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> di
     wrong = ((group.train.labels != clean) * group.train.mask).sum(1) / group.train_sizes
     return {
         "accuracy": curve[-1],
-        **_on_validation(loop, theta),
+        **on_validation(loop, theta),
         **{name: value.cpu().numpy() for name, value in metrics.items()},
         **curve_metrics(moments(loop.steps), np.stack(curve, 1)),
         "curve_accuracy": np.stack(curve, 1),
@@ -108,10 +108,10 @@ def measure(loop: InnerLoop, phi: Tensor, *, early_stopping: bool = False) -> di
     }
 
 
-def moments(steps: int) -> list[int]:
+def moments(steps: int, intervals: int = CURVE_INTERVALS) -> list[int]:
     """Inner steps taken when test accuracy is read along a run of ``steps``: from none to all of them, at the ends of
-    ``CURVE_INTERVALS`` equal intervals, to the nearest step."""
-    intervals = min(steps, CURVE_INTERVALS)
+    so many equal intervals, to the nearest step; after every step of a run that has fewer."""
+    intervals = min(steps, intervals)
     return [round(steps * index / intervals) for index in range(intervals + 1)]
 
 
@@ -145,7 +145,8 @@ def _trained(
     return kept
 
 
-def _on_validation(loop: InnerLoop, theta: Tensor) -> dict[str, np.ndarray]:
+def on_validation(loop: InnerLoop, theta: Tensor) -> dict[str, np.ndarray]:
+    """``validation_accuracy`` and ``validation_loss`` of ``measure``."""
     rows, class_mask = loop.group.validation, loop.group.class_mask
     seen = loop.evaluate(theta, rows), rows.labels, rows.mask, class_mask
     values = {"accuracy": accuracy(*seen), "loss": validation_loss(_CROSS_ENTROPY, *seen)}

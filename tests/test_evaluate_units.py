@@ -152,12 +152,14 @@ def test_weights_tuned_on_a_task_look_no_worse_there_than_those_that_the_search_
     found = judged(config, datasets)
     assert found["ce"] == judged(config_of("ce"), datasets)["ce"] and len(found["tuneloss"]) == len(found["ce"])
     work, reference = units.Runner(config, datasets), preparation.reduce_tune(config, [])["reference"]
-    begun = []
+    begun: list[tuple[float, float]] = []
     for specs in evaluation_specs(config, datasets):
         loop = InnerLoop(work._build(specs, reference), baseline_policy(METHODS["tuneloss"]), config.inner)
-        begun += measure(loop, torch.zeros(0))["validation_loss"].tolist()
-    losses = np.array([row["validation_loss"] for row in found["tuneloss"]])
-    assert (losses <= np.array(begun) + 1e-6).all() and (losses < np.array(begun)).mean() > 0.5
+        seen = measure(loop, torch.zeros(0))
+        begun += zip(seen["validation_accuracy"].tolist(), -seen["validation_loss"].round(5), strict=True)
+    ended = [(row["validation_accuracy"], -round(row["validation_loss"], 5)) for row in found["tuneloss"]]
+    assert all(end >= start for end, start in zip(ended, begun, strict=True))
+    assert sum(end > start for end, start in zip(ended, begun, strict=True)) > len(begun) / 2
 
 
 def test_a_shield_at_use_is_that_of_the_configuration(datasets: dict[str, EncodedDataset]) -> None:

@@ -161,7 +161,7 @@ METHODS: dict[str, Method] = {
             searched=TRAININGS,
             by_name=True,
             note=f"constant weights of the per-example losses, found for each task in {TRAININGS} trainings of it, by "
-            "the final cross-entropy on its own validation rows, which are as noisy as the training rows",
+            "the final accuracy on its own validation rows, which are as noisy as the training rows",
         ),
         Method(
             "hedge",

@@ -268,7 +268,7 @@ def _about(run: JudgedRun) -> dict[str, Any]:
 
 
 def _again(other: Sequence[float]) -> str:
-    found = ", ".join(f"{difference:+.2f}" for difference in other)
+    found = ", ".join(dict.fromkeys(f"{difference:+.2f}" for difference in other))
     return f" The same one, trained or judged at other times: {found} points against tuned CE." if other else ""
 
 

@@ -132,7 +132,7 @@ def test_ahead_of_every_method_on_every_dataset(points, ahead, behind, verdict):
 
 def test_other_uses_of_the_policy_are_no_baselines_and_a_stronger_ce_is_one():
     rows = with_gain(2.0, *BASELINES, seeds=9)
-    for name in ("policy_trainval", "policy_shielded", "ce_by_validation"):
+    for name in ("policy_trainval", "policy_shielded", "ce_by_validation", "tuneloss"):
         assert (found(rows + other(rows, name, 9.0), EVERY) == found(rows, EVERY)) == name.startswith("policy")
 
 

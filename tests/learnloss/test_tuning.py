@@ -298,6 +298,24 @@ def test_best_snapshot_is_counted_among_all_snapshots() -> None:
     assert search.best_snapshot is not None and search.best_snapshot.row == 4
 
 
+@pytest.mark.parametrize("factor", [1e10, 1e16, 1e25, 1e37])
+@pytest.mark.parametrize("diverging", [(0,), (2,), (0, 3), (1, 2, 3, 4, 5, 6)], ids=str)
+@pytest.mark.parametrize("what", ["features", "errors", "both"])
+def test_trainings_that_diverge_with_finite_numbers_do_not_stop_the_search(
+    factor: float, diverging: tuple[int, ...], what: str
+) -> None:
+    space = WeightSpace.of(dict.fromkeys("abc", (0.01, 100.0)), "ce")
+    for seed in range(2):
+        draw, search = np.random.default_rng(seed), TuneLoss(space, seed=seed)
+        for training in range(9):
+            features, errors = draw.uniform(0.2, 2, (5, 4)), draw.uniform(0.5, 2, 5)
+            if training in diverging:
+                features[2:] *= factor if what != "errors" else 1
+                errors[2:] *= factor if what != "features" else 1
+            search.tell(search.ask().identifier, Outcome(features, errors))
+        assert search.best is not None and (search.best.error <= 2 or what == "features")
+
+
 def test_an_abandoned_proposal_can_still_be_told() -> None:
     problem, search = Quadratic(), TuneLoss(SPACE)
     proposal = search.ask()
