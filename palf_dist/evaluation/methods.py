@@ -34,7 +34,6 @@ TRAINVAL, CE_TRAINVAL, CE_BY_VALIDATION = "policy_trainval", "ce_trainval", "ce_
 KAPPA = 0.1
 """Of the shield of ``policy_shielded``: of the descent that cross-entropy's own gradient gives, a tenth is kept."""
 
-
 TRAININGS = 20
 """Of each task by TuneLoss: as many as ``CE_BY_VALIDATION`` takes with the default grid."""
 
