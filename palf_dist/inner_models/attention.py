@@ -87,7 +87,9 @@ class SelfAttention(Layer):
         """The inverse of ``_split``: parts [G * B * heads, L, width of a head] as one [G, B, L, parts * width]."""
         tasks, rows, length = shape[:3]
         split = [part.view(tasks, rows, self.heads, length, -1).transpose(2, 3) for part in parts]
-        return torch.stack(split, 3).reshape(tasks, rows, length, -1)
+        # inductor takes a stack of one to be contiguous and then a view of it, which it is not
+        joined = split[0] if len(split) == 1 else torch.stack(split, 3)
+        return joined.reshape(tasks, rows, length, -1)
 
 
 def _factors(at: tuple[Tensor, ...], d_scores: Tensor, dy_heads: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
