@@ -12,7 +12,6 @@ from palf_dist.learnloss.space import WeightSpace
 _TAU = 0.5  # how fast observations lose weight with their error, in robust spreads
 _LIGHT = 1e-3  # observations of less weight than that do not count,
 _ENOUGH = 4  # but at least so many times the number of features do
-_DIVERGED = 1e6  # times usual rises of the error: a snapshot beyond says only that its training failed
 _RIDGE = 1e-8  # relative to the spread of a feature
 _FLAT = 1e-9  # share of the error's spread below which a fit explains nothing
 _ALPHA = 0.01  # least slope of the loss in the error: spreads of the reference feature per spread of the error
@@ -21,10 +20,6 @@ _ALPHA = 0.01  # least slope of the loss in the error: spreads of the reference 
 def margin(cone: Cone, rises: np.ndarray, low: np.ndarray, active: list[int]) -> np.ndarray | None:
     """x [k] of the largest t such that each observation's loss exceeds the winner's by t times its ``rises`` [N] >= 0;
     None where no error is above the winner's. ``active`` are rows to start with."""
-    if not rises.any():
-        return None
-    # no wider range than linear programs can take
-    rises = np.minimum(rises, _DIVERGED * np.quantile(rises[rises > 0], 0.1))
     # t is at most norm / rise of any observation: in units of the least of these it is in [0, 1]
     slopes = np.divide(rises, cone.norms, out=np.zeros_like(rises), where=cone.norms > 0)
     if not slopes.any():
@@ -44,10 +39,9 @@ def slack(cone: Cone, errors: np.ndarray, low: np.ndarray, active: list[int]) ->
     """
     rises = errors - errors.min()
     rises = rises / (float(np.median(rises)) or float(rises.mean()) or 1.0)
-    sound = rises <= _DIVERGED
-    enough = np.sort(rises[sound])[: _ENOUGH * (len(low) + 1)][-1]
+    enough = np.sort(rises)[: _ENOUGH * (len(low) + 1)][-1]
     weights = np.exp(-rises / max(_TAU, -enough / np.log(_LIGHT)))
-    heavy = sound & (weights >= 0.99 * _LIGHT)
+    heavy = weights >= 0.99 * _LIGHT
     shares = weights[heavy]
     shares /= shares.sum()
     rises, differences = rises[heavy], cone.differences[heavy]
