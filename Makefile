@@ -21,7 +21,7 @@ help:
 	@echo "make results-all  the same after all runs that it has room for: learned schedule, constants, MAML-Loss, families never seen, transfers; many hours"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
 	@echo "make versions     a smoke run, and the tests of the loss, of tracking and of the registry, with the lowest versions of torch, ray, mlflow and all else that pyproject.toml takes, a download of 3 GB, and with the newest but for torch, which stays at its pin (versions-lowest, versions-newest: one of the two)"
-	@echo "make bench        all benchmarks, one after the other: hours"
+	@echo "make bench        all benchmarks, one after the other: hours (ARGS=--write-docs saves their pages and figures in docs)"
 	@echo "make bench-meta-gradient   meta-gradients against other libraries, which go into .venv-bench (ARGS='--rounds 2 --workloads A' makes it shorter)"
 	@echo "make bench-tuneloss   trainings that TuneLoss and common searchers need (ARGS='--seeds 1' makes it shorter)"
 	@echo "make soak         meta-training for 15 minutes while workers, nodes, drivers, disk and MLflow fail (ARGS='--minutes 60 --seed 7')"
@@ -103,8 +103,10 @@ versions-lowest versions-newest: versions-%:
 	  $(VERSIONS)/bin/palf-dist meta-train --config configs/smoke.yaml --run-dir $$runs/run
 	$(VERSIONS)/bin/python -m pytest -q -o filterwarnings= $(VERSIONS_TESTS)
 
+# Those that have a page of documentation take --write-docs; the others only print.
 bench: $(STAMP) bench-meta-gradient
-	for name in hedge_regret import_time learnloss_lp learnloss_certificates classifier online_learnloss overhead rounds estimators scaling tuneloss; do $(BIN)/python -m benchmarks.$$name || exit; done
+	for name in import_time learnloss_lp learnloss_certificates classifier online_learnloss; do $(BIN)/python -m benchmarks.$$name || exit; done
+	for name in overhead rounds estimators hedge_regret scaling tuneloss; do $(BIN)/python -m benchmarks.$$name $(ARGS) || exit; done
 
 bench-meta-gradient: $(BENCH_STAMP)
 	$(BENCH_BIN)/python -m benchmarks.meta_gradient $(ARGS)
