@@ -50,6 +50,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "sh checkout"): "the tests and checks themselves; what they name has to be there",
     ("docs/evaluation.md", "sh ablations"): "nearly fifty meta-training runs of palf12",
     ("docs/evaluation.md", "sh transfer"): "hours, on the policies of the published table",
+    ("docs/learnloss.md", "text"): "ten minutes on two cores, on the downloaded suite",
     ("docs/mlflow_server.md", "sh server"): "stays in the foreground; the same server is started on a free port",
     ("docs/operations.md", "sh cloud"): "needs an account at a cloud, or a Kubernetes cluster",
     ("docs/policies.md", "text"): "how the published policy was made: hours",
