@@ -38,7 +38,6 @@ SESSIONS = "/run/ray"
 STORE_BYTES = 100_000_000
 START_SECONDS = 180
 START_ATTEMPTS = 3
-FIRST_SECONDS = 60  # a moment, unless the machine is busy
 RAYLET = "raylet"
 WORKER = "ray::Worker"  # the name that Ray gives to processes of palf_dist's actor
 NAMESPACES = ("--mount", "--uts", "--net", "--pid")
@@ -68,12 +67,19 @@ if test -n "$2"; then
   mount --bind /run/hosts /etc/hosts
 fi
 ip link set lo up
-echo ready
-exec "$3" -ISc "$4" "$0" >/dev/null 2>&1
+exec "$3" -ISc "$4" "$0"
 """
-STAY = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); sys.stdin.read()"
+STAY = """
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+print("ready", flush=True)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+os.dup2(1, 2)
+sys.stdin.read()
+"""
 """A host lives as long as this program: until its standard input ends, or it is killed. It adopts the host's orphans,
-which are gone at once when they end: nobody has to wait for them."""
+which are gone at once when they end: nobody has to wait for them. That the host is ready is for it to say: while the
+shell becomes this program, the process has no command line to be found by."""
 
 
 class HostsError(RuntimeError):
@@ -247,15 +253,6 @@ class Hosts:
         said = process.stdout.readline()
         if said != "ready\n":
             raise HostsError(f"{host} did not start: {said}{process.stdout.read()}")
-        end = time.monotonic() + FIRST_SECONDS
-        while True:  # while the shell becomes another program, it has no command line to be found by
-            try:
-                self._first(host)
-                return
-            except HostsError:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(0.02)
 
     def _mark(self, host: str) -> str:
         return f"palf-hosts/{self.name}/{host}"

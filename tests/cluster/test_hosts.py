@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cluster import hosts as made
 from cluster.hosts import HEAD, LAPTOP, RAYLET, WORKER, Hosts, HostsError, check, hosts
 from palf_dist import faults
 from palf_dist.config import RunConfig
@@ -166,6 +167,18 @@ def test_the_script_reaches_hosts_cuts_and_heals_them(wired: Hosts) -> None:
     ended = main("cut", "worker-1")
     assert ended.returncode == 2 and ended.stderr.startswith("error: there is no host 'laptop' of the name 'test-")
     assert main("down").returncode == 0
+
+
+def test_a_host_is_there_once_its_first_process_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell that sets it up is slow to become that program; until then the host can be lost from sight."""
+    monkeypatch.setattr(made, "FIRST_PROCESS", made.FIRST_PROCESS.replace('exec "$3"', 'sleep 0.5\nexec "$3"'))
+    here = Hosts(f"test-{os.getpid()}-slow")
+    here.wire(1)
+    try:
+        (target,) = (word for word in here.command(HEAD) if word.startswith("--target="))
+        assert Path("/proc", target.removeprefix("--target="), "comm").read_text().startswith("python")
+    finally:
+        here.down()
 
 
 def test_hosts_end_with_the_process_that_has_them() -> None:
