@@ -17,8 +17,8 @@ SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 help:
 	@echo "make meta-train   meta-train a policy with configs/quick.yaml (ARGS='--workers 4' adds options)"
-	@echo "make results      the published table: docs/results.md, and the README's, from both folds of the suite palf12, in runs/palf12, and every other run there that is finished; hours on two cores; goes on where it was stopped"
-	@echo "make results-all  the same after all runs that it has room for: learned schedule, constants, MAML-Loss, families never seen, transfers; many hours"
+	@echo "make results      the published table: docs/results.md, and the README's, from both folds of the suite palf12, in runs/palf12, with the published results of the other runs; hours on two cores; goes on where it was stopped"
+	@echo "make results-all  the same, with the other runs done again too: learned schedule, constants, MAML-Loss, families never seen, transfers; many hours"
 	@echo "make test         lint, types and all tests (OFFLINE=1 leaves out those that download)"
 	@echo "make versions     a smoke run, and the tests of the loss, of tracking and of the registry, with the lowest versions of torch, ray, mlflow and all else that pyproject.toml takes, a download of 3 GB, and with the newest but for torch, which stays at its pin (versions-lowest, versions-newest: one of the two)"
 	@echo "make bench        all benchmarks, one after the other: hours (ARGS=--write-docs saves their pages and figures in docs)"
@@ -79,9 +79,12 @@ $(call results_of,$(TRANSFERS)): $(RUNS)/%/results.parquet: | $(STAMP) suite $(c
 suite: $(STAMP)
 	$(BIN)/palf-dist datasets fetch --suite palf12
 
-# The page is that of all finished runs, so that no poorer one takes its place.
+# Beside the page lie the results of all runs but the folds, by the names of the runs: the page has them also where only
+# the folds are done again. A run that is finished here takes the place of the one that was.
 results: $(call results_of,$(FOLDS))
-	$(BIN)/palf-dist results $$(dirname $(RUNS)/*/results.parquet) --output docs
+	mkdir -p docs/results
+	for run in $$(dirname $(RUNS)/*/results.parquet); do case $$run in */fold-*) ;; *) cp $$run/results.parquet docs/results/$$(basename $$run).parquet;; esac || exit; done
+	$(BIN)/palf-dist results $(FOLDS:%=$(RUNS)/%) $$(ls docs/results/*.parquet 2>/dev/null) --output docs
 	$(BIN)/python -m benchmarks.readme
 
 results-all: $(call results_of,$(FOLDS) $(LEARNED) $(FAMILIES) $(TRANSFERS)) results

@@ -10,7 +10,10 @@ from palf_dist.cli_shared import AsJson, Overrides, near, output
 
 
 def results(
-    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="Folders or URIs of finished runs.")],
+    run_dirs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_DIR...", help="Folders or URIs of runs, or their results.parquet."),
+    ],
     output_folder: Annotated[
         str, typer.Option("--output", metavar="DIR", help="Where results.md, results.json and results/*.png go.")
     ],

@@ -166,7 +166,7 @@ def test_the_runs_of_the_published_table_have_options_that_hold(
     (page,) = re.findall(r"```sh transfer\n(.*?)```", (DOCS / "evaluation.md").read_text(), re.DOTALL)
     evaluations = [line for line in page.splitlines() if " evaluate " in line]
     assert len(evaluations) == len(transfers) and set(evaluations) <= {line.rstrip() for line in printed.splitlines()}
-    assert "palf-dist results $(dirname runs/palf12/*/results.parquet) --output docs" in printed
+    assert "palf-dist results runs/palf12/fold-0 runs/palf12/fold-1 $(ls docs/results/*.parquet" in printed
 
 
 def test_a_finished_run_is_not_done_again_and_one_that_has_begun_is_resumed(tmp_path: Path) -> None:
@@ -181,15 +181,21 @@ def test_a_finished_run_is_not_done_again_and_one_that_has_begun_is_resumed(tmp_
         )
         stand_in.chmod(0o755)
     (tmp_path / "runs/palf12/schedule-0").mkdir()
-    (tmp_path / "runs/palf12/schedule-0/results.parquet").touch()
+    (tmp_path / "runs/palf12/schedule-0/results.parquet").write_text("new")
+    (tmp_path / "docs/results").mkdir(parents=True)
+    for name in ("family-image", "schedule-0"):
+        (tmp_path / f"docs/results/{name}.parquet").write_text("published before")
     make = ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/.installed", "results", "BIN=bin"]
     subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
     assert (tmp_path / "said").read_text().splitlines() == [
         "datasets fetch --suite palf12",
         "meta-train --resume runs/palf12/fold-1",
-        "results runs/palf12/fold-0 runs/palf12/fold-1 runs/palf12/schedule-0 --output docs",
+        "results runs/palf12/fold-0 runs/palf12/fold-1 docs/results/family-image.parquet "
+        "docs/results/schedule-0.parquet --output docs",
         "-m benchmarks.readme",
     ]
+    published = {path.name: path.read_text() for path in (tmp_path / "docs/results").iterdir()}
+    assert published == {"family-image.parquet": "published before", "schedule-0.parquet": "new"}
 
 
 @pytest.mark.timeout(1800)

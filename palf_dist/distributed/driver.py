@@ -25,6 +25,7 @@ from palf_dist.distributed.pool import Broadcast, RunnerFactory
 from palf_dist.distributed.session import Session, Stopped, open_session
 from palf_dist.errors import DataError, PolicyFileError, RunDirectoryError
 from palf_dist.evaluation.methods import check_methods
+from palf_dist.evaluation.results_file import results_bytes
 from palf_dist.policies import policy_spec
 from palf_dist.policies.policy_file import PolicyArtefact, load_policy, policy_bytes, save_policy, trained_on
 from palf_dist.progress import Progress
@@ -202,7 +203,7 @@ def evaluate_policy(
         normalisation = {"feature_mean": artefact.mean.tolist(), "feature_std": artefact.std.tolist()}
         try:
             prepared = {**phases.tune(session), **normalisation}
-            rows = _compare(session, place, Broadcast(artefact.phi, 0, prepared))
+            rows = _compare(session, place, Broadcast(artefact.phi, 0, prepared), config, artefact)
         except Stopped:
             raise KeyboardInterrupt from None
         if place is not None:
@@ -210,14 +211,18 @@ def evaluate_policy(
     return rows
 
 
-def _compare(session: Session, place: Workplace | None, broadcast: Broadcast) -> list[dict[str, Any]]:
-    """Rows of the held-out comparison, which ``place`` keeps; those that are there, where it was finished before."""
+def _compare(
+    session: Session, place: Workplace | None, broadcast: Broadcast, config: RunConfig, policy: PolicyArtefact
+) -> list[dict[str, Any]]:
+    """Rows of the held-out comparison, which ``place`` keeps with the configuration and the card of ``policy``; those
+    that are there, where it was finished before."""
     if place is None:
         return phases.evaluate(session, broadcast)
     rows = _finished_rows(place)
     if rows is None:
         rows = phases.evaluate(session, broadcast)
-        place.insist(lambda: _write_rows(place.folder / RESULTS, rows))
+        contents = results_bytes(rows, config, policy.card)
+        place.insist(lambda: write_atomic(place.folder / RESULTS, contents))
         discard(place)
     return rows
 
@@ -297,7 +302,8 @@ def _train_and_report(
         for _ in training.run():
             pass
         best = training.best
-        result.rows = _compare(session, place, Broadcast(best.policy, best.version, training.prepared))
+        broadcast = Broadcast(best.policy, best.version, training.prepared)
+        result.rows = _compare(session, place, broadcast, session.config, training.artefact())
     except Stopped:
         result.interrupted = True
     if training is None:
@@ -325,9 +331,3 @@ def _report(config: RunConfig, place: Workplace, result: RunResult) -> None:
 
     made = make_report(place.folder, place.location)
     result.report = made.moved(place.at)
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
-    write_atomic(path, sink.getvalue().to_pybytes())

@@ -235,7 +235,7 @@ class MetaTraining:
     def _broadcast(self) -> Broadcast:
         return Broadcast(self.learner.policy.copy(), self.learner.version, self.prepared)
 
-    def _artefact(self) -> PolicyArtefact:
+    def artefact(self) -> PolicyArtefact:
         """The best policy. Its card holds nothing that depends on where or how the run was done."""
         config, best, datasets = self._config, self.best, self._session.datasets
         card = {
@@ -304,7 +304,7 @@ class MetaTraining:
 
     def _write_best(self) -> None:
         if self._best is not self._best_written:
-            save_policy(self.policy_file.parent, self._artefact())
+            save_policy(self.policy_file.parent, self.artefact())
             self._best_written = self._best
 
     def _restore(self, checkpoint: Checkpoint) -> None:

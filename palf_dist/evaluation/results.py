@@ -158,7 +158,7 @@ def _joined(runs: JoinedRuns, overhead: Figure, ablations: Sequence[AblationReco
     figures |= as_is.figures() | {overhead.name: overhead} | more_tasks_figures(ablations, design_of(runs.config))
     family_compared, family_pairs = held_out(family_rows) if family_rows else ([], [])
     family_figures = headline(family_rows, family_compared, family_pairs, runs.config) if family_rows else {}
-    trajectories = _trajectories(runs.folds)
+    trajectories = _trajectories(runs.explained)
     interpretation = None if trajectories is None else _interpretation(runs, trajectories)
     evidence = Evidence(
         runs.config, figures, family_figures, rows, compared, pairs, trajectories, interpretation, ablations
@@ -198,7 +198,7 @@ def _record(joined: Joined, designs: Sequence[Mapping[str, Any]]) -> dict[str, A
         "family_headline": {name: number(figure.value) for name, figure in joined.family_figures.items()},
         "interpretation": None if interpretation is None else interpretation_record(interpretation),
         "transfers": {kind: to_records(transfer.compared) for kind, transfer in joined.transfers.items()},
-        "runs": [_about(run) for run in joined.runs.all],
+        "runs": [_about(run, joined.runs) for run in joined.runs.all],
     }
 
 
@@ -213,10 +213,10 @@ def _looks(runs: JoinedRuns, figures: Mapping[str, Figure]) -> list[Look]:
 
 
 def _trajectories(folds: Sequence[JudgedRun]) -> pa.Table | None:
-    """Those of the last outer steps of the runs of the policy, with the number of the run as a column. Raises
-    RunDirectoryError where the columns of two runs differ."""
+    """Those of the last outer steps of these runs, with the number of the run as a column. Raises RunDirectoryError
+    where the columns of two runs differ."""
     tables: list[tuple[str, pa.Table]] = []
-    for index, run in enumerate(run for run in folds if run.learned is None):
+    for index, run in enumerate(folds):
         table = last_trajectories(run.place)
         if table is None:
             continue
@@ -231,7 +231,7 @@ def _trajectories(folds: Sequence[JudgedRun]) -> pa.Table | None:
 
 def _interpretation(runs: JoinedRuns, trajectories: pa.Table) -> Interpretation:
     """Of the trajectories that ``_trajectories`` gives."""
-    folds = [run for run in runs.folds if run.learned is None]
+    folds = runs.explained
     sources = [source for run in folds for source in run.config.data.train]
     facts = dataset_facts(trajectories["dataset"].unique().to_pylist(), sources, runs.rows)
     return interpret(trajectories, runs.config, facts, [load_policy(join(run.place, BEST)) for run in folds])
@@ -253,13 +253,14 @@ def _details(figure: Figure) -> dict[str, Any]:
     }
 
 
-def _about(run: JudgedRun) -> dict[str, Any]:
+def _about(run: JudgedRun, runs: JoinedRuns) -> dict[str, Any]:
     return {
         "name": run.config.name,
         "policy": run.config.policy.kind,
         "held_out": run.judged,
         "family": run.family,
         "transfer": run.transfer,
+        "trained_apart": runs.trained_apart(run),
         "trained_on": run.card["trained_on"],
         "outer_step": run.card.get("outer_step"),
         "selection_score": run.card.get("selection_score"),
@@ -326,7 +327,7 @@ def _page(
         "and updates have rules of their own, and that about time goes by the benchmark of overhead alone.\n",
         markdown_table((["claim", "measured", "verdict"], [list(entry.values()) for entry in joined.claims]), texts=3),
         "## Runs\n",
-        markdown_table(_run_cells(runs.all), texts=3),
+        markdown_table(_run_cells(runs), texts=3),
     ]
     return "\n".join(parts)
 
@@ -356,14 +357,15 @@ def _headline_cells(figures: Mapping[str, Figure]) -> Cells:
     return ["figure", "of what", "value", "95 % interval"], rows
 
 
-def _run_cells(runs: Sequence[JudgedRun]) -> Cells:
+def _run_cells(runs: JoinedRuns) -> Cells:
     rows = []
-    for run in runs:
-        about = _about(run)
+    for run in runs.all:
+        about = _about(run, runs)
+        apart = ", of a policy trained at another time" if about["trained_apart"] else ""
         score = about["selection_score"]
         rows.append(
             [
-                f"{about['name']} ({about['transfer']} transfer)" if about["transfer"] else about["name"],
+                f"{about['name']} ({about['transfer']} transfer{apart})" if about["transfer"] else about["name"],
                 about["policy"],
                 ", ".join(about["held_out"]),
                 f"{len(about['trained_on'])} datasets",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +9,16 @@ from itertools import chain, product
 from math import inf
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from palf_dist.config import DatasetSource, RunConfig
 from palf_dist.config_loading import RESUMABLE, config_differences, is_search_config, load_config
 from palf_dist.errors import RunDirectoryError
 from palf_dist.evaluation.methods import LEARNED, REFERENCE, select_methods
+from palf_dist.evaluation.results_file import ResultsFile, read_results
 from palf_dist.evaluation.statistics import task_of
 from palf_dist.evaluation.transfer import FREE_OF_TRANSFERS, KINDS, transfer_of
 from palf_dist.policies.policy_file import load_policy, trained_on
 from palf_dist.run_directory import BEST, CONFIG, RESULTS, no_run
-from palf_dist.storage import exists, first_line, join, read_file
+from palf_dist.storage import exists, join
 from palf_dist.tasks.registry import REGISTRY
 
 FREE = (*RESUMABLE, "name", "data.train", "data.held_out")
@@ -40,6 +37,8 @@ loss, or values tuned on each task, move 70 % of them and more."""
 COLUMNS = ("method", "dataset", "family", "architecture", "noise_rate", "condition", "seed", "target_prior", "accuracy")
 """Of results.parquet, without which there is no report."""
 
+PARQUET = ".parquet"
+
 Row = Mapping[str, Any]
 
 
@@ -53,6 +52,7 @@ class JudgedRun:
     rows: Sequence[Row]  # of results.parquet
     learned: str | None = None  # the method that its policy is, beside that of the other runs: one of ``LEARNED``
     transfer: str | None = None  # the policy judged on what it was not trained on: one of ``transfer.KINDS``
+    alone: bool = False  # its results.parquet is all there is: neither its trajectories nor its policy
 
     @property
     def judged(self) -> list[str]:
@@ -78,12 +78,21 @@ class JoinedRuns:
     transfers: dict[str, list[JudgedRun]]  # evaluations by kind of transfer
 
     @property
+    def explained(self) -> list[JudgedRun]:
+        """The folds of the policy itself whose trajectories and policy are there."""
+        return [run for run in self.folds if run.learned is None and not run.alone]
+
+    @property
     def all(self) -> list[JudgedRun]:
         return [*self.folds, *self.families, *chain.from_iterable(self.transfers.values())]
 
     @property
     def rows(self) -> list[Row]:
         return _join(self.folds)
+
+    def trained_apart(self, run: JudgedRun) -> bool:
+        """Whether a transfer judges a policy that is none of the folds' own."""
+        return run.transfer is not None and all(run.card != fold.card for fold in self.folds)
 
     @property
     def family_rows(self) -> list[Row]:
@@ -153,8 +162,26 @@ def _check_one_design(first: JudgedRun, run: JudgedRun, free: Sequence[str] = ()
 
 
 def read_run(place: str) -> JudgedRun:
-    """The run at a path or URI. Raises RunDirectoryError where it has not been evaluated, or not as its configuration
-    asks for; ConfigError and PolicyFileError for damaged files."""
+    """The run at a path or URI, or whose results.parquet, by whatever name ending so, is there alone. Raises
+    RunDirectoryError where it has not been evaluated, or not as its configuration asks for; ConfigError and
+    PolicyFileError for damaged files."""
+    alone = place.endswith(PARQUET)
+    results = read_results(place) if alone else _results_of(place)
+    if results.config is None or results.card is None:
+        raise RunDirectoryError(
+            f"{place}: does not say of which configuration and policy it has the results; name the run's folder"
+        )
+    columns = results.table.column_names
+    if missing := sorted({*COLUMNS} - {*columns} | {"trained_on", "origins"} - results.card.keys()):
+        raise RunDirectoryError(f"{place}: its results or its policy's card lack {', '.join(missing)}; restore the run")
+    transfer = transfer_of(results.config, results.card, place)
+    run = JudgedRun(place, results.config, results.card, results.table.to_pylist(), transfer=transfer, alone=alone)
+    _check_complete(run)
+    return run
+
+
+def _results_of(place: str) -> ResultsFile:
+    """Of a run directory, with its configuration and the card of its policy."""
     if not exists(join(place, CONFIG)):
         raise no_run(place)
     if is_search_config(join(place, CONFIG)):
@@ -165,18 +192,12 @@ def read_run(place: str) -> JudgedRun:
             f"{place}: has not been evaluated ({RESULTS} is missing); finish it with palf-dist meta-train --resume "
             f"{place}, or an evaluation with palf-dist evaluate --resume {place}"
         )
-    try:
-        table = pq.read_table(io.BytesIO(read_file(join(place, RESULTS))))
-    except (pa.ArrowException, OSError) as error:
+    results = read_results(join(place, RESULTS))
+    if results.config and (changed := config_differences(results.config, config, places=("then", "now"))):
         raise RunDirectoryError(
-            f"{place}: {RESULTS} cannot be read ({first_line(error)}); restore that file"
-        ) from error
-    card = load_policy(join(place, BEST)).card
-    if missing := sorted({*COLUMNS} - {*table.column_names} | {"trained_on", "origins"} - card.keys()):
-        raise RunDirectoryError(f"{place}: its results or its policy's card lack {', '.join(missing)}; restore the run")
-    run = JudgedRun(place, config, card, table.to_pylist(), transfer=transfer_of(config, card, place))
-    _check_complete(run)
-    return run
+            f"{place}: {CONFIG} is not what {RESULTS} was made with; restore it\n" + "\n".join(changed)
+        )
+    return ResultsFile(results.table, config, load_policy(join(place, BEST)).card)
 
 
 def _check_complete(run: JudgedRun) -> None:

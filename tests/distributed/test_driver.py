@@ -203,6 +203,8 @@ def test_a_policy_is_judged_on_another_architecture_and_horizon(undisturbed: Pat
         assert "tuning 8/8" in screen.getvalue()
         kept = read_run(str(tmp_path / name))
         assert kept.rows == found[name] and kept.config == config
+        alone = read_run(str(tmp_path / name / "results.parquet"))
+        assert alone == dataclasses.replace(kept, place=alone.place, alone=True)
         assert kept.transfer == {"longer": "horizon", "wider": "architecture"}[name]
         for file in ("policy.safetensors", "policy.json"):
             assert (tmp_path / name / "best" / file).read_bytes() == (undisturbed / "best" / file).read_bytes()
@@ -216,6 +218,11 @@ def test_a_policy_is_judged_on_another_architecture_and_horizon(undisturbed: Pat
     save_policy(tmp_path / "scaled", scaled)
     rows = evaluate_policy(asked, tmp_path / "scaled", progress=Progress(Console(file=io.StringIO())))
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in found["longer"]]
+
+
+def test_the_results_of_a_run_say_what_they_are_of(undisturbed: Path) -> None:
+    run, alone = (read_run(str(place)) for place in (undisturbed, undisturbed / "results.parquet"))
+    assert alone == dataclasses.replace(run, place=alone.place, alone=True)
 
 
 def test_what_evaluate_keeps_goes_into_a_new_folder(undisturbed: Path, tmp_path: Path) -> None:
@@ -244,7 +251,7 @@ def test_an_evaluation_without_its_rows_is_no_result(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(driver, "_write_rows", killed)
+    monkeypatch.setattr(driver, "results_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate_policy(small_config(), undisturbed / "best", run_dir=tmp_path / "kept")
     with pytest.raises(RunDirectoryError, match="keeps an evaluation"):

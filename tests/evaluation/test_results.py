@@ -16,7 +16,8 @@ from palf_dist.evaluation import results
 from palf_dist.evaluation.overhead import OVERHEAD_JSON
 from palf_dist.evaluation.report import make_report
 from palf_dist.evaluation.results import BLOCK, _brief_table, _trajectories, make_results
-from palf_dist.evaluation.runs import read_runs
+from palf_dist.evaluation.results_file import results_bytes
+from palf_dist.evaluation.runs import read_run, read_runs
 from palf_dist.evaluation.statistics import compare
 from palf_dist.evaluation.table import to_main_markdown
 from tests.evaluation.judged import FEW, FOLDS, judged_folds, judged_run, rows_of
@@ -189,6 +190,19 @@ def test_equal_runs_give_equal_bytes_whatever_their_order_and_place(tmp_path, sm
 
 
 @pytest.mark.slow
+def test_results_alone_give_the_page_of_their_runs(tmp_path, small):
+    """Of runs without trajectories, all of it."""
+    files = []
+    for index, run in enumerate(map(read_run, small)):
+        files.append(tmp_path / f"any-{index}.parquet")
+        files[-1].write_bytes(results_bytes(run.rows, run.config, run.card))
+    of_runs, of_files = (
+        make_results([*map(str, places)], tmp_path / name) for name, places in (("a", small), ("b", files))
+    )
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") and of_runs.record == of_files.record
+    assert of_files.record["interpretation"] is None
+
+
 def test_designs_are_counted_and_never_dropped(tmp_path, small):
     docs = tmp_path / "docs"
     assert make_results(small, docs).record["headline"]["held_out_designs"] == 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from palf_dist.errors import PolicyFileError, RunDirectoryError
-from palf_dist.evaluation.runs import ROUNDED, ROUNDING, read_runs, unlike
+from palf_dist.evaluation.results_file import results_bytes
+from palf_dist.evaluation.runs import ROUNDED, ROUNDING, read_run, read_runs, unlike
 from palf_dist.run_directory import CONFIG, RESULTS
 from tests.evaluation.judged import judged_run, rows_of
 from tests.evaluation.synthetic import few_rows, write_run
@@ -57,7 +60,7 @@ def test_damaged_results_and_policies_are_named(tmp_path, fold):
     judged_run(other, rows("wine"))
     whole = (other / RESULTS).read_bytes()
     (other / RESULTS).write_bytes(b"PAR1 torn")
-    assert f"{other}: results.parquet cannot be read" in refused(fold, str(other))
+    assert f"{other}/results.parquet: cannot be read" in refused(fold, str(other))
     for some in (rows("wine")[1:], rows("iris"), rows("wine") + rows("iris")):
         pq.write_table(pa.Table.from_pylist(some), other / RESULTS)
         assert "does not hold what the run's own config.yaml asks for" in refused(fold, str(other))
@@ -67,6 +70,35 @@ def test_damaged_results_and_policies_are_named(tmp_path, fold):
     (other / "best" / "policy.json").unlink()
     with pytest.raises(PolicyFileError, match=r"there is no policy\.json"):
         read_runs([fold, str(other)])
+
+
+def test_results_alone_are_a_run(tmp_path, fold):
+    """The file of a run, by another name and without its folder."""
+    other = judged_run(tmp_path / "other", rows("wine"))
+    run = read_run(other)
+    alone = tmp_path / "published.parquet"
+    alone.write_bytes(results_bytes(run.rows, run.config, run.card))
+    found = read_run(str(alone))
+    assert found == replace(run, place=str(alone), alone=True)
+    joined = read_runs([str(alone), fold])
+    assert joined.rows == read_runs([fold, other]).rows and [run.place for run in joined.explained] == [fold]
+    assert f"wine: is judged by both {other} and {alone}" in refused(fold, other, str(alone))
+    pq.write_table(pa.Table.from_pylist([*run.rows]), alone)
+    assert f"{alone}: does not say of which configuration and policy" in refused(fold, str(alone))
+    assert "nowhere.parquet: cannot be read (No such file" in refused(fold, str(tmp_path / "nowhere.parquet"))
+
+
+def test_a_configuration_that_was_changed_afterwards_is_refused(tmp_path, fold):
+    other = judged_run(tmp_path / "other", rows("wine"))
+    run, written = read_run(other), (tmp_path / "other" / CONFIG).read_text()
+    (tmp_path / "other" / RESULTS).write_bytes(results_bytes(run.rows, run.config, run.card))
+    assert read_run(other) == run
+    (tmp_path / "other" / CONFIG).write_text(written.replace("steps: 150", "steps: 300"))
+    message = refused(fold, other)
+    assert f"{other}: config.yaml is not what results.parquet was made with" in message
+    assert "inner.steps: 150 then, 300 now" in message
+    (tmp_path / "other" / CONFIG).write_text(written.replace("workers: auto", "workers: 7"))
+    assert read_run(other).rows == run.rows, "where a run went on touches no result"
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def runs(tmp_path):
 def test_each_kind_has_a_table_and_a_figure(tmp_path, runs):
     folds, evaluated = runs
     longer = [evaluated(f"horizon-{name}", name, "inner.steps=1500", gain=0.05) for name in ("iris", "wine")]
-    other = evaluated("architecture", "wine", OTHER, "evaluation.methods=[policy, ce, s5]", gain=0.02)
+    other = evaluated("architecture", "wine", OTHER, "evaluation.methods=[policy, ce, s5]", gain=0.02, outer_step=40)
     made = make_results([*longer, folds[1], other, folds[0]], tmp_path / "docs")
     head, details = made.record["headline"], made.record["headline_details"]
 
@@ -134,7 +134,9 @@ def test_each_kind_has_a_table_and_a_figure(tmp_path, runs):
     assert head["held_out_designs"] == 3
     page = made.markdown.read_text()
     assert page.index("## Architecture transfer") < page.index("## Horizon transfer") < page.index("## The claims")
+    assert [run["trained_apart"] for run in made.record["runs"]] == [False, False, True, False, False]
     assert "| suite (horizon transfer) |" in page
+    assert "| suite (architecture transfer, of a policy trained at another time) |" in page
     again = make_results([*folds, other, *longer], tmp_path / "docs")
     assert again.record == made.record, "whatever the order, and no look is counted twice"
 
