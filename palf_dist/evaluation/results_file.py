@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from palf_dist.config import RunConfig
 from palf_dist.config_loading import dump_config, parse_config
@@ -29,9 +30,14 @@ class ResultsFile:
     card: Mapping[str, Any] | None
 
 
+class _About(BaseModel):
+    config: str  # as YAML
+    card: dict[str, Any]
+
+
 def results_bytes(rows: Sequence[Mapping[str, Any]], config: RunConfig, card: Mapping[str, Any]) -> bytes:
     """The contents of the file."""
-    about = {"config": dump_config(config), "card": dict(card)}
+    about = _About(config=dump_config(config), card=dict(card)).model_dump()
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(rows)).replace_schema_metadata({ABOUT: json.dumps(about)}), sink)
     return sink.getvalue().to_pybytes()
@@ -42,8 +48,15 @@ def read_results(path: str) -> ResultsFile:
     configuration is not one that this version knows."""
     try:
         table = pq.read_table(io.BytesIO(read_file(path)))
-        about = json.loads((table.schema.metadata or {}).get(ABOUT, "{}"))
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise RunDirectoryError(f"{path}: cannot be read ({first_line(error)}); restore that file") from error
-    config = parse_config(about["config"], f"{path}, its metadata") if about else None
-    return ResultsFile(table, config, about.get("card"))
+    found = (table.schema.metadata or {}).get(ABOUT)
+    if found is None:
+        return ResultsFile(table, None, None)
+    try:
+        about = _About.model_validate(json.loads(found))
+    except ValueError as error:
+        raise RunDirectoryError(
+            f"{path}: its metadata {ABOUT.decode()} are not what this program writes; restore that file"
+        ) from error
+    return ResultsFile(table, parse_config(about.config, f"{path}, its metadata"), about.card)

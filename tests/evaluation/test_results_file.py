@@ -34,7 +34,10 @@ def test_a_file_of_earlier_versions_has_rows_alone(tmp_path):
 @pytest.mark.parametrize(
     ("about", "error", "message"),
     [
-        ("{", RunDirectoryError, "cannot be read"),
+        ("{", RunDirectoryError, "its metadata palf_dist are not"),
+        ("[]", RunDirectoryError, "its metadata palf_dist are not"),
+        ('{"config": "name: a"}', RunDirectoryError, "its metadata palf_dist are not"),
+        ('{"config": "name: a", "card": 3}', RunDirectoryError, "its metadata palf_dist are not"),
         ('{"config": "inner: {steps: none}", "card": {}}', ConfigError, r"its metadata.*\n?.*inner\.steps"),
     ],
 )
